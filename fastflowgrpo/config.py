@@ -1,0 +1,404 @@
+"""Every setting of a run, and how it is read, checked and saved. The defaults train the bundled shapes model.
+
+Nothing here imports torch, so that ``--help`` and a wrong setting answer at once.
+"""
+
+import difflib
+import re
+import sys
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+
+class ConfigError(ValueError):
+    """What the user can put right: a setting, a file, a model. A command prints it as one line and exits with 2."""
+
+
+@dataclass
+class PolicyConfig:
+    """How the model is loaded and which of its weights are trained."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Compute dtype of the frozen weights; trained weights are always float32."""
+    lora_rank: int = 32
+    """Rank of the LoRA adapter; 0 trains the whole transformer."""
+    lora_alpha: int = 64
+    """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
+    lora_targets: list[str] = field(
+        default_factory=lambda: [
+            "attn.to_q",
+            "attn.to_k",
+            "attn.to_v",
+            "attn.to_out.0",
+            "attn.add_q_proj",
+            "attn.add_k_proj",
+            "attn.add_v_proj",
+            "attn.to_add_out",
+        ]
+    )
+    """Names of the linear layers that carry the adapter, matched from the end of the module name."""
+    decode_batch_size: int = 32
+    """Images decoded at once."""
+    max_sequence_length: int | None = None
+    """Number of T5 tokens in the prompt embedding; by default 256 with a T5 encoder and 0 without."""
+
+
+@dataclass
+class PromptsConfig:
+    """Where prompts come from."""
+
+    train: str = "shapes"
+    """Training prompts: a .txt file (one prompt a line), a GenEval .jsonl file, or "shapes"."""
+    eval: str | None = None
+    """Evaluation prompts, as for train; by default the bundled held-out prompts for "shapes", else none."""
+    per_epoch: int = 24
+    """Groups (distinct prompts) per epoch."""
+    mix: dict[str, float] | None = None
+    """GenEval tag weights; by default the paper's: position 7, counting 5, color_attr 3, colors 1, two_object 1."""
+
+
+@dataclass
+class RolloutConfig:
+    """How training images are sampled."""
+
+    group_size: int = 24
+    """Images per prompt: the group that rewards are compared within."""
+    num_steps: int = 10
+    """Denoising steps in training (evaluation has its own)."""
+    dynamics: Literal["flow_sde", "flow_cps", "dance_sde"] = "flow_sde"
+    """Stochastic sampler of the trained steps."""
+    noise_level: float = 0.7
+    """Noise level a (eta for dance_sde) of the stochastic steps."""
+    log_prob: Literal["auto", "normalised", "unnormalised"] = "auto"
+    """Log-prob definition; auto is unnormalised for flow_cps and normalised for the others."""
+    window_size: int | None = 3
+    """Steps that are stochastic and trained; the others follow the ODE. null: all steps but the last."""
+    window_start: tuple[int, int] = (0, 6)
+    """The window's first step is drawn from [low, high) once per group."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance in training; 1 runs the conditional branch alone."""
+    same_noise: bool = False
+    """Start all images of a group from the same initial noise."""
+    height: int | None = None
+    """Image height in pixels; by default the model's own."""
+    width: int | None = None
+    """Image width in pixels; by default the model's own."""
+    batch_size: int = 288
+    """Images sampled at once; a multiple of group_size."""
+
+
+@dataclass
+class AdvantageConfig:
+    """How rewards become advantages."""
+
+    std: Literal["global", "group", "none"] = "global"
+    """What the centred rewards are divided by: the batch's standard deviation, the group's, or nothing."""
+    clip: float = 5.0
+    """Advantages are clipped to [-clip, clip]."""
+
+
+@dataclass
+class UpdateConfig:
+    """The policy-gradient update."""
+
+    per_epoch: int = 2
+    """Optimiser updates per epoch; the groups of an epoch are split evenly among them."""
+    batch_size: int = 288
+    """(image, step) pairs per forward and backward pass."""
+    learning_rate: float = 3e-4
+    """AdamW learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW betas."""
+    weight_decay: float = 1e-4
+    """AdamW weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    clip_range: float = 0.01
+    """The ratio is clipped to [1 - clip_range, 1 + clip_range]."""
+    kl: Literal["flow_grpo", "exact", "velocity"] = "velocity"
+    """KL to the reference: the step's without dt (Flow-GRPO's), the exact one, or the squared velocity difference."""
+    kl_weight: float = 0.01
+    """Weight of the KL term; 0 skips the reference pass."""
+    ema_decay: float = 0.9
+    """Decay of the averaged weights that are evaluated and saved; 0 uses the raw weights."""
+    ema_every: int = 8
+    """Updates between two steps of the average."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Sampling with the ODE on the evaluation prompts."""
+
+    every: int = 25
+    """Epochs between evaluations; the first and the last state are always evaluated, 0 does only these."""
+    num_steps: int = 40
+    """Denoising steps."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance."""
+    images_per_prompt: int = 6
+    """Images per evaluation prompt."""
+    batch_size: int = 288
+    """Images sampled at once."""
+
+
+@dataclass
+class Config:
+    """A Flow-GRPO training run. The defaults train the bundled shapes model on its own prompts."""
+
+    model: str = "shapes"
+    """Diffusers pipeline: a local folder, a hub id, or "shapes" for the bundled model."""
+    output_dir: str = "runs/shapes"
+    """Run directory: config, metrics, images, checkpoints."""
+    overwrite: bool = False
+    """Replace the run that output_dir already holds."""
+    seed: int = 0
+    """Seed of everything random."""
+    epochs: int = 200
+    """Epochs: rollout, scoring, update."""
+    save_every: int = 0
+    """Epochs between two saved checkpoints; 0 saves only the last."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Experiment trackers, by accelerate's names: tensorboard, wandb, ..."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: dict[str, Any] = field(default_factory=lambda: {"geneval": {"weight": 1.0, "strict": 0.6}})
+    """Weight of each reward, or an object with its weight and settings; my_module:my_reward for a function of yours."""
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+_AT_LEAST = {
+    0: (
+        "seed",
+        "save_every",
+        "policy.lora_rank",
+        "policy.max_sequence_length",
+        "rollout.guidance_scale",
+        "update.learning_rate",
+        "update.weight_decay",
+        "update.kl_weight",
+        "update.betas",
+        "update.ema_decay",
+        "rollout.window_start",
+        "evaluation.every",
+        "evaluation.guidance_scale",
+    ),
+    1: (
+        "epochs",
+        "policy.lora_alpha",
+        "policy.decode_batch_size",
+        "prompts.per_epoch",
+        "rollout.window_size",
+        "rollout.height",
+        "rollout.width",
+        "rollout.batch_size",
+        "update.per_epoch",
+        "update.batch_size",
+        "update.ema_every",
+        "evaluation.num_steps",
+        "evaluation.images_per_prompt",
+        "evaluation.batch_size",
+    ),
+    2: ("rollout.group_size", "rollout.num_steps"),
+}
+_ABOVE_ZERO = ("rollout.noise_level", "advantage.clip", "update.max_grad_norm", "update.clip_range")
+_BELOW_ONE = ("update.betas", "update.ema_decay")
+
+
+def validate(config: Config) -> None:
+    """Checks that the values of a config are in range and fit together.
+
+    Raises:
+        ConfigError: Naming the first setting that does not, with the limit or the arithmetic that fails.
+    """
+
+    def values(name: str) -> tuple[float, ...]:
+        value = attrgetter(name)(config)
+        return value if isinstance(value, tuple) else () if value is None else (value,)
+
+    # Written as "not (a >= b)" so that NaN fails too.
+    for limit, names in _AT_LEAST.items():
+        for name in names:
+            for value in values(name):
+                if not value >= limit:
+                    raise ConfigError(f"{name}: must be at least {limit}, got {value}")
+    for name in _ABOVE_ZERO:
+        for value in values(name):
+            if not value > 0:
+                raise ConfigError(f"{name}: must be above 0, got {value}")
+    for name in _BELOW_ONE:
+        for value in values(name):
+            if not value < 1:
+                raise ConfigError(f"{name}: must be below 1, got {value}")
+
+    policy, prompts, rollout, update = config.policy, config.prompts, config.rollout, config.update
+    if policy.lora_rank and not policy.lora_targets:
+        raise ConfigError("policy.lora_targets: is empty; set policy.lora_rank to 0 to train the whole transformer")
+    if rollout.dynamics == "flow_cps" and rollout.noise_level > 1:
+        raise ConfigError(f"rollout.noise_level: must be at most 1 for flow_cps, got {rollout.noise_level}")
+    if rollout.batch_size % rollout.group_size:
+        division = _division(rollout.batch_size, rollout.group_size)
+        raise ConfigError(f"rollout.batch_size: must be a multiple of rollout.group_size, but {division}")
+    if prompts.per_epoch % update.per_epoch:
+        division = _division(prompts.per_epoch, update.per_epoch)
+        raise ConfigError(f"prompts.per_epoch: must be a multiple of update.per_epoch, but {division}")
+    if rollout.window_size is not None:
+        low, high = rollout.window_start
+        if low >= high:
+            raise ConfigError(f"rollout.window_start: low must be below high, got [{low}, {high})")
+        needed, trained = high - 1 + rollout.window_size, rollout.num_steps - 1
+        if needed > trained:
+            raise ConfigError(
+                f"rollout.window_start: a window of {rollout.window_size} steps from step {high - 1} on needs {needed} "
+                f"steps, but rollout.num_steps = {rollout.num_steps} has {trained}: the last is never trained"
+            )
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """For error messages: " (did you mean 'x'?)" with the known name nearest to `name`, "" if none is near."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def parse(argv: Sequence[str] | None = None) -> Config:
+    """Reads the settings of a run: the defaults, then ``--config`` files and dotted overrides in the order given.
+
+    Args:
+        argv: The command line without the program; by default the process's.
+
+    Returns:
+        The complete, validated config.
+
+    Raises:
+        ConfigError: A name, value or file is wrong, or the values do not fit together (see `validate`).
+        SystemExit: With code 0, after ``--help`` or ``--print_config``.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    types = setting_types()
+    groups = [name for name, hint in types.items() if _is_group(hint)]
+    options = {"config", "print_config", "help"} | (types.keys() - set(groups))
+    open_groups = tuple(f"{name}." for name, hint in types.items() if "dict[" in str(hint))  # rewards.my_reward
+    for argument in argv:
+        name = argument.partition("=")[0].removeprefix("--").removesuffix("+")
+        if argument.startswith("--") and not name.startswith(open_groups):
+            if name in groups:
+                raise ConfigError(f"{name}: is a group of settings; set one of them, as in --{name}.NAME VALUE")
+            _check_name(name, options)
+    config = _build(Config, _parser().parse_args(argv).as_dict())
+    validate(config)
+    return config
+
+
+def save(config: Config, path: str | Path) -> None:
+    """Writes the complete config as YAML, which ``--config`` reads back to an equal one."""
+    Path(path).write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def setting_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
+    """The dotted name of every setting and group of settings, with its type (a dataclass for a group)."""
+    types: dict[str, Any] = {}
+    for name, hint in get_type_hints(cls).items():
+        types[prefix + name] = hint
+        if _is_group(hint):
+            types |= setting_types(hint, f"{prefix}{name}.")
+    return types
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises ConfigError instead of printing the usage."""
+        match = re.search(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+        if match and match[1] in setting_types():
+            raise ConfigError(_wrong_value(match[1], setting_types()[match[1]], match[2])) from ex
+        raise ConfigError(message) from ex
+
+
+class _ConfigFile(ActionConfigFile):
+    """``--config``: an error inside a file names the file."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            _check_tree(_read(values), setting_types())
+            super().__call__(parser, cfg, values, option_string)
+        except ConfigError as error:
+            raise ConfigError(f"{values}: {error}") from None
+
+
+def _parser() -> ArgumentParser:
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _Parser(
+        prog="python -m fastflowgrpo.train",
+        usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
+    )
+    parser.add_argument("--config", action=_ConfigFile, metavar="FILE", help="YAML file of settings.")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(error.strerror) from error
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"is not YAML{line}: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"is not YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"expected settings (name: value), got {settings!r}")
+    return settings
+
+
+def _check_tree(settings: dict[str, Any], types: dict[str, Any], prefix: str = "") -> None:
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        _check_name(name, types)
+        if _is_group(types[name]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name}: is a group of settings, got {value!r}")
+            _check_tree(value, types, f"{name}.")
+
+
+def _is_group(hint: Any) -> bool:
+    return is_dataclass(hint)
+
+
+def _division(dividend: int, divisor: int) -> str:
+    return f"{dividend} = {dividend // divisor} x {divisor} + {dividend % divisor}"
+
+
+def _check_name(name: str, names: Collection[str]) -> None:
+    if name not in names:
+        raise ConfigError(f"unknown setting {name}" + (did_you_mean(name, names) or "; --help explains them all"))
+
+
+def _wrong_value(name: str, hint: Any, value: str) -> str:
+    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    if choices:
+        expected = f"one of {', '.join(choices)}"
+    elif isinstance(hint, type) and not get_args(hint):
+        expected = hint.__name__
+    else:
+        expected = str(hint).replace("typing.", "").replace("None", "null")
+    return f"{name}: expected {expected}, got {value or 'nothing'}" + did_you_mean(value, choices)
+
+
+def _build(cls: type, settings: dict[str, Any], prefix: str = "") -> Any:
+    values = {}
+    for name, hint in get_type_hints(cls).items():
+        value = settings[name]
+        if _is_group(hint):
+            value = _build(hint, value, f"{prefix}{name}.")
+        elif value is None and type(None) not in get_args(hint):  # jsonargparse takes null for any type
+            raise ConfigError(_wrong_value(prefix + name, hint, "null"))
+        values[name] = value
+    return cls(**values)

@@ -1,0 +1,85 @@
+"""What the training loop needs of a model, one small file per family over its diffusers pipeline."""
+
+from contextlib import AbstractContextManager
+from inspect import signature
+from pathlib import Path
+from typing import Protocol
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from fastflowgrpo.config import ConfigError, PolicyConfig
+from fastflowgrpo.policy.sd3 import SD3Policy
+
+Conditioning = dict[str, Tensor]
+"""Prompt embeddings as the transformer takes them, one row per prompt in every tensor."""
+
+FAMILIES = {"StableDiffusion3Pipeline": SD3Policy}
+
+
+class Policy(Protocol):
+    """A flow-matching model under training. Rollout and update call the same `velocity`."""
+
+    dtype: torch.dtype
+    device: torch.device
+    transformer: torch.nn.Module
+    """What `velocity` calls; the trainer puts the wrapped one here."""
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Embeddings of prompts, a row each. No gradient."""
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
+        """Shape of one latent sample for an image size in pixels, by default the model's own."""
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """The schedule of the model's own scheduler: (num_steps + 1,), float32 on the CPU, ending with 0."""
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """v = x_1 - x_0 at (B, ...) latents; sigma (B,) float32, a conditioning row per sample."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, uint8 (B, 3, H, W), of clean latents. No gradient."""
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """The parameters that are trained, all float32."""
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside it, `velocity` is the model's as it was loaded."""
+
+    def save(self, folder: Path) -> None:
+        """Write the trained weights so that the family's diffusers pipeline loads them."""
+
+
+def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "cpu") -> Policy:
+    """Load a diffusers pipeline for training.
+
+    Args:
+        model: a local folder in diffusers' layout, a hub id, or "shapes" for the bundled model.
+        config: dtype, adapter and embedding settings.
+        device: where it runs.
+
+    Raises:
+        ConfigError: if there is no such pipeline or its family is not supported.
+    """
+    if model == "shapes":
+        from fastflowgrpo.shapes import PIPELINE
+
+        model = str(PIPELINE)
+    try:
+        index = DiffusionPipeline.load_config(model)
+    except OSError as error:
+        raise ConfigError(
+            f'model "{model}" is neither a diffusers folder with a model_index.json nor a hub id that can be reached'
+        ) from error
+    name = index["_class_name"]
+    if name not in FAMILIES:
+        raise ConfigError(
+            f'model "{model}" is a {name}; supported: {", ".join(FAMILIES)}. CONTRIBUTING.md says how to add a family'
+        )
+    pipeline_class = getattr(diffusers, name)
+    # A pipeline saved without a component (SD3 without T5) loads only if told so.
+    absent = [key for key in signature(pipeline_class).parameters if index.get(key, (None,))[0] is None]
+    pipeline = pipeline_class.from_pretrained(model, dtype=getattr(torch, config.dtype), **dict.fromkeys(absent))
+    return FAMILIES[name](pipeline.to(device), config)

@@ -1,0 +1,156 @@
+"""Rewards: the contract, the ones that come with the package, and their weighted sum."""
+
+import functools
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastflowgrpo.config import did_you_mean
+from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.rewards.contract import Reward, RewardBatch, Scores
+from fastflowgrpo.rewards.geneval import GenEval
+from fastflowgrpo.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
+from fastflowgrpo.rewards.ocr import OCR
+
+__all__ = ["REWARDS", "Reward", "RewardBatch", "Scores", "WeightedRewards", "build_rewards"]
+
+# name -> function from the reward's settings to the reward
+REWARDS: dict[str, Callable[..., Reward]] = {
+    "geneval": GenEval,
+    "jpeg_compressibility": jpeg_compressibility,
+    "jpeg_incompressibility": jpeg_incompressibility,
+    "ocr": OCR,
+}
+
+
+@dataclass(frozen=True)
+class WeightedRewards:
+    """The weighted sum of named rewards, itself a reward.
+
+    Called with a RewardBatch it returns the sum as `values`, NaN where a reward of non-zero weight is NaN, and as
+    `details` each reward's own values under its name and its details under "name/detail".
+    """
+
+    rewards: dict[str, Callable[[RewardBatch], Any]]
+    weights: dict[str, float]
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Ask each reward that has a `check_prompts` of its own whether it can score these prompts.
+
+        Raises:
+            ValueError: it cannot; names the reward and the prompt.
+        """
+        for name, reward in self.rewards.items():
+            check = getattr(reward, "check_prompts", None)
+            if check is not None:
+                try:
+                    check(prompts)
+                except ValueError as error:
+                    raise ValueError(f"rewards.{name}: {error}") from error
+
+    def __call__(self, batch: RewardBatch) -> Scores:
+        size = len(batch.prompts)
+        total = torch.zeros(size)
+        details: dict[str, torch.Tensor] = {}
+        for name, reward in self.rewards.items():
+            try:
+                output = reward(batch)
+            except Exception as error:
+                raise RuntimeError(f"reward {name}: {type(error).__name__}: {error}") from error
+            scores = output if isinstance(output, Scores) else Scores(output)
+            details[name] = _vector(scores.values, size, name)
+            if self.weights[name]:
+                total += self.weights[name] * details[name]
+            details |= {f"{name}/{key}": _vector(value, size, f"{name}/{key}") for key, value in scores.details.items()}
+        return Scores(total, details)
+
+
+def _vector(values: Any, size: int, name: str) -> torch.Tensor:
+    """What a reward returned, as a float32 CPU tensor (size,)."""
+    try:
+        vector = torch.as_tensor(values).detach().to("cpu", torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(values).__name__
+        raise TypeError(f"reward {name}: expected {size} numbers, one per image, got {kind} ({error})") from error
+    if vector.shape != (size,):
+        raise ValueError(f"reward {name}: expected {size} numbers, one per image, got shape {tuple(vector.shape)}")
+    if vector.isinf().any():
+        raise ValueError(f"reward {name}: infinite for image {int(vector.isinf().nonzero()[0])}; NaN marks a failure")
+    return vector
+
+
+def build_rewards(config: Mapping[str, Any]) -> WeightedRewards:
+    """Make the weighted sum that a configuration describes.
+
+    Args:
+        config: for each reward its weight, or `{weight: 1.0, **settings}`. The name is one of REWARDS, or
+            `my_module:my_reward` for a function of yours: it is called with a RewardBatch (and the settings as
+            keywords) and returns Scores or a number per image. The current directory, appended to sys.path, is searched
+            too.
+
+    Raises:
+        ValueError: names the reward and what is wrong with it.
+    """
+    known = f"known: {', '.join(REWARDS)}, or my_module:my_reward for a function of yours"
+    if not config:
+        raise ValueError(f"rewards: there is none; {known}")
+    rewards: dict[str, Callable[[RewardBatch], Any]] = {}
+    weights: dict[str, float] = {}
+    for name, value in config.items():
+        settings = dict(value) if isinstance(value, Mapping) else {"weight": value}
+        weight = settings.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(f"rewards.{name}: the weight must be a finite number, got {weight!r}")
+        weights[name] = float(weight)
+        if name in REWARDS:
+            factory = _with_settings(name, REWARDS[name], 0, settings)
+            try:
+                rewards[name] = factory()
+            except (ValueError, ImportError) as error:
+                raise ValueError(f"rewards.{name}: {error}") from error
+        elif ":" in name:
+            rewards[name] = _with_settings(name, _import(name), 1, settings)
+        else:
+            raise ValueError(f"rewards: unknown reward {name!r}{did_you_mean(name, REWARDS)}; {known}")
+    if not any(weights.values()):
+        raise ValueError("rewards: every weight is 0")
+    return WeightedRewards(rewards, weights)
+
+
+def _with_settings(
+    name: str, function: Callable[..., Any], positional: int, settings: dict[str, Any]
+) -> Callable[..., Any]:
+    """The function with the settings as keywords, once it is known to take them after its positional arguments."""
+    if not settings:
+        return function
+    parameters = list(inspect.signature(function).parameters.values())[positional:]
+    accepted = ["weight", *(p.name for p in parameters)]
+    for key in settings:
+        if key not in accepted and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            hint = did_you_mean(key, accepted)
+            raise ValueError(f"rewards.{name}: unknown setting {key!r}{hint}, known: {', '.join(accepted)}")
+    return functools.update_wrapper(functools.partial(function, **settings), function)
+
+
+def _import(name: str) -> Callable[..., Any]:
+    """The function that `my_module:my_reward` names."""
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(f"rewards.{name}: cannot import {module_name!r}: {type(error).__name__}: {error}") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        functions = [key for key, value in vars(module).items() if callable(value)]
+        hint = did_you_mean(attribute, functions)
+        raise ValueError(f"rewards.{name}: {module_name} has no function {attribute!r}{hint}")
+    return function

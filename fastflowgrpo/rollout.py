@@ -1,0 +1,158 @@
+"""Sampling groups of images, and what of it the update needs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastflowgrpo.kernels.sde_step import sde_step
+from fastflowgrpo.policy import Conditioning, Policy
+from fastflowgrpo.sde import StepCoefficients, step_coefficients
+
+
+@dataclass
+class Trajectory:
+    """The trained steps of B samples, S each. Step j of a sample goes from latents[:, j] to latents[:, j + 1]."""
+
+    latents: Tensor
+    """(B, S + 1, C, H, W) in the policy's dtype."""
+    log_probs: Tensor
+    """(B, S) float32: log-prob of each step when it was sampled."""
+    steps: Tensor
+    """(B, S) int64 on the CPU: index of each step in the schedule."""
+    final: Tensor
+    """(B, C, H, W): the clean latents, to be decoded."""
+
+
+def window_starts(low: int, high: int, seeds: Sequence[int]) -> list[int]:
+    """First trained step of each group, drawn from [low, high) by the group's seed."""
+    return [int(torch.randint(low, high, (), generator=torch.Generator().manual_seed(seed))) for seed in seeds]
+
+
+class GroupNoise:
+    """Standard normal noise, a generator per group: it depends on the group's seed alone, not on the batch."""
+
+    def __init__(self, seeds: Sequence[int], group_size: int, shape: tuple[int, ...], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self.shape, self.device = (group_size, *shape), device
+
+    def draw(self, groups: Sequence[int], same_in_group: bool = False) -> Tensor:
+        """Fresh noise, (B, ...) float32: normal in the rows of the given groups, 0 in the others."""
+        noise = torch.zeros(len(self.generators), *self.shape, device=self.device)
+        size = (1, *self.shape[1:]) if same_in_group else self.shape
+        for group in groups:
+            noise[group] = torch.randn(size, generator=self.generators[group], device=self.device)
+        return noise.flatten(0, 1)
+
+
+@torch.no_grad()
+def sample_groups(
+    policy: Policy,
+    conditioning: Conditioning,
+    coefficients: StepCoefficients,
+    starts: Sequence[int],
+    window_size: int,
+    group_size: int,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
+    *,
+    unconditional: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+    same_noise: bool = False,
+    log_prob: str = "normalised",
+    on_step: Callable[[], object] = lambda: None,
+) -> Trajectory:
+    """Sample group_size images for each prompt, stochastic inside each group's window and by the ODE outside.
+
+    Nothing between the first step and the last waits for the device.
+
+    Args:
+        conditioning: a row per group.
+        coefficients: the stochastic coefficients of the whole schedule.
+        starts: first step of each group's window; the same for all its samples.
+        seeds: one per group; all its noise is a function of it.
+        shape: of one latent sample.
+        unconditional: the empty prompt's conditioning, one row; needed if guidance_scale is not 1.
+        on_step: called once per denoising step, for a progress bar.
+    """
+    num_steps, num_groups, device = len(coefficients.dt), len(starts), policy.device
+    batch_size = num_groups * group_size
+    group = torch.arange(num_groups).repeat_interleave(group_size)
+    first = torch.tensor(starts)[group, None]
+    step = torch.arange(num_steps)
+    trained = (step >= first) & (step < first + window_size)
+    rows = StepCoefficients(
+        *(getattr(coefficients, name).expand(batch_size, -1) for name in ("sigma", "dt", "c_x", "c_v", "std"))
+    ).ode_outside(trained)
+    sigma, c_x, c_v, std = (
+        t.T.to(device, torch.float32, non_blocking=True) for t in (rows.sigma, rows.c_x, rows.c_v, rows.std)
+    )
+    conditioning = repeat_rows(conditioning, group.to(device))
+    if unconditional is not None:
+        unconditional = repeat_rows(unconditional, torch.zeros(batch_size, dtype=torch.long, device=device))
+
+    noise = GroupNoise(seeds, group_size, shape, device)
+    sample = noise.draw(range(num_groups), same_in_group=same_noise).to(policy.dtype)
+    latents = torch.empty(batch_size, window_size + 1, *shape, dtype=policy.dtype, device=device)
+    log_probs = torch.empty(batch_size, window_size, device=device)
+    for i in range(num_steps):
+        inside = [g for g, start in enumerate(starts) if start <= i < start + window_size]
+        velocity = policy.velocity(sample, sigma[i], conditioning)
+        velocity_uncond = policy.velocity(sample, sigma[i], unconditional) if unconditional is not None else None
+        next_sample, step_log_prob = sde_step(
+            velocity,
+            sample,
+            c_x[i],
+            c_v[i],
+            std[i],
+            velocity_uncond=velocity_uncond,
+            guidance_scale=guidance_scale,
+            noise=noise.draw(inside),
+            log_prob=log_prob,
+        )
+        for g in inside:
+            of_group, slot = slice(g * group_size, (g + 1) * group_size), i - starts[g]
+            latents[of_group, slot] = sample[of_group]
+            latents[of_group, slot + 1] = next_sample[of_group]
+            log_probs[of_group, slot] = step_log_prob[of_group]
+        sample = next_sample
+        on_step()
+    return Trajectory(latents, log_probs, first + torch.arange(window_size), sample)
+
+
+@torch.no_grad()
+def sample_ode(
+    policy: Policy,
+    conditioning: Conditioning,
+    num_steps: int,
+    noise: Tensor,
+    *,
+    unconditional: Conditioning | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """Clean latents (B, C, H, W) by the ODE from given noise; a conditioning row per sample."""
+    coefficients = step_coefficients(policy.sigmas(num_steps), "ode")
+    batch_size, sample = len(noise), noise.to(policy.device, policy.dtype)
+    sigma = coefficients.sigma.to(policy.device, torch.float32)
+    if unconditional is not None:
+        unconditional = repeat_rows(unconditional, torch.zeros(batch_size, dtype=torch.long, device=policy.device))
+    for i in range(num_steps):
+        at = sigma[i].expand(batch_size)
+        velocity = policy.velocity(sample, at, conditioning)
+        velocity_uncond = policy.velocity(sample, at, unconditional) if unconditional is not None else None
+        sample, _ = sde_step(
+            velocity,
+            sample,
+            1.0,
+            float(coefficients.c_v[i]),
+            0.0,
+            velocity_uncond=velocity_uncond,
+            guidance_scale=guidance_scale,
+        )
+    return sample
+
+
+def repeat_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
+    """The given rows of every tensor of a conditioning."""
+    return {name: tensor[rows] for name, tensor in conditioning.items()}

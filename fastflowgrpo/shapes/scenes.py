@@ -1,0 +1,175 @@
+"""The shapes world: prompts with GenEval metadata, scenes that fulfil them, and their images.
+
+A scene puts up to nine coloured shapes on a 3 x 3 grid of 16-pixel cells. Prompts come in GenEval's six tags.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fastflowgrpo.prompts import Prompt
+
+SHAPES = ("circle", "square", "triangle", "cross")
+PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
+COLORS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 80, 214), "yellow": (240, 196, 25)}
+BACKGROUND = (240, 240, 240)
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+RELATIONS = ("left of", "right of", "above", "below")
+WORDINGS = ("a photo of", "a picture of", "a drawing of", "an image of")
+EVAL_WORDING = "a photo of"
+GRID, CELL = 3, 16
+SIZE = GRID * CELL
+RADIUS = 5.8
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+
+
+def _prompts_of(tag: str) -> list[tuple[str, dict[str, Any]]]:
+    """All (description, metadata) of one tag."""
+    pairs = list(itertools.permutations(SHAPES, 2))
+
+    def one(shape: str, **more: Any) -> dict[str, Any]:
+        return {"class": shape, "count": 1, **more}
+
+    if tag == "single_object":
+        return [(f"a {shape}", {"include": [one(shape)]}) for shape in SHAPES]
+    if tag == "two_object":
+        return [(f"a {a} and a {b}", {"include": [one(a), one(b)]}) for a, b in pairs]
+    if tag == "counting":
+        return [
+            (
+                f"{word} {PLURALS[shape]}",
+                {"include": [{"class": shape, "count": n}], "exclude": [{"class": shape, "count": n + 1}]},
+            )
+            for shape in SHAPES
+            for n, word in NUMBERS.items()
+        ]
+    if tag == "colors":
+        return [(f"a {color} {shape}", {"include": [one(shape, color=color)]}) for shape in SHAPES for color in COLORS]
+    if tag == "position":
+        return [
+            (f"a {a} {relation} a {b}", {"include": [one(b), one(a, position=[relation, 0])]})
+            for a, b in pairs
+            for relation in RELATIONS
+        ]
+    return [
+        (f"a {ca} {a} and a {cb} {b}", {"include": [one(a, color=ca), one(b, color=cb)]})
+        for a, b in pairs
+        for ca, cb in itertools.permutations(COLORS, 2)
+    ]
+
+
+def _split(tag: str) -> tuple[list[tuple[str, dict[str, Any]]], list[tuple[str, dict[str, Any]]]]:
+    """(training, held-out) contents of one tag: a fixed quarter is held out. Of the four single objects all are, since
+    the paper's prompt mix does not train on that tag."""
+    contents = _prompts_of(tag)
+    if tag == "single_object":
+        return [], contents
+    order = np.random.default_rng(TAGS.index(tag)).permutation(len(contents))
+    held_out = set(order[: len(contents) // 4].tolist())
+    train = [content for i, content in enumerate(contents) if i not in held_out]
+    return train, [contents[i] for i in sorted(held_out)]
+
+
+def _prompt(wording: str, tag: str, content: tuple[str, dict[str, Any]]) -> Prompt:
+    text = f"{wording} {content[0]}"
+    return Prompt(text, {"tag": tag, **content[1], "prompt": text})
+
+
+def train_prompts() -> list[Prompt]:
+    """Prompts for online RL: the contents that are not held out, in every wording."""
+    return [_prompt(w, tag, content) for tag in TAGS for content in _split(tag)[0] for w in WORDINGS]
+
+
+def eval_prompts(per_tag: int = 36) -> list[Prompt]:
+    """Held-out prompts, `per_tag` of each tag (contents repeat where a tag has fewer): their contents never occur in
+    `train_prompts` and their sentences neither there nor in `caption_prompts`."""
+    return [
+        _prompt(EVAL_WORDING, tag, content)
+        for tag in TAGS
+        for content in itertools.islice(itertools.cycle(_split(tag)[1]), per_tag)
+    ]
+
+
+def caption_prompts() -> dict[str, list[Prompt]]:
+    """Captions for pretraining, by tag: every content in every wording, less the held-out sentences."""
+    held_out = {prompt.text for prompt in eval_prompts(per_tag=1000)}
+    captions = {tag: [_prompt(w, tag, c) for c in _prompts_of(tag) for w in WORDINGS] for tag in TAGS}
+    return {tag: [p for p in prompts if p.text not in held_out] for tag, prompts in captions.items()}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One object: `column` and `row` of its cell, and its centre's offset from the cell's, in pixels."""
+
+    shape: str
+    color: str
+    column: int
+    row: int
+    dx: float = 0.0
+    dy: float = 0.0
+
+
+def _related(a: tuple[int, int], relation: str, b: tuple[int, int]) -> bool:
+    dx, dy = a[0] - b[0], a[1] - b[1]
+    if relation in ("left of", "right of"):
+        return abs(dx) >= abs(dy) and (dx < 0 if relation == "left of" else dx > 0)
+    return abs(dy) >= abs(dx) and (dy < 0 if relation == "above" else dy > 0)
+
+
+def sample_scene(metadata: dict[str, Any], rng: np.random.Generator) -> list[Shape]:
+    """A random scene that fulfils the prompt: cells, free colours and offsets of up to a pixel are drawn uniformly."""
+    wanted = [include for include in metadata["include"] for _ in range(include["count"])]
+    while True:
+        cells = [(int(c) % GRID, int(c) // GRID) for c in rng.permutation(GRID * GRID)[: len(wanted)]]
+        relations = [(i, *include["position"]) for i, include in enumerate(wanted) if "position" in include]
+        if all(_related(cells[i], relation, cells[j]) for i, relation, j in relations):
+            break
+    return [
+        Shape(
+            include["class"],
+            include.get("color") or str(rng.choice(list(COLORS))),
+            *cell,
+            dx=rng.uniform(-1, 1),
+            dy=rng.uniform(-1, 1),
+        )
+        for include, cell in zip(wanted, cells, strict=True)
+    ]
+
+
+def render(scenes: list[list[Shape]], supersampling: int = 4) -> np.ndarray:
+    """Draw scenes, anti-aliased.
+
+    Args:
+        scenes: N scenes.
+        supersampling: samples per pixel and axis.
+
+    Returns:
+        uint8 array (N, 48, 48, 3).
+    """
+    images = np.empty((len(scenes), SIZE, SIZE, 3), np.uint8)
+    images[:] = BACKGROUND
+    placed = [(i, shape) for i, scene in enumerate(scenes) for shape in scene]
+    if not placed:
+        return images
+    axis = (np.arange(CELL * supersampling) + 0.5) / supersampling - CELL / 2
+    x0, y0 = np.meshgrid(axis, axis)
+    dx, dy = (np.array([getattr(shape, name) for _, shape in placed])[:, None, None] for name in ("dx", "dy"))
+    x, y = (x0 - dx) / RADIUS, (y0 - dy) / RADIUS
+    inside = {
+        "circle": lambda x, y: x * x + y * y <= 1,
+        "square": lambda x, y: np.maximum(abs(x), abs(y)) <= 0.9,
+        "triangle": lambda x, y: (y <= 0.85) & (2 * abs(x) <= y + 1),
+        "cross": lambda x, y: (np.minimum(abs(x), abs(y)) <= 0.32) & (np.maximum(abs(x), abs(y)) <= 1),
+    }
+    coverage = np.empty((len(placed), CELL, CELL, 1))
+    for name in SHAPES:
+        rows = [k for k, (_, shape) in enumerate(placed) if shape.shape == name]
+        mask = inside[name](x[rows], y[rows]).reshape(-1, CELL, supersampling, CELL, supersampling)
+        coverage[rows] = mask.mean(axis=(2, 4))[..., None]
+    colors = np.array([COLORS[shape.color] for _, shape in placed])[:, None, None, :]
+    cells = np.rint(BACKGROUND + coverage * (colors - np.array(BACKGROUND))).astype(np.uint8)
+    for (i, shape), cell in zip(placed, cells, strict=True):
+        images[i, shape.row * CELL : (shape.row + 1) * CELL, shape.column * CELL : (shape.column + 1) * CELL] = cell
+    return images

@@ -1,0 +1,46 @@
+"""A word-level CLIP tokenizer for the captions of the shapes world."""
+
+from collections import Counter
+from itertools import pairwise
+
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer
+
+MAX_LENGTH = 16
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def _merges(words: set[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that join every word into one token; ties break alphabetically, so that every process finds the
+    same ones, which the `tokenizers` trainer does not."""
+    split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
+    merges = []
+    while pairs := Counter(pair for parts in split.values() for pair in pairwise(parts)):
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for word, parts in split.items():
+            merged: list[str] = []
+            for part in parts:
+                if merged and (merged[-1], part) == best:
+                    merged[-1] += part
+                else:
+                    merged.append(part)
+            split[word] = merged
+    return merges
+
+
+def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
+    """CLIP's byte-level BPE over the words of the captions; other words fall back to characters."""
+    characters = sorted(ByteLevel.alphabet())
+    merges = _merges({word for caption in captions for word in caption.split()})
+    tokens = [*characters, *(c + "</w>" for c in characters), *dict.fromkeys(a + b for a, b in merges), START, END]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(
+        vocab=vocabulary,
+        merges=merges,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=MAX_LENGTH,
+    )

@@ -1,0 +1,345 @@
+"""The Flow-GRPO loop (arXiv 2505.05470): rollout, score, normalise, update, report."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from fastflowgrpo.advantages import group_advantages
+from fastflowgrpo.config import Config, ConfigError, validate
+from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
+from fastflowgrpo.kernels.sde_step import guided_velocity
+from fastflowgrpo.policy import Conditioning, load_policy
+from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.prompts import Prompt, epoch_prompts, load_prompts
+from fastflowgrpo.reporting import Evaluation, Report, progress
+from fastflowgrpo.rewards import RewardBatch, Scores, build_rewards
+from fastflowgrpo.rollout import GroupNoise, Trajectory, repeat_rows, sample_groups, sample_ode, window_starts
+from fastflowgrpo.sde import resolve_log_prob, step_coefficients
+
+# The paper trains GenEval with this mix of tags.
+TAG_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
+
+
+@dataclass
+class Batch:
+    """The groups of an epoch, or of one update of it: G groups of `group_size` samples, in order."""
+
+    trajectory: Trajectory
+    conditioning: Conditioning
+    """A row per group."""
+    advantages: Tensor
+    """(B,): NaN where the score is missing."""
+
+
+class Trainer:
+    """Trains `config.model` as `config` says; `run` does all of it.
+
+    Raises:
+        ConfigError: for everything that the user can put right, before anything is sampled.
+    """
+
+    def __init__(self, config: Config):
+        validate(config)
+        set_seed(config.seed)
+        self.config = config
+        self.train_prompts, self.eval_prompts = _load_prompts(config)
+        try:
+            self.rewards = build_rewards(config.rewards)
+            self.rewards.check_prompts([*self.train_prompts, *self.eval_prompts])
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        self.accelerator = Accelerator(log_with=config.trackers, project_dir=config.output_dir)
+        self.policy = load_policy(config.model, config.policy, self.accelerator.device)
+        self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width)
+        self.embed = EmbeddingCache(self.policy)
+        update, rollout = config.update, config.rollout
+        self.parameters = self.policy.trainable_parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=update.learning_rate, betas=update.betas, weight_decay=update.weight_decay
+        )
+        self.policy.transformer, self.optimizer = self.accelerator.prepare(self.policy.transformer, self.optimizer)
+        self.ema = EMAModel(self.parameters, decay=update.ema_decay) if update.ema_decay else None
+        self.coefficients = step_coefficients(
+            self.policy.sigmas(rollout.num_steps), rollout.dynamics, rollout.noise_level
+        )
+        self.log_prob = resolve_log_prob(rollout.log_prob, rollout.dynamics)
+        # The last step is sampled but never trained on.
+        self.window_size = rollout.window_size or rollout.num_steps - 1
+        self.window_start = rollout.window_start if rollout.window_size else (0, 1)
+        self.step = 0
+        self.report = Report(config, self.accelerator, sum(p.numel() for p in self.parameters))
+
+    def run(self) -> None:
+        config = self.config
+        self.evaluate()
+        for epoch in range(config.epochs):
+            batch, metrics = self.collect(epoch)
+            if epoch == 0:
+                self.check_replay(batch)
+            with self.report.phase("update"):
+                metrics |= self.update(batch)
+            self.report.epoch(epoch, self.step, metrics)
+            if epoch + 1 < config.epochs:
+                if config.evaluation.every and (epoch + 1) % config.evaluation.every == 0:
+                    self.evaluate()
+                if config.save_every and (epoch + 1) % config.save_every == 0:
+                    self.save()
+        self.evaluate()
+        self.save()
+        self.report.finish()
+
+    def collect(self, epoch: int) -> tuple[Batch, dict[str, float]]:
+        """Sample and score the groups of an epoch."""
+        config, size = self.config, self.config.rollout.group_size
+        chosen = self.choose(epoch)
+        groups_at_once = config.rollout.batch_size // size
+        seeds = [group_seed(config.seed, epoch, group) for group in range(len(chosen))]
+        with self.report.phase("encode"):
+            conditioning = self.embed([prompt.text for prompt in chosen])
+            unconditional = self._unconditional(config.rollout.guidance_scale)
+        parts: list[Trajectory] = []
+        scores: list[Scores] = []
+        steps = config.rollout.num_steps * -(-len(chosen) // groups_at_once)
+        with progress("rollout", steps) as bar:
+            for begin in range(0, len(chosen), groups_at_once):
+                groups = slice(begin, begin + groups_at_once)
+                with self.report.phase("rollout"):
+                    part = sample_groups(
+                        self.policy,
+                        {name: tensor[groups] for name, tensor in conditioning.items()},
+                        self.coefficients,
+                        window_starts(*self.window_start, seeds[groups]),
+                        self.window_size,
+                        size,
+                        seeds[groups],
+                        self.shape,
+                        unconditional=unconditional,
+                        guidance_scale=config.rollout.guidance_scale,
+                        same_noise=config.rollout.same_noise,
+                        log_prob=self.log_prob,
+                        on_step=bar.update,
+                    )
+                with self.report.phase("decode"):
+                    images = self.policy.decode(part.final)
+                with self.report.phase("score"):
+                    scores.append(self._score(images, chosen[groups], size))
+                parts.append(part)
+        trajectory = Trajectory(
+            *(torch.cat([getattr(part, name) for part in parts]) for name in Trajectory.__dataclass_fields__)
+        )
+        rewards = torch.cat([score.values for score in scores])
+        group_ids = torch.arange(len(chosen)).repeat_interleave(size)
+        advantages = group_advantages(rewards, group_ids, config.advantage.std)
+        metrics = {
+            "reward": rewards.nanmean().item(),
+            "missing": int(rewards.isnan().sum()),
+            "images": len(rewards),
+            **{name: torch.cat([s.details[name] for s in scores]).nanmean().item() for name in scores[0].details},
+        }
+        return Batch(trajectory, conditioning, advantages), metrics
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """The optimiser updates of an epoch, on equal shares of its groups."""
+        config = self.config.update
+        share = len(batch.advantages) // config.per_epoch
+        statistics: list[dict[str, Tensor]] = []
+        for begin in range(0, len(batch.advantages), share):
+            found = self.accumulate(batch, self.pairs(batch, begin, share))
+            if found:
+                norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                found[-1]["grad_norm"] = norm.reshape(1)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            statistics += found
+            self.step += 1
+            if self.ema is not None and self.step % config.ema_every == 0:
+                self.ema.step(self.parameters)
+        return _flush(statistics)
+
+    def pairs(self, batch: Batch, begin: int, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Micro-batches (rows, slots) of the (sample, step) pairs of `count` samples, less those whose advantage is 0
+        or missing. Step after step, in the order of the rollout: with equal batch sizes the replay is the rollout's
+        own batch, bit for bit."""
+        advantages = batch.advantages[begin : begin + count]
+        rows = begin + torch.nonzero((advantages != 0) & ~advantages.isnan())[:, 0]
+        slots = torch.arange(self.window_size).repeat_interleave(len(rows))
+        size = self.config.update.batch_size
+        return list(zip(rows.repeat(self.window_size).split(size), slots.split(size), strict=True)) if len(rows) else []
+
+    def accumulate(self, batch: Batch, micro_batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Tensor]]:
+        """Add the gradient of the mean loss over the micro-batches; the statistics of each stay on the device."""
+        count = sum(len(rows) for rows, _ in micro_batches)
+        statistics = []
+        for rows, slots in progress("update", micro_batches):
+            loss, stats = self.loss(batch, rows, slots)
+            self.accelerator.backward(loss.sum() / count)
+            statistics.append(stats)
+        return statistics
+
+    def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and statistics of (sample, step) pairs, (N,) each: sample rows[i] at its trained step slots[i]."""
+        config, guidance = self.config.update, self.config.rollout.guidance_scale
+        trajectory, policy = batch.trajectory, self.policy
+        at = self.coefficients.at(trajectory.steps[rows, slots], policy.device)
+        rows, slots = (index.to(policy.device, non_blocking=True) for index in (rows, slots))
+        sample = trajectory.latents[rows, slots]
+        conditioning = repeat_rows(batch.conditioning, rows // self.config.rollout.group_size)
+        unconditional = self._unconditional(guidance, len(rows))
+
+        velocity_ref = velocity_uncond = None
+        with torch.no_grad():
+            if unconditional is not None:
+                velocity_uncond = policy.velocity(sample, at.sigma, unconditional)
+            if config.kl_weight:
+                with policy.reference():
+                    velocity_ref = policy.velocity(sample, at.sigma, conditioning)
+                    uncond_ref = policy.velocity(sample, at.sigma, unconditional) if unconditional is not None else None
+                velocity_ref = guided_velocity(velocity_ref, uncond_ref, guidance)
+        return grpo_step_loss(
+            policy.velocity(sample, at.sigma, conditioning),
+            sample,
+            trajectory.latents[rows, slots + 1],
+            at.c_x,
+            at.c_v,
+            at.std,
+            at.dt,
+            trajectory.log_probs[rows, slots],
+            batch.advantages.to(policy.device, torch.float32)[rows],
+            clip_range=config.clip_range,
+            advantage_clip=self.config.advantage.clip,
+            velocity_ref=velocity_ref,
+            velocity_uncond=velocity_uncond,
+            guidance_scale=guidance,
+            kl=config.kl,
+            kl_weight=config.kl_weight,
+            log_prob=self.log_prob,
+        )
+
+    def check_replay(self, batch: Batch) -> None:
+        """Replay a micro-batch with the weights that sampled it: the update must find the log-probs of the rollout."""
+        every = torch.arange(len(batch.advantages))
+        rows = every[: self.config.update.batch_size]
+        slots = torch.zeros_like(rows)
+        _, stats = self.loss(batch, rows, slots)
+        self.report.replay(
+            batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu(), self.config.update.clip_range
+        )
+
+    def evaluate(self) -> None:
+        """Score ODE samples of the evaluation prompts, made with the averaged weights."""
+        if not self.eval_prompts:
+            return
+        config = self.config.evaluation
+        images_of: list[Tensor] = []
+        scores: list[Scores] = []
+        copies = config.images_per_prompt
+        prompts_at_once = max(1, config.batch_size // copies)
+        unconditional = self._unconditional(config.guidance_scale)
+        with self.report.phase("evaluate"), self.averaged_weights(), torch.no_grad():
+            for begin in progress("evaluation", range(0, len(self.eval_prompts), prompts_at_once)):
+                prompts = self.eval_prompts[begin : begin + prompts_at_once]
+                conditioning = self.embed([prompt.text for prompt in prompts])
+                rows = torch.arange(len(prompts), device=self.policy.device).repeat_interleave(copies)
+                # The same noise in every run and at every step: images are compared, not their luck.
+                seeds = [begin + i for i in range(len(prompts))]
+                noise = GroupNoise(seeds, copies, self.shape, self.policy.device).draw(range(len(prompts)))
+                latents = sample_ode(
+                    self.policy,
+                    repeat_rows(conditioning, rows),
+                    config.num_steps,
+                    noise,
+                    unconditional=unconditional,
+                    guidance_scale=config.guidance_scale,
+                )
+                images = self.policy.decode(latents)
+                scores.append(self._score(images, prompts, copies))
+                images_of.append(images.cpu())
+        evaluation = Evaluation.of(self.eval_prompts, torch.cat(images_of), scores, copies)
+        self.report.evaluated(evaluation, self.step)
+
+    def save(self) -> None:
+        with self.averaged_weights():
+            self.policy.save(self.report.checkpoint(self.step))
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside it, the trained weights are their exponential moving average."""
+        if self.ema is None or not self.step:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def choose(self, epoch: int) -> list[Prompt]:
+        """The prompts of an epoch's groups."""
+        tags = {prompt.metadata.get("tag") for prompt in self.train_prompts}
+        mix = self.config.prompts.mix or {tag: weight for tag, weight in TAG_MIX.items() if tag in tags} or None
+        count = self.config.prompts.per_epoch
+        return [self.train_prompts[i] for i in epoch_prompts(self.train_prompts, count, self.config.seed, epoch, mix)]
+
+    def _unconditional(self, guidance_scale: float, rows: int = 1) -> Conditioning | None:
+        return self.embed([""] * rows) if guidance_scale != 1 else None
+
+    def _score(self, images: Tensor, prompts: list[Prompt], copies: int) -> Scores:
+        repeated = [prompt for prompt in prompts for _ in range(copies)]
+        return self.rewards(
+            RewardBatch(
+                images,
+                [prompt.text for prompt in repeated],
+                [prompt.metadata for prompt in repeated],
+                torch.arange(len(prompts)).repeat_interleave(copies),
+            )
+        )
+
+
+def _load_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, evaluation) prompts."""
+    from fastflowgrpo.shapes import scenes
+
+    def load(setting: str, source: str, bundled: list[Prompt]) -> list[Prompt]:
+        if source == "shapes":
+            return bundled
+        try:
+            return load_prompts(source)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"prompts.{setting}: {error}") from error
+
+    train = load("train", config.prompts.train, scenes.train_prompts())
+    if config.prompts.eval is None:
+        return train, scenes.eval_prompts() if config.prompts.train == "shapes" else []
+    return train, load("eval", config.prompts.eval, scenes.eval_prompts())
+
+
+def group_seed(seed: int, epoch: int, group: int) -> int:
+    """The seed of all that is random in a group: its window and its noise."""
+    return int(np.random.SeedSequence((seed, epoch, group)).generate_state(1)[0])
+
+
+def _flush(statistics: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means over an epoch's pairs, and the ratio's extremes: the only wait for the device in an update."""
+    if not statistics:
+        return {"trained_pairs": 0}
+    joined = {
+        name: torch.cat([stats[name] for stats in statistics if name in stats])
+        for name in dict.fromkeys(name for stats in statistics for name in stats)
+    }
+    ratio, difference = joined["ratio"], joined.pop("log_prob_difference")
+    values = {name: tensor.mean() for name, tensor in joined.items()}
+    values |= {
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+        "approx_kl": (ratio - 1 - difference).mean(),
+    }
+    flat = torch.stack([value.float() for value in values.values()]).tolist()
+    return {"trained_pairs": len(ratio), **dict(zip(values, flat, strict=True))}

@@ -1,0 +1,150 @@
+"""The clipped policy-gradient loss of Flow-GRPO, from log-probs or from velocities.
+
+    ratio  = exp(log_prob - old_log_prob)
+    A      = clip(advantage, -advantage_clip, advantage_clip)
+    policy = max(-A ratio, -A clip(ratio, 1 - clip_range, 1 + clip_range))
+    loss   = policy + kl_weight kl
+
+Flow-GRPO (arXiv 2505.05470). The KL to the reference policy is per element, with one definition for every dynamics:
+
+    exact      mean of (mean - mean_ref)^2 / (2 std^2) = c_v^2 / (2 std^2) mean of (v - v_ref)^2
+    flow_grpo  exact (-dt): upstream's, which divides by the diffusion std^2 / (-dt) in place of the variance
+    velocity   mean of (v - v_ref)^2
+"""
+
+import math
+
+import torch
+
+from fastflowgrpo.kernels.sde_step import (
+    check_like,
+    compute_dtype,
+    gaussian_log_prob,
+    guided_velocity,
+    per_row,
+    step_mean,
+)
+
+KL_KINDS = ("flow_grpo", "exact", "velocity")
+
+
+def grpo_loss(
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    advantage: torch.Tensor,
+    *,
+    clip_range: float,
+    advantage_clip: float = 5.0,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Clipped policy loss of each (sample, step) pair, not reduced.
+
+    Args:
+        log_prob: (B,), under the policy; carries the gradient.
+        old_log_prob: (B,), at sampling.
+        advantage: (B,).
+        clip_range: the ratio is clipped to [1 - clip_range, 1 + clip_range].
+        advantage_clip: advantages are clipped to [-advantage_clip, advantage_clip]; math.inf leaves them.
+
+    Returns:
+        The loss (B,), and detached statistics (B,): `ratio`, `log_prob_difference`, `policy_loss`, and `clipped_above`,
+        `clipped_below`: 1 where the clip holds and stops the gradient, at a positive advantage above and at a negative
+        one below.
+
+    Raises:
+        ValueError: for shapes that differ or settings out of range.
+    """
+    if not 0 < clip_range < 1:
+        raise ValueError(f"clip_range {clip_range} is out of range: it must lie between 0 and 1, for example 1e-4")
+    if not advantage_clip > 0:
+        raise ValueError(
+            f"advantage_clip {advantage_clip} is out of range: it must be positive (math.inf: no clipping)"
+        )
+    for name, value in (("old_log_prob", old_log_prob), ("advantage", advantage)):
+        if value.shape != log_prob.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, but log_prob has {tuple(log_prob.shape)}: "
+                "give one value per (sample, step) pair"
+            )
+    log_prob = log_prob.to(compute_dtype(log_prob))
+    difference = log_prob - old_log_prob.detach().to(log_prob.dtype)
+    ratio = difference.exp()
+    advantage = advantage.detach().to(log_prob.dtype).clamp(-advantage_clip, advantage_clip)
+    loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
+    stats = {
+        "ratio": ratio.detach(),
+        "log_prob_difference": difference.detach(),
+        "policy_loss": loss.detach(),
+        "clipped_above": ((ratio > 1 + clip_range) & (advantage > 0)).to(loss.dtype),
+        "clipped_below": ((ratio < 1 - clip_range) & (advantage < 0)).to(loss.dtype),
+    }
+    return loss, stats
+
+
+def grpo_step_loss(
+    velocity: torch.Tensor,
+    sample: torch.Tensor,
+    prev_sample: torch.Tensor,
+    c_x: float | torch.Tensor,
+    c_v: float | torch.Tensor,
+    std: float | torch.Tensor,
+    dt: float | torch.Tensor,
+    old_log_prob: torch.Tensor,
+    advantage: torch.Tensor,
+    *,
+    clip_range: float,
+    advantage_clip: float = 5.0,
+    velocity_ref: torch.Tensor | None = None,
+    velocity_uncond: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+    kl: str = "flow_grpo",
+    kl_weight: float = 0.0,
+    log_prob: str = "normalised",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of each (sample, step) pair straight from the velocity, not reduced; differentiable in `velocity` alone.
+
+    Computed in float32 (float64 if an input is), with the log-prob of `sde_step`. A pair whose std is 0 is an ODE step:
+    it has no policy gradient, and of the KLs only `velocity`.
+
+    Args:
+        velocity: (B, ...), the policy's output, of the conditional branch if there is guidance.
+        sample, prev_sample: (B, ...), the step as it was sampled.
+        c_x, c_v, std, dt: coefficients of the step, a number or one per pair, float32 (B,).
+        old_log_prob, advantage: (B,).
+        clip_range, advantage_clip: as in `grpo_loss`.
+        velocity_ref: (B, ...), the reference policy's velocity, guidance already applied; without it there is no KL.
+        velocity_uncond: (B, ...), the policy's unconditional branch; it carries no gradient.
+        guidance_scale: classifier-free guidance scale.
+        kl: one of `KL_KINDS`, see the module.
+        kl_weight: weight of the KL; 0 with a `velocity_ref` only reports it.
+        log_prob: "normalised" or "unnormalised", as at sampling.
+
+    Returns:
+        The loss (B,), and the statistics of `grpo_loss` with `kl` (B,) added if `velocity_ref` is given.
+
+    Raises:
+        ValueError: for shapes that differ, settings out of range, or a KL weight without a reference.
+    """
+    if kl not in KL_KINDS:
+        raise ValueError(f"unknown kl {kl!r}: choose one of {', '.join(KL_KINDS)}")
+    if not (kl_weight >= 0 and math.isfinite(kl_weight)):
+        raise ValueError(f"kl_weight {kl_weight} is out of range: it must be a finite number, at least 0")
+    if kl_weight > 0 and velocity_ref is None:
+        raise ValueError(f"kl_weight {kl_weight} needs velocity_ref, the reference policy's velocity")
+    check_like(
+        sample, velocity=velocity, prev_sample=prev_sample, velocity_ref=velocity_ref, velocity_uncond=velocity_uncond
+    )
+    guided = guided_velocity(velocity, velocity_uncond, guidance_scale)
+    mean = step_mean(guided, sample, c_x, c_v)
+    new_log_prob = gaussian_log_prob(prev_sample, mean, std, log_prob)
+    loss, stats = grpo_loss(new_log_prob, old_log_prob, advantage, clip_range=clip_range, advantage_clip=advantage_clip)
+    if velocity_ref is not None:
+        divergence = (guided - velocity_ref.detach().to(guided.dtype)).square().flatten(1).mean(1)
+        if kl != "velocity":
+            deviation = per_row(std, divergence, "std")
+            scale = torch.where(deviation > 0, 0.5 * (per_row(c_v, divergence, "c_v") / deviation).square(), 0.0)
+            divergence = scale * divergence
+            if kl == "flow_grpo":
+                divergence = -per_row(dt, divergence, "dt") * divergence
+        stats["kl"] = divergence.detach()
+        loss = loss + kl_weight * divergence
+    return loss, stats

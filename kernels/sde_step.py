@@ -1,0 +1,152 @@
+"""One denoising step of a stochastic flow-matching sampler, and its log-prob.
+
+    v         = velocity_uncond + guidance_scale (velocity - velocity_uncond)
+    mean      = c_x sample + c_v v
+    x_next    = round(mean + std noise)                                        to the storage dtype
+    log_prob  = mean over elements of [-(x_next - mean)^2 / (2 std^2) - log std - log(2 pi) / 2]
+
+Flow-GRPO (arXiv 2505.05470), with the mean over elements of its code in place of the sum; the coefficients come from
+`fastflowgrpo.sde`. What is scored is what is stored: the log-prob is that of the rounded sample.
+"""
+
+import math
+
+import torch
+
+LOG_PROBS = ("normalised", "unnormalised")
+
+
+def sde_step(
+    velocity: torch.Tensor,
+    sample: torch.Tensor,
+    c_x: float | torch.Tensor,
+    c_v: float | torch.Tensor,
+    std: float | torch.Tensor,
+    *,
+    velocity_uncond: torch.Tensor | None = None,
+    guidance_scale: float = 1.0,
+    noise: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    prev_sample: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    log_prob: str = "normalised",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws the next sample and scores it, or scores the given one.
+
+    Computed in float32 (float64 if velocity or sample is) whatever the storage dtype. The log-prob is differentiable in
+    `velocity`; a drawn sample is a constant, so its log-prob has the gradient that a policy gradient needs.
+
+    Args:
+        velocity: (B, ...), the model's output, of the conditional branch if there is guidance.
+        sample: (B, ...), the current sample.
+        c_x, c_v, std: coefficients of the step, a number or one per row, float32 (B,). In rows with std == 0 (ODE) the
+            next sample is the mean and the log-prob 0; a number 0 draws no noise at all.
+        velocity_uncond: (B, ...), the unconditional branch; it carries no gradient.
+        guidance_scale: classifier-free guidance scale.
+        noise: (B, ...), standard normal; drawn in the compute dtype by default.
+        generator: draws the noise, on the sample's device; torch's default generator if None.
+        prev_sample: (B, ...), the next sample to score instead of drawing one; returned as it is.
+        dtype: storage dtype of the drawn sample; that of `sample` by default.
+        log_prob: "normalised" as above, or "unnormalised": mean over elements of -(x_next - mean)^2.
+
+    Returns:
+        prev_sample (B, ...) and log_prob (B,) in the compute dtype.
+
+    Raises:
+        ValueError: for shapes that differ, guidance without its branch, or more than one of noise, generator and
+            prev_sample.
+    """
+    if sum(given is not None for given in (noise, generator, prev_sample)) > 1:
+        raise ValueError("noise, generator and prev_sample exclude each other: give at most one of them")
+    check_like(sample, velocity=velocity, velocity_uncond=velocity_uncond, noise=noise, prev_sample=prev_sample)
+    mean = step_mean(guided_velocity(velocity, velocity_uncond, guidance_scale), sample, c_x, c_v)
+    if prev_sample is None:
+        drawn = mean.detach()
+        if isinstance(std, torch.Tensor) or std != 0:
+            if noise is None:
+                noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
+            drawn = drawn + per_row(std, mean, "std") * noise
+        prev_sample = drawn.to(dtype or sample.dtype)
+    return prev_sample, gaussian_log_prob(prev_sample, mean, std, log_prob)
+
+
+def gaussian_log_prob(
+    prev_sample: torch.Tensor, mean: torch.Tensor, std: float | torch.Tensor, log_prob: str = "normalised"
+) -> torch.Tensor:
+    """Log-prob per element of each row of `prev_sample` under N(mean, std^2 I), 0 where std == 0.
+
+    Args:
+        prev_sample: (B, ...), any float dtype.
+        mean: (B, ...).
+        std: a number or (B,).
+        log_prob: "normalised", or "unnormalised" for the negative squared distance alone.
+
+    Returns:
+        (B,), float32, or float64 if `mean` or `prev_sample` is.
+    """
+    if log_prob not in LOG_PROBS:
+        raise ValueError(f"unknown log_prob {log_prob!r}: choose one of {', '.join(LOG_PROBS)}")
+    check_like(mean, prev_sample=prev_sample)
+    dtype = compute_dtype(mean, prev_sample)
+    distance = (prev_sample.to(dtype) - mean.to(dtype)).square().flatten(1).mean(1)
+    deviation = per_row(std, distance, "std")
+    stochastic = deviation > 0
+    if log_prob == "unnormalised":
+        value = -distance
+    else:
+        # 1 in place of 0 keeps the gradient of the rows that are masked out finite
+        deviation = torch.where(stochastic, deviation, 1.0)
+        value = -distance / (2 * deviation.square()) - deviation.log() - 0.5 * math.log(2 * math.pi)
+    return torch.where(stochastic, value, 0.0)
+
+
+def guided_velocity(
+    velocity: torch.Tensor, velocity_uncond: torch.Tensor | None, guidance_scale: float
+) -> torch.Tensor:
+    """Classifier-free guidance in the compute dtype; only `velocity` (the conditional branch) carries gradient."""
+    velocity = velocity.to(compute_dtype(velocity))
+    if velocity_uncond is None:
+        if guidance_scale != 1:
+            raise ValueError(f"guidance_scale {guidance_scale} needs velocity_uncond, the unconditional branch")
+        return velocity
+    uncond = velocity_uncond.detach().to(velocity.dtype)
+    return uncond + guidance_scale * (velocity - uncond)
+
+
+def step_mean(
+    velocity: torch.Tensor, sample: torch.Tensor, c_x: float | torch.Tensor, c_v: float | torch.Tensor
+) -> torch.Tensor:
+    """Mean of the next sample, c_x sample + c_v velocity, in the compute dtype."""
+    dtype = compute_dtype(velocity, sample)
+    sample, velocity = sample.to(dtype), velocity.to(dtype)
+    return per_row(c_x, sample, "c_x") * sample + per_row(c_v, velocity, "c_v") * velocity
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 if one of the tensors is, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def per_row(value: float | torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
+    """A number, or one per row, as a tensor of `like`'s dtype and device that broadcasts over its rows: (B, 1, ...)."""
+    batch_size = like.shape[0]
+    if not isinstance(value, torch.Tensor):
+        value = torch.full((batch_size,), value, dtype=like.dtype, device=like.device)
+    elif value.shape != (batch_size,):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: give a number or one value per row, shape ({batch_size},)"
+        )
+    return value.to(like.dtype).reshape(batch_size, *[1] * (like.ndim - 1))
+
+
+def check_like(like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    """Raises ValueError unless `like` is (B, ...) of floats, and so are the tensors that are not None."""
+    if like.ndim < 2:
+        raise ValueError(f"samples have shape {tuple(like.shape)}: give a batch, shape (B, ...)")
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.shape != like.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the sample has {tuple(like.shape)}")
+        if not (tensor.is_floating_point() and like.is_floating_point()):
+            raise ValueError(f"{name} is {tensor.dtype} for a sample in {like.dtype}: both must be floating point")

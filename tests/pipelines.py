@@ -1,0 +1,143 @@
+"""Tiny diffusers pipelines with random weights, built in memory: every part of the real ones, nothing downloaded."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+CLIP_LENGTH = 24
+CLIP_WIDTH = 16
+T5_WIDTH = 32
+
+
+def tiny_sd3_pipeline(seed: int = 0, *, t5: bool = True) -> StableDiffusion3Pipeline:
+    """A StableDiffusion3Pipeline of 16 x 16 px images: 4 x 8 x 8 latents, shift 3; without T5 if asked."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = StableDiffusion3Pipeline(
+            transformer=SD3Transformer2DModel(
+                sample_size=8,
+                patch_size=2,
+                in_channels=4,
+                out_channels=4,
+                num_layers=2,
+                attention_head_dim=8,
+                num_attention_heads=4,
+                caption_projection_dim=32,
+                joint_attention_dim=T5_WIDTH,
+                pooled_projection_dim=2 * CLIP_WIDTH,
+                pos_embed_max_size=8,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_vae(),
+            text_encoder=_clip(CLIPTextModelWithProjection),
+            tokenizer=_clip_tokenizer(),
+            text_encoder_2=_clip(CLIPTextModelWithProjection),
+            tokenizer_2=_clip_tokenizer(),
+            text_encoder_3=_t5() if t5 else None,
+            tokenizer_3=_t5_tokenizer() if t5 else None,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
+    """A FluxPipeline with FLUX.1-dev's scheduler and embedded guidance; sides of 4 n px, 16 packed channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = FluxPipeline(
+            transformer=FluxTransformer2DModel(
+                patch_size=1,
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=T5_WIDTH,
+                pooled_projection_dim=CLIP_WIDTH,
+                guidance_embeds=True,
+                axes_dims_rope=(4, 4, 8),
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=_vae(),
+            text_encoder=_clip(CLIPTextModel),
+            tokenizer=_clip_tokenizer(),
+            text_encoder_2=_t5(),
+            tokenizer_2=_t5_tokenizer(),
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+    ).eval()
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    # one token per byte, inside a word and at its end; no merges
+    letters = sorted(ByteLevel.alphabet())
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=CLIP_LENGTH
+    )
+
+
+def _clip(kind: type[CLIPTextModel] | type[CLIPTextModelWithProjection]) -> torch.nn.Module:
+    tokenizer = _clip_tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=CLIP_WIDTH,
+        projection_dim=CLIP_WIDTH,
+        intermediate_size=2 * CLIP_WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return kind(config).eval()
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    return T5Tokenizer(vocab=[*pieces, *((chr(code), -2.0) for code in range(33, 127))], extra_ids=0)
+
+
+def _t5() -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(_t5_tokenizer()),
+        d_model=T5_WIDTH,
+        d_kv=8,
+        d_ff=2 * T5_WIDTH,
+        num_layers=1,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval()
