@@ -48,5 +48,6 @@ def group_advantages(rewards: Tensor, group_ids: Tensor, std: str = "global") ->
     if std == "group":
         return advantage / (group_mean(advantage.square()).sqrt() + EPSILON)
     if std == "global":
-        return advantage / (rewards[present].std(correction=0) + EPSILON)
+        values = rewards[present]
+        return advantage / ((values - values.mean()).square().mean().sqrt() + EPSILON)
     return advantage

@@ -121,6 +121,8 @@ class UpdateConfig:
     """Gradients are clipped to this norm."""
     clip_range: float = 0.01
     """The ratio is clipped to [1 - clip_range, 1 + clip_range]."""
+    replay_tolerance: float = 0.5
+    """Largest difference of a replayed log-prob from the rollout's at the start, as a share of clip_range."""
     kl: Literal["flow_grpo", "exact", "velocity"] = "velocity"
     """KL to the reference: the step's without dt (Flow-GRPO's), the exact one, or the squared velocity difference."""
     kl_weight: float = 0.01
@@ -209,7 +211,13 @@ _AT_LEAST = {
     ),
     2: ("rollout.group_size", "rollout.num_steps"),
 }
-_ABOVE_ZERO = ("rollout.noise_level", "advantage.clip", "update.max_grad_norm", "update.clip_range")
+_ABOVE_ZERO = (
+    "update.replay_tolerance",
+    "rollout.noise_level",
+    "advantage.clip",
+    "update.max_grad_norm",
+    "update.clip_range",
+)
 _BELOW_ONE = ("update.betas", "update.ema_decay")
 
 

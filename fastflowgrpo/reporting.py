@@ -106,17 +106,28 @@ def _diversity(groups: Tensor) -> float:
     return distances.mean().item() / groups[0, 0].numel() ** 0.5
 
 
+def check_output(config: Config) -> None:
+    """Raises ConfigError if the output folder holds something that may not be replaced."""
+    folder = Path(config.output_dir)
+    if not folder.is_dir():
+        if folder.exists():
+            raise ConfigError(f"output_dir {folder} is a file")
+    elif (folder / "config.yaml").exists():
+        if not config.overwrite:
+            raise ConfigError(
+                f"output_dir {folder} holds a run already: give another, or --overwrite true to replace it"
+            )
+    elif any(folder.iterdir()):
+        raise ConfigError(f"output_dir {folder} holds files that are no run: give another")
+
+
 class Report:
     """Writes a run directory and prints its progress."""
 
     def __init__(self, config: Config, accelerator: Accelerator, num_parameters: int):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
-        if (self.folder / "config.yaml").exists():
-            if not config.overwrite:
-                raise ConfigError(
-                    f"output_dir {self.folder} holds a run already: give another, or --overwrite true to replace it"
-                )
+        if self.folder.exists() and config.overwrite:
             shutil.rmtree(self.folder)
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         save(config, self.folder / "config.yaml")
@@ -144,18 +155,20 @@ class Report:
             torch.cuda.synchronize()
         self.seconds[name] += time.perf_counter() - begin
 
-    def replay(self, steps: Tensor, difference: Tensor, clip_range: float) -> None:
+    def replay(self, steps: Tensor, difference: Tensor) -> None:
         """Print the replay's largest log-prob difference per step; steps, difference: (N,).
 
         Raises:
-            ConfigError: one is over a tenth of the clip range, so that rounding would clip ratios.
+            ConfigError: one is over the tolerance.
         """
         largest = {int(step): float(difference[steps == step].max()) for step in steps.unique()}
         print("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
-        if not max(largest.values()) <= clip_range / 10:
+        update = self.config.update
+        if not max(largest.values()) <= update.replay_tolerance * update.clip_range:
             raise ConfigError(
-                f"replayed log-probs differ from the rollout's by up to {max(largest.values()):.1e}, over a tenth of "
-                f"update.clip_range {clip_range:g}: set update.batch_size to rollout.batch_size, or use float32"
+                f"replayed log-probs differ from the rollout's by up to {max(largest.values()):.1e}, more than "
+                f"update.replay_tolerance {update.replay_tolerance:g} x update.clip_range {update.clip_range:g}: "
+                "set update.batch_size to rollout.batch_size, or policy.dtype to float32"
             )
 
     def epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:

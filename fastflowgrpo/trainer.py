@@ -18,7 +18,7 @@ from fastflowgrpo.kernels.sde_step import guided_velocity
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.prompts import Prompt, epoch_prompts, load_prompts
-from fastflowgrpo.reporting import Evaluation, Report, progress
+from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
 from fastflowgrpo.rewards import RewardBatch, Scores, build_rewards
 from fastflowgrpo.rollout import GroupNoise, Trajectory, repeat_rows, sample_groups, sample_ode, window_starts
 from fastflowgrpo.sde import resolve_log_prob, step_coefficients
@@ -47,6 +47,7 @@ class Trainer:
 
     def __init__(self, config: Config):
         validate(config)
+        check_output(config)
         set_seed(config.seed)
         self.config = config
         self.train_prompts, self.eval_prompts = _load_prompts(config)
@@ -55,7 +56,7 @@ class Trainer:
             self.rewards.check_prompts([*self.train_prompts, *self.eval_prompts])
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self.accelerator = Accelerator(log_with=config.trackers, project_dir=config.output_dir)
+        self.accelerator = Accelerator(log_with=config.trackers or None, project_dir=config.output_dir)
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width)
         self.embed = EmbeddingCache(self.policy)
@@ -228,9 +229,7 @@ class Trainer:
         rows = every[: self.config.update.batch_size]
         slots = torch.zeros_like(rows)
         _, stats = self.loss(batch, rows, slots)
-        self.report.replay(
-            batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu(), self.config.update.clip_range
-        )
+        self.report.replay(batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu())
 
     def evaluate(self) -> None:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""

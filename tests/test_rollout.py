@@ -29,11 +29,21 @@ class TinyPolicy:
         return (torch.sin(3 * latents.float() + shift[:, None, None, None])).to(self.dtype)
 
 
-def sample(policy, *, seeds=(1, 2), starts=(0, 2), window_size=3, group_size=2, dynamics="flow_sde", **kwargs):
+def sample(
+    policy,
+    *,
+    seeds=(1, 2),
+    starts=(0, 2),
+    window_size=3,
+    group_size=2,
+    dynamics="flow_sde",
+    coefficients=None,
+    **kwargs,
+):
     return sample_groups(
         policy,
         {"text": torch.arange(len(seeds), dtype=torch.float32)[:, None]},
-        step_coefficients(policy.sigmas(NUM_STEPS), dynamics, 0.7),
+        coefficients or step_coefficients(policy.sigmas(NUM_STEPS), dynamics, 0.7),
         starts,
         window_size,
         group_size,
@@ -129,8 +139,9 @@ def test_sampling_never_waits_for_the_device(guidance):
     policy.seen = None
     policy.velocity = lambda latents, sigma, conditioning: latents * conditioning["text"][:, 0, None, None, None]
     unconditional = {"text": torch.zeros(1, 1)} if guidance != 1 else None
+    coefficients = step_coefficients(policy.sigmas(NUM_STEPS), "flow_sde", 0.7)
     with NoSynchronisation():
-        sample(policy, unconditional=unconditional, guidance_scale=guidance)
+        sample(policy, coefficients=coefficients, unconditional=unconditional, guidance_scale=guidance)
 
 
 def test_on_step_is_called_once_per_step():

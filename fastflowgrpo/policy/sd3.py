@@ -81,12 +81,16 @@ class SD3Policy:
         return scheduler.sigmas.cpu()
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        return self.transformer(
-            hidden_states=latents,
-            timestep=sigma * self.pipeline.scheduler.config.num_train_timesteps,
-            return_dict=False,
-            **conditioning,
-        )[0]
+        # Weights trained in full are float32; autocast gives them the compute dtype, in rollout and update alike.
+        full = self._reference_module is not None and self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=full):
+            velocity = self.transformer(
+                hidden_states=latents,
+                timestep=sigma * self.pipeline.scheduler.config.num_train_timesteps,
+                return_dict=False,
+                **conditioning,
+            )[0]
+        return velocity.to(self.dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-MAX_LENGTH = 16
+MAX_LENGTH = 12
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
