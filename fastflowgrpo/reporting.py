@@ -68,7 +68,7 @@ class Evaluation:
                 rows = [i for i, other in enumerate(tag_of) if other == tag]
                 if rows:
                     tags[tag] = strict[rows].nanmean().item()
-        shown = _spread(tag_of, 18)
+        shown = _spread(prompts, 12)
         return cls(
             overall=sum(tags.values()) / len(tags) if tags else means["reward"],
             tags=tags,
@@ -76,8 +76,8 @@ class Evaluation:
             diversity=_diversity(groups) if copies > 1 else None,
             images=len(images),
             prompts=[prompts[i].text for i in shown],
-            shown=groups[shown],
-            correct=None if strict is None else strict[shown] == 1,
+            shown=groups[shown, :4],
+            correct=None if strict is None else strict[shown, :4] == 1,
         )
 
     def row(self) -> dict[str, Any]:
@@ -91,13 +91,17 @@ class Evaluation:
         }
 
 
-def _spread(tags: list[str | None], count: int) -> list[int]:
-    """Up to `count` indices, the same number from every tag, evenly spaced."""
+def _spread(prompts: list[Prompt], count: int) -> list[int]:
+    """Indices of up to `count` different prompts, the same number from every tag, evenly spaced."""
     by_tag: dict[str | None, list[int]] = defaultdict(list)
-    for i, tag in enumerate(tags):
-        by_tag[tag].append(i)
+    for i in {prompt.text: i for i, prompt in enumerate(prompts)}.values():
+        by_tag[prompts[i].metadata.get("tag")].append(i)
     share = max(1, count // len(by_tag))
-    return [rows[i * len(rows) // share] for rows in by_tag.values() for i in range(min(share, len(rows)))]
+    chosen = []
+    for rows in by_tag.values():
+        number = min(share, len(rows))
+        chosen += [rows[i * len(rows) // number] for i in range(number)]
+    return chosen
 
 
 def _diversity(groups: Tensor) -> float:
