@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.10",
     # Namespace packages, because kernels/ has no __init__.py: it is reached through the symlink fastflowgrpo/kernels.
     packages=find_namespace_packages(include=["fastflowgrpo*"], exclude=["*.__pycache__", "fastflowgrpo.shapes.*"]),
-    package_data={"fastflowgrpo.shapes": ["prompts/*.jsonl", "pipeline/**/*"]},
+    package_data={"fastflowgrpo.shapes": ["pipeline/**/*"]},
     install_requires=[
         "torch>=2.8",
         "diffusers>=0.36",

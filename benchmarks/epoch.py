@@ -75,7 +75,7 @@ class EagerEpoch:
         )[0].float()
         if guidance != 1:
             uncond, cond = velocity.chunk(2)
-            velocity = uncond + guidance * (cond - uncond)
+            velocity = uncond.detach() + guidance * (cond - uncond.detach())
         return velocity
 
     def step(

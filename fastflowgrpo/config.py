@@ -141,8 +141,8 @@ class EvaluationConfig:
     """Epochs between evaluations; the first and the last state are always evaluated, 0 does only these."""
     num_steps: int = 40
     """Denoising steps."""
-    guidance_scale: float = 1.0
-    """Classifier-free guidance."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance; by default the rollout's."""
     images_per_prompt: int = 6
     """Images per evaluation prompt."""
     batch_size: int = 288
@@ -218,7 +218,7 @@ _ABOVE_ZERO = (
     "update.max_grad_norm",
     "update.clip_range",
 )
-_BELOW_ONE = ("update.betas", "update.ema_decay")
+_BELOW_ONE = ("update.clip_range", "update.betas", "update.ema_decay")
 
 
 def validate(config: Config) -> None:

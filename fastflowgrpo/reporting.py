@@ -1,6 +1,7 @@
 """What a run leaves behind and shows: its directory, its lines, its tables and pictures."""
 
 import json
+import math
 import platform
 import shutil
 import time
@@ -23,7 +24,19 @@ from fastflowgrpo.prompts import TAGS, Prompt
 from fastflowgrpo.rewards import Scores
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
-MIN_CELL = 96  # pixels; smaller images are enlarged in grids
+MIN_CELL, MAX_CELL = 96, 256  # pixels; smaller images are enlarged in grids, larger ones shrunk
+TRACKER = "fastflowgrpo"  # project name of the trackers, and TensorBoard's folder
+# What a run writes into its folder, and all that --overwrite removes.
+WRITTEN = (
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.json",
+    "images",
+    "checkpoints",
+    TRACKER,
+    "before_after.png",
+    "curve.png",
+)
 
 
 def progress(name: str, work: int | Iterable[Any]) -> tqdm:
@@ -111,18 +124,12 @@ def _diversity(groups: Tensor) -> float:
 
 
 def check_output(config: Config) -> None:
-    """Raises ConfigError if the output folder holds something that may not be replaced."""
+    """Raises ConfigError if the output folder holds a run that may not be replaced."""
     folder = Path(config.output_dir)
-    if not folder.is_dir():
-        if folder.exists():
-            raise ConfigError(f"output_dir {folder} is a file")
-    elif (folder / "config.yaml").exists():
-        if not config.overwrite:
-            raise ConfigError(
-                f"output_dir {folder} holds a run already: give another, or --overwrite true to replace it"
-            )
-    elif any(folder.iterdir()):
-        raise ConfigError(f"output_dir {folder} holds files that are no run: give another")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file")
+    if not config.overwrite and any((folder / name).exists() for name in WRITTEN):
+        raise ConfigError(f"output_dir {folder} holds a run already: give another, or --overwrite true to replace it")
 
 
 class Report:
@@ -131,11 +138,15 @@ class Report:
     def __init__(self, config: Config, accelerator: Accelerator, num_parameters: int):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
-        if self.folder.exists() and config.overwrite:
-            shutil.rmtree(self.folder)
+        for name in WRITTEN:
+            path = self.folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         save(config, self.folder / "config.yaml")
-        accelerator.init_trackers("fastflowgrpo")
+        accelerator.init_trackers(TRACKER)
         self.seconds: dict[str, float] = defaultdict(float)
         self.sampled = 0
         self.sampling_seconds = 0.0
@@ -168,9 +179,10 @@ class Report:
         largest = {int(step): float(difference[steps == step].max()) for step in steps.unique()}
         print("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
         update = self.config.update
-        if not max(largest.values()) <= update.replay_tolerance * update.clip_range:
+        worst = float(difference.max())
+        if not worst <= update.replay_tolerance * update.clip_range:
             raise ConfigError(
-                f"replayed log-probs differ from the rollout's by up to {max(largest.values()):.1e}, more than "
+                f"replayed log-probs differ from the rollout's by up to {worst:.1e}, more than "
                 f"update.replay_tolerance {update.replay_tolerance:g} x update.clip_range {update.clip_range:g}: "
                 "set update.batch_size to rollout.batch_size, or policy.dtype to float32"
             )
@@ -193,10 +205,10 @@ class Report:
         if metrics["missing"]:
             parts.append(f"missing {metrics['missing']}")
         if metrics["trained_pairs"]:
-            parts.append(f"ratio {metrics['ratio_min']:.3f}-{metrics['ratio_max']:.3f}")
+            parts.append(f"ratio 1{metrics['ratio_min'] - 1:+.1e}..{metrics['ratio_max'] - 1:+.1e}")
             parts.append(f"clipped {metrics['clipped_above'] + metrics['clipped_below']:.0%}")
         if "kl" in metrics:
-            parts.append(f"kl {metrics['kl']:.4f}")
+            parts.append(f"kl {metrics['kl']:.1e}")
         parts.append(f"{metrics['images_per_s']:.0f} images/s")
         parts.append(" ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value >= 0.005) + " s")
         tqdm.write("  ".join(parts))
@@ -230,23 +242,23 @@ class Report:
             summary["gpu"] = torch.cuda.get_device_name()
         print(f"\n{self.sampled} images in {wall:.0f} s, {summary['images_per_s']:.0f} images/s while training")
         paths: dict[str, Path | str] = {"metrics": self.folder / "metrics.jsonl", "weights": self.last_checkpoint}
-        if self.evaluations:
-            first, last = self.evaluations[0][1], self.evaluations[-1][1]
-            summary["eval"] = {"first": first.row(), "last": last.row()}
-            print(_table(first, last))
-            picture = self.folder / "before_after.png"
-            _grid([first, last]).save(picture)
-            paths["images"] = picture
-            paths["curve"] = self._curve()
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if "tensorboard" in self.config.trackers:
+            paths["curves"] = f"tensorboard --logdir {self.folder / TRACKER}"
+        first, last = self.evaluations[0][1], self.evaluations[-1][1]
+        summary["eval"] = {"first": first.row(), "last": last.row()}
+        (self.folder / "summary.json").write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
         self.accelerator.end_training()
+        print(_table(first, last))
+        paths["images"] = self.folder / "before_after.png"
+        _grid([first, last]).save(self.folder / "before_after.png")
+        paths["curve"] = self._curve()
         for name, path in paths.items():
             print(f"{name:8} {path}")
 
     def _log(self, row: dict[str, Any]) -> None:
         row = {**row, "wall_s": round(time.perf_counter() - self.start, 3)}
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
         self.accelerator.log(dict(_flat(row)), step=row["step"])
 
     def _curve(self) -> Path | str:
@@ -273,6 +285,13 @@ class Report:
         return path
 
 
+def _finite(value: Any) -> Any:
+    """The value with None for every NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in row.items():
         if isinstance(value, dict):
@@ -297,8 +316,11 @@ def _table(first: Evaluation, last: Evaluation) -> str:
 def _grid(evaluations: list[Evaluation]) -> Image.Image:
     """The same prompts a row each; a block of images per evaluation, framed green or red where correctness is known."""
     prompts, (_, n, _, height, width) = evaluations[0].prompts, evaluations[0].shown.shape
-    scale = max(1, -(-MIN_CELL // min(height, width)))
-    height, width = height * scale, width * scale
+    if min(height, width) < MIN_CELL:
+        scale, resampling = float(-(-MIN_CELL // min(height, width))), Image.Resampling.NEAREST
+    else:
+        scale, resampling = min(1.0, MAX_CELL / max(height, width)), Image.Resampling.LANCZOS
+    height, width = round(height * scale), round(width * scale)
     font = ImageFont.load_default(size=14)
     text = int(max(font.getlength(prompt) for prompt in prompts)) + 16
     gap, frame = 16, 3
@@ -315,6 +337,6 @@ def _grid(evaluations: list[Evaluation]) -> Image.Image:
                     color = "#2a9d3a" if evaluation.correct[row, column] else "#d03030"
                     draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), color)
                 pixels = evaluation.shown[row, column].permute(1, 2, 0).numpy()
-                image = Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST)
+                image = Image.fromarray(pixels).resize((width, height), resampling)
                 canvas.paste(image, (x + frame, y + frame))
     return canvas

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +28,7 @@ class Trajectory:
 
 def window_starts(low: int, high: int, seeds: Sequence[int]) -> list[int]:
     """First trained step of each group, drawn from [low, high) by the group's seed."""
-    return [int(torch.randint(low, high, (), generator=torch.Generator().manual_seed(seed))) for seed in seeds]
+    return [int(np.random.default_rng(seed).integers(low, high)) for seed in seeds]
 
 
 class GroupNoise:
@@ -89,8 +90,7 @@ def sample_groups(
         t.T.to(device, torch.float32, non_blocking=True) for t in (rows.sigma, rows.c_x, rows.c_v, rows.std)
     )
     conditioning = repeat_rows(conditioning, group.to(device))
-    if unconditional is not None:
-        unconditional = repeat_rows(unconditional, torch.zeros(batch_size, dtype=torch.long, device=device))
+    unconditional = expand_row(unconditional, batch_size)
 
     noise = GroupNoise(seeds, group_size, shape, device)
     sample = noise.draw(range(num_groups), same_in_group=same_noise).to(policy.dtype)
@@ -135,8 +135,7 @@ def sample_ode(
     coefficients = step_coefficients(policy.sigmas(num_steps), "ode")
     batch_size, sample = len(noise), noise.to(policy.device, policy.dtype)
     sigma = coefficients.sigma.to(policy.device, torch.float32)
-    if unconditional is not None:
-        unconditional = repeat_rows(unconditional, torch.zeros(batch_size, dtype=torch.long, device=policy.device))
+    unconditional = expand_row(unconditional, batch_size)
     for i in range(num_steps):
         at = sigma[i].expand(batch_size)
         velocity = policy.velocity(sample, at, conditioning)
@@ -156,3 +155,10 @@ def sample_ode(
 def repeat_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
     """The given rows of every tensor of a conditioning."""
     return {name: tensor[rows] for name, tensor in conditioning.items()}
+
+
+def expand_row(conditioning: Conditioning | None, batch_size: int) -> Conditioning | None:
+    """A conditioning of one row for a whole batch, without copies."""
+    if conditioning is None:
+        return None
+    return {name: tensor.expand(batch_size, *tensor.shape[1:]) for name, tensor in conditioning.items()}

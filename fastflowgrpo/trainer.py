@@ -1,5 +1,6 @@
 """The Flow-GRPO loop (arXiv 2505.05470): rollout, score, normalise, update, report."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -20,9 +22,19 @@ from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.prompts import Prompt, epoch_prompts, load_prompts
 from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
 from fastflowgrpo.rewards import RewardBatch, Scores, build_rewards
-from fastflowgrpo.rollout import GroupNoise, Trajectory, repeat_rows, sample_groups, sample_ode, window_starts
+from fastflowgrpo.rollout import (
+    GroupNoise,
+    Trajectory,
+    expand_row,
+    repeat_rows,
+    sample_groups,
+    sample_ode,
+    window_starts,
+)
 from fastflowgrpo.sde import resolve_log_prob, step_coefficients
 
+# Without evaluation prompts of its own, a run shows what becomes of its first training prompts.
+EVAL_PROMPTS = 16
 # The paper trains GenEval with this mix of tags.
 TAG_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
 
@@ -51,12 +63,27 @@ class Trainer:
         set_seed(config.seed)
         self.config = config
         self.train_prompts, self.eval_prompts = _load_prompts(config)
+        for tracker in config.trackers:
+            if tracker not in get_available_trackers():
+                known = ", ".join(get_available_trackers())
+                raise ConfigError(f'trackers: "{tracker}" is unknown or not installed; there are: {known}')
+        try:
+            self.choose(0)
+        except ValueError as error:
+            raise ConfigError(f"prompts.{error}") from error
         try:
             self.rewards = build_rewards(config.rewards)
             self.rewards.check_prompts([*self.train_prompts, *self.eval_prompts])
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        self.accelerator = Accelerator(log_with=config.trackers or None, project_dir=config.output_dir)
+        # Precision is the policy's: autocast around the trained forward pass alone would set the reference's apart.
+        self.accelerator = Accelerator(
+            mixed_precision="no", log_with=config.trackers or None, project_dir=config.output_dir
+        )
+        if self.accelerator.num_processes > 1:
+            raise ConfigError(
+                f"training runs in one process so far, and this one is of {self.accelerator.num_processes}"
+            )
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width)
         self.embed = EmbeddingCache(self.policy)
@@ -78,6 +105,15 @@ class Trainer:
         self.report = Report(config, self.accelerator, sum(p.numel() for p in self.parameters))
 
     def run(self) -> None:
+        """All epochs, with an evaluation before and after. However it ends, the weights of the last epoch are saved."""
+        try:
+            self._run()
+        finally:
+            if self.step:
+                self.save()
+        self.report.finish()
+
+    def _run(self) -> None:
         config = self.config
         self.evaluate()
         for epoch in range(config.epochs):
@@ -93,8 +129,6 @@ class Trainer:
                 if config.save_every and (epoch + 1) % config.save_every == 0:
                     self.save()
         self.evaluate()
-        self.save()
-        self.report.finish()
 
     def collect(self, epoch: int) -> tuple[Batch, dict[str, float]]:
         """Sample and score the groups of an epoch."""
@@ -108,7 +142,7 @@ class Trainer:
         parts: list[Trajectory] = []
         scores: list[Scores] = []
         steps = config.rollout.num_steps * -(-len(chosen) // groups_at_once)
-        with progress("rollout", steps) as bar:
+        with progress("rollout", steps) as sampling, progress("score", len(chosen) * size) as scoring:
             for begin in range(0, len(chosen), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
                 with self.report.phase("rollout"):
@@ -125,17 +159,20 @@ class Trainer:
                         guidance_scale=config.rollout.guidance_scale,
                         same_noise=config.rollout.same_noise,
                         log_prob=self.log_prob,
-                        on_step=bar.update,
+                        on_step=sampling.update,
                     )
                 with self.report.phase("decode"):
                     images = self.policy.decode(part.final)
                 with self.report.phase("score"):
                     scores.append(self._score(images, chosen[groups], size))
+                    scoring.update(len(images))
                 parts.append(part)
         trajectory = Trajectory(
             *(torch.cat([getattr(part, name) for part in parts]) for name in Trajectory.__dataclass_fields__)
         )
         rewards = torch.cat([score.values for score in scores])
+        if rewards.isnan().all():
+            raise RuntimeError(f"not one of the {len(rewards)} images of epoch {epoch} could be scored")
         group_ids = torch.arange(len(chosen)).repeat_interleave(size)
         advantages = group_advantages(rewards, group_ids, config.advantage.std)
         metrics = {
@@ -175,13 +212,18 @@ class Trainer:
         return list(zip(rows.repeat(self.window_size).split(size), slots.split(size), strict=True)) if len(rows) else []
 
     def accumulate(self, batch: Batch, micro_batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Tensor]]:
-        """Add the gradient of the mean loss over the micro-batches; the statistics of each stay on the device."""
+        """Leave the gradient of the mean loss over the micro-batches; the statistics of each stay on the device."""
         count = sum(len(rows) for rows, _ in micro_batches)
+        # A log-prob is a mean over a sample's elements; float16 would round the gradient of each to 0.
+        scale = batch.trajectory.final[0].numel()
         statistics = []
         for rows, slots in progress("update", micro_batches):
             loss, stats = self.loss(batch, rows, slots)
-            self.accelerator.backward(loss.sum() / count)
+            self.accelerator.backward(scale * loss.sum())
             statistics.append(stats)
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad /= scale * count
         return statistics
 
     def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -189,10 +231,11 @@ class Trainer:
         config, guidance = self.config.update, self.config.rollout.guidance_scale
         trajectory, policy = batch.trajectory, self.policy
         at = self.coefficients.at(trajectory.steps[rows, slots], policy.device)
+        advantages = batch.advantages[rows].float().to(policy.device, non_blocking=True)
         rows, slots = (index.to(policy.device, non_blocking=True) for index in (rows, slots))
         sample = trajectory.latents[rows, slots]
         conditioning = repeat_rows(batch.conditioning, rows // self.config.rollout.group_size)
-        unconditional = self._unconditional(guidance, len(rows))
+        unconditional = expand_row(self._unconditional(guidance), len(rows))
 
         velocity_ref = velocity_uncond = None
         with torch.no_grad():
@@ -212,7 +255,7 @@ class Trainer:
             at.std,
             at.dt,
             trajectory.log_probs[rows, slots],
-            batch.advantages.to(policy.device, torch.float32)[rows],
+            advantages,
             clip_range=config.clip_range,
             advantage_clip=self.config.advantage.clip,
             velocity_ref=velocity_ref,
@@ -224,23 +267,25 @@ class Trainer:
         )
 
     def check_replay(self, batch: Batch) -> None:
-        """Replay a micro-batch with the weights that sampled it: the update must find the log-probs of the rollout."""
-        every = torch.arange(len(batch.advantages))
-        rows = every[: self.config.update.batch_size]
-        slots = torch.zeros_like(rows)
-        _, stats = self.loss(batch, rows, slots)
-        self.report.replay(batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu())
+        """Replay some of the update's micro-batches with the weights that sampled them: they must find the log-probs of
+        the rollout. Every trained step takes part, and the last micro-batch, which may be smaller than the others."""
+        micro_batches = self.pairs(batch, 0, len(batch.advantages))
+        if not micro_batches:
+            return
+        first = micro_batches[0][0]
+        for rows, slots in ((first, torch.arange(len(first)) % self.window_size), micro_batches[-1]):
+            _, stats = self.loss(batch, rows, slots)
+            self.report.replay(batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu())
 
     def evaluate(self) -> None:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
-        if not self.eval_prompts:
-            return
         config = self.config.evaluation
         images_of: list[Tensor] = []
         scores: list[Scores] = []
         copies = config.images_per_prompt
         prompts_at_once = max(1, config.batch_size // copies)
-        unconditional = self._unconditional(config.guidance_scale)
+        guidance = self.config.rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        unconditional = self._unconditional(guidance)
         with self.report.phase("evaluate"), self.averaged_weights(), torch.no_grad():
             for begin in progress("evaluation", range(0, len(self.eval_prompts), prompts_at_once)):
                 prompts = self.eval_prompts[begin : begin + prompts_at_once]
@@ -255,7 +300,7 @@ class Trainer:
                     config.num_steps,
                     noise,
                     unconditional=unconditional,
-                    guidance_scale=config.guidance_scale,
+                    guidance_scale=guidance,
                 )
                 images = self.policy.decode(latents)
                 scores.append(self._score(images, prompts, copies))
@@ -269,8 +314,8 @@ class Trainer:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """Inside it, the trained weights are their exponential moving average."""
-        if self.ema is None or not self.step:
+        """Inside it, the trained weights are their exponential moving average, once there is one."""
+        if self.ema is None or not self.ema.optimization_step:
             yield
             return
         self.ema.store(self.parameters)
@@ -287,8 +332,9 @@ class Trainer:
         count = self.config.prompts.per_epoch
         return [self.train_prompts[i] for i in epoch_prompts(self.train_prompts, count, self.config.seed, epoch, mix)]
 
-    def _unconditional(self, guidance_scale: float, rows: int = 1) -> Conditioning | None:
-        return self.embed([""] * rows) if guidance_scale != 1 else None
+    def _unconditional(self, guidance_scale: float) -> Conditioning | None:
+        """The empty prompt's conditioning, one row, where guidance needs it."""
+        return self.embed([""]) if guidance_scale != 1 else None
 
     def _score(self, images: Tensor, prompts: list[Prompt], copies: int) -> Scores:
         repeated = [prompt for prompt in prompts for _ in range(copies)]
@@ -316,7 +362,7 @@ def _load_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
 
     train = load("train", config.prompts.train, scenes.train_prompts())
     if config.prompts.eval is None:
-        return train, scenes.eval_prompts() if config.prompts.train == "shapes" else []
+        return train, scenes.eval_prompts() if config.prompts.train == "shapes" else train[:EVAL_PROMPTS]
     return train, load("eval", config.prompts.eval, scenes.eval_prompts())
 
 
@@ -340,5 +386,7 @@ def _flush(statistics: list[dict[str, Tensor]]) -> dict[str, float]:
         "ratio_max": ratio.max(),
         "approx_kl": (ratio - 1 - difference).mean(),
     }
-    flat = torch.stack([value.float() for value in values.values()]).tolist()
-    return {"trained_pairs": len(ratio), **dict(zip(values, flat, strict=True))}
+    flat = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
+    if not math.isfinite(flat["grad_norm"]):
+        raise FloatingPointError("the gradient is not finite: lower update.learning_rate or use another policy.dtype")
+    return {"trained_pairs": len(ratio), **flat}

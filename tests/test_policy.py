@@ -172,5 +172,5 @@ def test_errors_name_the_remedy(folder, tmp_path):
         ConfigError, match=r"is a KandinskyPipeline; supported: StableDiffusion3Pipeline\. CONTRIBUTING"
     ):
         load_policy(str(tmp_path), PolicyConfig())
-    with pytest.raises(ConfigError, match=r"lora_targets \['to_z'\] match no layer.*attn\.to_q"):
-        load(folder, lora_targets=["to_z"])
+    with pytest.raises(ConfigError, match=r"lora_targets: no linear layer is called to_z; there are: .*attn\.to_q"):
+        load(folder, lora_targets=["attn.to_q", "to_z"])

@@ -56,9 +56,22 @@ def test_training_and_held_out_prompts_are_disjoint():
     texts = {prompt.text for prompt in held_out}
     assert texts.isdisjoint(prompt.text for prompt in train_prompts())
     assert texts.isdisjoint(prompt.text for prompts in caption_prompts().values() for prompt in prompts)
-    contents = {str(prompt.metadata["include"]) for prompt in train_prompts()}
-    assert contents.isdisjoint(str(prompt.metadata["include"]) for prompt in held_out)
+    meanings = {scenes.meaning(prompt.metadata) for prompt in train_prompts()}
+    assert meanings.isdisjoint(scenes.meaning(prompt.metadata) for prompt in held_out)
     assert {tag: sum(p.metadata["tag"] == tag for p in held_out) for tag in TAGS} == dict.fromkeys(TAGS, 36)
+
+
+def test_prompts_that_ask_for_the_same_have_one_meaning():
+    by_text = {prompt.text: scenes.meaning(prompt.metadata) for tag in caption_prompts().values() for prompt in tag}
+    start = "a drawing of a "
+    assert by_text[start + "circle left of a cross"] == by_text[start + "cross right of a circle"]
+    assert by_text[start + "circle above a cross"] == by_text[start + "cross below a circle"]
+    assert by_text[start + "circle above a cross"] != by_text[start + "cross above a circle"]
+    assert by_text[start + "circle and a cross"] == by_text[start + "cross and a circle"]
+    assert by_text[start + "red circle and a blue cross"] == by_text[start + "blue cross and a red circle"]
+    assert by_text[start + "red circle and a blue cross"] != by_text[start + "blue circle and a red cross"]
+    # 4 shapes, 4 colours: 6 pairs, 12 counts, 16 colours, 24 positions, 72 pairs with colours
+    assert len(set(by_text.values())) == 4 + 6 + 12 + 16 + 24 + 72
 
 
 def test_every_prompt_has_valid_metadata_and_a_scene_that_fulfils_it():

@@ -69,17 +69,20 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
         model = str(PIPELINE)
     try:
         index = DiffusionPipeline.load_config(model)
+        name = index["_class_name"]
+        if name not in FAMILIES:
+            raise ConfigError(
+                f'model "{model}" is a {name}; supported: {", ".join(FAMILIES)}. '
+                "CONTRIBUTING.md says how to add a family"
+            )
+        pipeline_class = getattr(diffusers, name)
+        # A pipeline saved without a component (SD3 without T5) loads only if told so.
+        absent = [key for key in signature(pipeline_class).parameters if index.get(key, (None,))[0] is None]
+        pipeline = pipeline_class.from_pretrained(model, dtype=getattr(torch, config.dtype), **dict.fromkeys(absent))
     except OSError as error:
+        reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f'model "{model}" is neither a diffusers folder with a model_index.json nor a hub id that can be reached'
+            f'model "{model}" is neither a diffusers folder nor a hub id that can be read ({reason}); '
+            "a gated model needs `hf auth login`"
         ) from error
-    name = index["_class_name"]
-    if name not in FAMILIES:
-        raise ConfigError(
-            f'model "{model}" is a {name}; supported: {", ".join(FAMILIES)}. CONTRIBUTING.md says how to add a family'
-        )
-    pipeline_class = getattr(diffusers, name)
-    # A pipeline saved without a component (SD3 without T5) loads only if told so.
-    absent = [key for key in signature(pipeline_class).parameters if index.get(key, (None,))[0] is None]
-    pipeline = pipeline_class.from_pretrained(model, dtype=getattr(torch, config.dtype), **dict.fromkeys(absent))
     return FAMILIES[name](pipeline.to(device), config)

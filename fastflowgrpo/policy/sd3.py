@@ -25,7 +25,9 @@ class SD3Policy:
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
         with_t5 = pipeline.text_encoder_3 is not None
-        self.sequence_length = config.max_sequence_length or (256 if with_t5 else 0)
+        self.sequence_length = config.max_sequence_length
+        if self.sequence_length is None:
+            self.sequence_length = 256 if with_t5 else 0
         self.module = pipeline.transformer
         self._reference_module = None
         if config.lora_rank:
@@ -38,20 +40,18 @@ class SD3Policy:
 
     def _add_adapter(self) -> None:
         config = self.config
+        linears = [name for name, module in self.module.named_modules() if isinstance(module, nn.Linear)]
+        for target in config.lora_targets:
+            if not any(name == target or name.endswith("." + target) for name in linears):
+                known = ", ".join(sorted({name.split(".", 2)[-1] for name in linears}))
+                raise ConfigError(f"policy.lora_targets: no linear layer is called {target}; there are: {known}")
         adapter = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             init_lora_weights="gaussian",
             target_modules=config.lora_targets,
         )
-        try:
-            self.module.add_adapter(adapter)
-        except ValueError as error:
-            linears = {name.split(".", 2)[-1] for name, m in self.module.named_modules() if isinstance(m, nn.Linear)}
-            raise ConfigError(
-                f"policy.lora_targets {config.lora_targets} match no layer of the transformer; its linear layers are "
-                + ", ".join(sorted(linears))
-            ) from error
+        self.module.add_adapter(adapter)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:

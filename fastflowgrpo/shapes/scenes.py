@@ -9,20 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.prompts import RELATIONS, TAGS, Prompt
 
 SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
 COLORS = {"red": (214, 40, 40), "green": (44, 160, 60), "blue": (40, 80, 214), "yellow": (240, 196, 25)}
 BACKGROUND = (240, 240, 240)
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-RELATIONS = ("left of", "right of", "above", "below")
 WORDINGS = ("a photo of", "a picture of", "a drawing of", "an image of")
 EVAL_WORDING = "a photo of"
 GRID, CELL = 3, 16
 SIZE = GRID * CELL
 RADIUS = 5.8
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 
 def _prompts_of(tag: str) -> list[tuple[str, dict[str, Any]]]:
@@ -61,15 +59,27 @@ def _prompts_of(tag: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _split(tag: str) -> tuple[list[tuple[str, dict[str, Any]]], list[tuple[str, dict[str, Any]]]]:
-    """(training, held-out) contents of one tag: a fixed quarter is held out. Of the four single objects all are, since
-    the paper's prompt mix does not train on that tag."""
+    """(training, held-out) contents of one tag: a fixed quarter is held out, and training is without what means the
+    same. Of the four single objects all are held out, since the paper's prompt mix does not train on that tag."""
     contents = _prompts_of(tag)
     if tag == "single_object":
         return [], contents
     order = np.random.default_rng(TAGS.index(tag)).permutation(len(contents))
-    held_out = set(order[: len(contents) // 4].tolist())
-    train = [content for i, content in enumerate(contents) if i not in held_out]
-    return train, [contents[i] for i in sorted(held_out)]
+    held_out = [contents[i] for i in sorted(order[: len(contents) // 4])]
+    meanings = [meaning(metadata) for _, metadata in held_out]
+    return [content for content in contents if meaning(content[1]) not in meanings], held_out
+
+
+def meaning(metadata: dict[str, Any]) -> tuple[Any, ...]:
+    """What a prompt asks for, whichever way round it says it: the same for "a circle left of a cross" and "a cross
+    right of a circle"."""
+    objects = [(item["class"], item["count"], item.get("color", "")) for item in metadata["include"]]
+    (relation, other), *_ = [tuple(item["position"]) for item in metadata["include"] if "position" in item] or [("", 0)]
+    if not relation:
+        return tuple(sorted(objects))
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
+    subject = objects[1 - other]
+    return min((subject, relation, objects[other]), (objects[other], opposite, subject))
 
 
 def _prompt(wording: str, tag: str, content: tuple[str, dict[str, Any]]) -> Prompt:
@@ -83,8 +93,8 @@ def train_prompts() -> list[Prompt]:
 
 
 def eval_prompts(per_tag: int = 36) -> list[Prompt]:
-    """Held-out prompts, `per_tag` of each tag (contents repeat where a tag has fewer): their contents never occur in
-    `train_prompts` and their sentences neither there nor in `caption_prompts`."""
+    """Held-out prompts, `per_tag` of each tag (contents repeat where a tag has fewer): what they ask for is never asked
+    in `train_prompts`, and their sentences are not in `caption_prompts` either."""
     return [
         _prompt(EVAL_WORDING, tag, content)
         for tag in TAGS
