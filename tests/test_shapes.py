@@ -143,8 +143,8 @@ def test_the_detector_is_right_through_the_vae(pipeline):
         decoded = pipeline.vae.decode(latents).sample
     assert right((decoded * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8), drawn) >= 0.97
     scaled = (latents - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
-    assert abs(scaled.mean()) < 0.05
-    assert abs(scaled.std() - 1) < 0.05
+    assert abs(scaled.mean()) < 0.1
+    assert abs(scaled.std() - 1) < 0.1
 
 
 def test_the_pipeline_draws_with_and_without_the_zero_tokens_of_a_missing_t5(pipeline):

@@ -270,11 +270,11 @@ def train_flow(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder of the pipeline; checkpoints in DIR/training"
+        "--output", type=Path, required=True, help="folder of the pipeline; checkpoints in DIR-training"
     )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    folder = arguments.output / "training"
+    folder = arguments.output.with_name(arguments.output.name + "-training")
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     start = time.perf_counter()
