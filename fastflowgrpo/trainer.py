@@ -63,10 +63,12 @@ class Trainer:
         set_seed(config.seed)
         self.config = config
         self.train_prompts, self.eval_prompts = _load_prompts(config)
+        available = [tracker.value for tracker in get_available_trackers()]
         for tracker in config.trackers:
-            if tracker not in get_available_trackers():
-                known = ", ".join(get_available_trackers())
-                raise ConfigError(f'trackers: "{tracker}" is unknown or not installed; there are: {known}')
+            if tracker not in available:
+                raise ConfigError(
+                    f'trackers: "{tracker}" is unknown or not installed; there are: {", ".join(available)}'
+                )
         try:
             self.choose(0)
         except ValueError as error:

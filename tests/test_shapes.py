@@ -9,7 +9,7 @@ from fastflowgrpo.prompts import TAGS, check_metadata
 from fastflowgrpo.rewards.geneval import check
 from fastflowgrpo.shapes import PIPELINE, scenes
 from fastflowgrpo.shapes.detector import detect_shapes
-from fastflowgrpo.shapes.pretrain import CAPTION_NOISE, corrupt, crowded_scenes
+from fastflowgrpo.shapes.pretrain import corrupt, crowded_scenes
 from fastflowgrpo.shapes.scenes import (
     CELL,
     Shape,
@@ -92,7 +92,6 @@ def test_caption_noise_breaks_what_the_prompt_asks_for():
         strict = [check(p.metadata, d).strict for p, d in zip(prompts, detect_shapes(images), strict=True)]
         # a position that is dropped is still right by chance
         assert np.mean(strict) == {"single_object": 1.0}.get(tag, 0.0) or (tag == "position" and np.mean(strict) < 0.5)
-        assert 0 <= CAPTION_NOISE[tag] < 1
 
 
 @pytest.mark.parametrize("drawn", [prompted_scenes(1000), crowded_scenes(1000, 3)], ids=["prompted", "crowded"])
