@@ -26,8 +26,8 @@ class PolicyConfig:
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Compute dtype of the frozen weights; trained weights are always float32."""
-    lora_rank: int = 32
-    """Rank of the LoRA adapter; 0 trains the whole transformer."""
+    lora_rank: int | None = None
+    """Rank of the LoRA adapter; 0 trains the whole transformer. By default 32, and 0 for the bundled model."""
     lora_alpha: int = 64
     """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
     lora_targets: list[str] = field(
@@ -125,11 +125,11 @@ class UpdateConfig:
     """Largest difference of a replayed log-prob from the rollout's at the start, as a share of clip_range."""
     kl: Literal["flow_grpo", "exact", "velocity"] = "velocity"
     """KL to the reference: the step's without dt (Flow-GRPO's), the exact one, or the squared velocity difference."""
-    kl_weight: float = 0.01
+    kl_weight: float = 0.002
     """Weight of the KL term; 0 skips the reference pass."""
     ema_decay: float = 0.9
     """Decay of the averaged weights that are evaluated and saved; 0 uses the raw weights."""
-    ema_every: int = 8
+    ema_every: int = 2
     """Updates between two steps of the average."""
 
 
@@ -137,7 +137,7 @@ class UpdateConfig:
 class EvaluationConfig:
     """Sampling with the ODE on the evaluation prompts."""
 
-    every: int = 25
+    every: int = 60
     """Epochs between evaluations; the first and the last state are always evaluated, 0 does only these."""
     num_steps: int = 40
     """Denoising steps."""
@@ -161,7 +161,7 @@ class Config:
     """Replace the run that output_dir already holds."""
     seed: int = 0
     """Seed of everything random."""
-    epochs: int = 200
+    epochs: int = 180
     """Epochs: rollout, scoring, update."""
     save_every: int = 0
     """Epochs between two saved checkpoints; 0 saves only the last."""

@@ -1,6 +1,7 @@
 """What the training loop needs of a model, one small file per family over its diffusers pipeline."""
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastflowgrpo.config import ConfigError, PolicyConfig
 from fastflowgrpo.policy.sd3 import SD3Policy
+from fastflowgrpo.shapes import PIPELINE
 
 Conditioning = dict[str, Tensor]
 """Prompt embeddings as the transformer takes them, one row per prompt in every tensor."""
@@ -63,9 +65,9 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
     Raises:
         ConfigError: if there is no such pipeline or its family is not supported.
     """
+    if config.lora_rank is None:
+        config = replace(config, lora_rank=0 if model == "shapes" else 32)
     if model == "shapes":
-        from fastflowgrpo.shapes import PIPELINE
-
         model = str(PIPELINE)
     try:
         index = DiffusionPipeline.load_config(model)
