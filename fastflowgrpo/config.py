@@ -248,7 +248,7 @@ def validate(config: Config) -> None:
                 raise ConfigError(f"{name}: must be below 1, got {value}")
 
     policy, prompts, rollout, update = config.policy, config.prompts, config.rollout, config.update
-    if policy.lora_rank and not policy.lora_targets:
+    if policy.lora_rank != 0 and not policy.lora_targets:
         raise ConfigError("policy.lora_targets: is empty; set policy.lora_rank to 0 to train the whole transformer")
     if rollout.dynamics == "flow_cps" and rollout.noise_level > 1:
         raise ConfigError(f"rollout.noise_level: must be at most 1 for flow_cps, got {rollout.noise_level}")

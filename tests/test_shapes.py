@@ -121,7 +121,7 @@ def test_the_tokenizer_is_the_same_each_time_and_gives_a_token_per_word():
     captions = [prompt.text for prompts in caption_prompts().values() for prompt in prompts]
     first, second = build_tokenizer(captions), build_tokenizer(captions[::-1])
     assert first.get_vocab() == second.get_vocab()
-    text = "a photo of a red circle left of a blue square"
+    text = "a photo of a red circle and a blue square"
     assert first(text).input_ids == second(text).input_ids
     assert len(first(text).input_ids) == len(text.split()) + 2 <= MAX_LENGTH
     assert first.decode(first("a zebra").input_ids, skip_special_tokens=True).strip() == "a zebra"
