@@ -167,7 +167,6 @@ def test_float16_gradients_do_not_vanish(folder, tmp_path):
     gradients = {}
     for dtype in ("float32", "float16"):
         config = config_of(folder, tmp_path / dtype, dtype=dtype)
-        config.rollout.height = config.rollout.width = 64
         trainer = Trainer(config)
         disturb(trainer)
         batch, _ = trainer.collect(0)
