@@ -294,11 +294,11 @@ def test_what_a_user_can_put_right_is_one_line(tmp_path, monkeypatch, capsys, ar
 
 
 def test_a_short_run_improves_the_shapes_model_beyond_noise(tmp_path):
-    """With 216 x 3 images a difference of 0.08 is four standard errors."""
-    config = Config(output_dir=str(tmp_path / "run"), epochs=30, trackers=[])
-    config.evaluation = EvaluationConfig(every=0, num_steps=20, images_per_prompt=3)
+    """With 1296 images twice, 0.05 is more than two and a half standard errors of the difference."""
+    config = Config(output_dir=str(tmp_path / "run"), epochs=30, trackers=[], update=UpdateConfig(ema_decay=0))
+    config.evaluation = EvaluationConfig(every=0, num_steps=20)
     Trainer(config).run()
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     first, last = summary["eval"]["first"], summary["eval"]["last"]
-    assert last["overall"] - first["overall"] > 0.08
+    assert last["overall"] - first["overall"] > 0.05
     assert last["diversity"] > 0.8 * first["diversity"]
