@@ -9,7 +9,15 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastflowgrpo import Config, Trainer
-from fastflowgrpo.config import ConfigError, EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
+from fastflowgrpo.config import (
+    ConfigError,
+    EvaluationConfig,
+    PolicyConfig,
+    PromptsConfig,
+    RolloutConfig,
+    UpdateConfig,
+    save,
+)
 from fastflowgrpo.rewards import Scores
 from fastflowgrpo.train import main
 from fastflowgrpo.trainer import group_seed
@@ -291,6 +299,21 @@ def test_what_a_user_can_put_right_is_one_line(tmp_path, monkeypatch, capsys, ar
     assert err.splitlines()[-1].startswith(message)
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
+
+
+def test_an_interrupted_run_keeps_its_weights(folder, tmp_path, monkeypatch, capsys):
+    collect = Trainer.collect
+
+    def interrupted(self, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return collect(self, epoch)
+
+    monkeypatch.setattr(Trainer, "collect", interrupted)
+    save(config_of(folder, tmp_path, ema_decay=0.9, ema_every=1), tmp_path / "config.yaml")
+    assert main(["--config", str(tmp_path / "config.yaml")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "interrupted"
+    assert (tmp_path / "run/checkpoints/checkpoint-2/pytorch_lora_weights.safetensors").is_file()
 
 
 def test_a_short_run_improves_the_shapes_model_beyond_noise(tmp_path):
