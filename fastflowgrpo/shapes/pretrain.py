@@ -1,7 +1,7 @@
 """Train the bundled shapes pipeline from nothing: `python -m fastflowgrpo.shapes.pretrain --output DIR`.
 
-A VAE, then a flow-matching transformer with its text encoders in three stages, 39 minutes on two cores. The captions are
-noisy on purpose (STAGES), so that the base model draws good objects but is unsure of counts, positions and colour
+A VAE, then a flow-matching transformer with its text encoders in three stages: 39 minutes on two cores. The captions
+are noisy on purpose (STAGES), so that the base model draws good objects but is unsure of counts, positions and colour
 binding, as SD3.5-M is. An interrupted run continues where its last checkpoint stands.
 """
 
