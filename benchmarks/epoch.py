@@ -195,6 +195,7 @@ def measure(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
         rollout=RECIPES[recipe],
         evaluation=EvaluationConfig(images_per_prompt=1),
     )
+    config.policy.lora_rank = 32
     config.update.per_epoch = 1
     config.prompts.per_epoch = arguments.groups
     with TemporaryDirectory() as folder:
