@@ -1,14 +1,54 @@
 """Package metadata. Tool settings are in pyproject.toml, the tested versions in constraints.txt."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import find_namespace_packages, setup
+from setuptools import Extension, find_namespace_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).parent
 # Read, not imported: building needs none of the dependencies.
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "fastflowgrpo/__init__.py").read_text(), re.MULTILINE)
 
+
+class CMakeBuild(build_ext):
+    """Builds csrc/ with CMake and Ninja. An optional extension that fails to build is left out, with a warning."""
+
+    def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name)).resolve()
+        library.unlink(missing_ok=True)  # if this build fails, an earlier one's must not be packaged
+        # Beside the interpreter too: without build isolation its folder need not be on PATH.
+        path = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
+        try:
+            import pybind11
+
+            tools = {tool: shutil.which(tool, path=path) or "" for tool in ("cmake", "ninja")}
+            if missing := [tool for tool, found in tools.items() if not found]:
+                raise FileNotFoundError(f"not on PATH: {', '.join(missing)}")
+            build = Path(self.build_temp).resolve() / ext.name
+            configure = {
+                "CMAKE_MAKE_PROGRAM": tools["ninja"],
+                "CMAKE_LIBRARY_OUTPUT_DIRECTORY": library.parent,
+                "Python_EXECUTABLE": sys.executable,
+                "pybind11_DIR": pybind11.get_cmake_dir(),
+            }
+            defines = [f"-D{name}={value}" for name, value in configure.items()]
+            # Fresh: the cache of a checkout that has since moved, or of another environment, is none.
+            command = [tools["cmake"], "--fresh", "-S", ROOT / "csrc", "-B", build, "-G", "Ninja", *defines]
+            subprocess.run(command, check=True)
+            subprocess.run([tools["cmake"], "--build", build], check=True)
+        except (ImportError, OSError, subprocess.CalledProcessError) as error:
+            raise CompileError(f"{error}; without it group advantages are computed with torch") from error
+
+
+BUILD = ["cmake>=3.24", "ninja", "pybind11>=3"]  # as in pyproject.toml; the tests build a wheel without isolation
+TRITON = ["triton>=3.4; sys_platform == 'linux'"]
 OCR = ["rapidocr>=3.4", "onnxruntime>=1.20", "rapidfuzz>=3"]
 
 setup(
@@ -22,6 +62,10 @@ setup(
     python_requires=">=3.10",
     # Namespace packages, because kernels/ has no __init__.py: it is reached through the symlink fastflowgrpo/kernels.
     packages=find_namespace_packages(include=["fastflowgrpo*"], exclude=["*.__pycache__", "fastflowgrpo.shapes.*"]),
+    ext_modules=[
+        Extension("fastflowgrpo._native", ["csrc/group_advantages.cpp"], depends=["csrc/CMakeLists.txt"], optional=True)
+    ],
+    cmdclass={"build_ext": CMakeBuild},
     package_data={"fastflowgrpo.shapes": ["pipeline/**/*"]},
     install_requires=[
         "torch>=2.8",
@@ -39,8 +83,9 @@ setup(
         "tensorboard>=2.17",
     ],
     extras_require={
-        "test": ["pytest>=9", "hypothesis>=6.100", "ruff", "mypy>=2", *OCR],
-        "gpu": ["triton>=3.4; sys_platform == 'linux'", "xformers; sys_platform == 'linux'"],
+        "test": ["pytest>=9", "hypothesis>=6.100", "ruff", "mypy>=2", *BUILD, *TRITON, *OCR],
+        "bench": ["pytest-benchmark>=5"],
+        "gpu": [*TRITON, "xformers; sys_platform == 'linux'"],
         "ocr": OCR,
         "track": ["wandb>=0.20"],
         "serve": ["fastapi>=0.115", "uvicorn>=0.30"],

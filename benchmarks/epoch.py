@@ -196,6 +196,7 @@ def measure(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
         evaluation=EvaluationConfig(images_per_prompt=1),
     )
     config.policy.lora_rank = 32
+    config.update.kl_weight = 0.002  # the eager loop makes its reference pass in any case, so ours needs one too
     config.update.per_epoch = 1
     config.prompts.per_epoch = arguments.groups
     with TemporaryDirectory() as folder:

@@ -10,14 +10,20 @@ Flow-GRPO (arXiv 2505.05470). The KL to the reference policy is per element, wit
     exact      mean of (mean - mean_ref)^2 / (2 std^2) = c_v^2 / (2 std^2) mean of (v - v_ref)^2
     flow_grpo  exact (-dt): upstream's, which divides by the diffusion std^2 / (-dt) in place of the variance
     velocity   mean of (v - v_ref)^2
+
+Here are the public functions and the reference in plain torch; the Triton kernels are in `grpo_loss_triton`.
 """
 
 import math
 
 import torch
 
+from fastflowgrpo.kernels.backend import use_triton
 from fastflowgrpo.kernels.sde_step import (
+    check_guidance,
     check_like,
+    check_log_prob,
+    check_row,
     compute_dtype,
     gaussian_log_prob,
     guided_velocity,
@@ -53,18 +59,7 @@ def grpo_loss(
     Raises:
         ValueError: for shapes that differ or settings out of range.
     """
-    if not 0 < clip_range < 1:
-        raise ValueError(f"clip_range {clip_range} is out of range: it must lie between 0 and 1, for example 1e-4")
-    if not advantage_clip > 0:
-        raise ValueError(
-            f"advantage_clip {advantage_clip} is out of range: it must be positive (math.inf: no clipping)"
-        )
-    for name, value in (("old_log_prob", old_log_prob), ("advantage", advantage)):
-        if value.shape != log_prob.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(value.shape)}, but log_prob has {tuple(log_prob.shape)}: "
-                "give one value per (sample, step) pair"
-            )
+    _check_pairs(log_prob.shape, old_log_prob, advantage, clip_range, advantage_clip)
     log_prob = log_prob.to(compute_dtype(log_prob))
     difference = log_prob - old_log_prob.detach().to(log_prob.dtype)
     ratio = difference.exp()
@@ -99,6 +94,7 @@ def grpo_step_loss(
     kl: str = "flow_grpo",
     kl_weight: float = 0.0,
     log_prob: str = "normalised",
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss of each (sample, step) pair straight from the velocity, not reduced; differentiable in `velocity` alone.
 
@@ -117,12 +113,15 @@ def grpo_step_loss(
         kl: one of `KL_KINDS`, see the module.
         kl_weight: weight of the KL; 0 with a `velocity_ref` only reports it.
         log_prob: "normalised" or "unnormalised", as at sampling.
+        backend: "auto", "reference" or "triton", see `choose_backend`; float64 is computed by the reference. Triton
+            reads each tensor once forward and once backward, and has no second derivative.
 
     Returns:
         The loss (B,), and the statistics of `grpo_loss` with `kl` (B,) added if `velocity_ref` is given.
 
     Raises:
-        ValueError: for shapes that differ, settings out of range, or a KL weight without a reference.
+        ValueError: for shapes that differ, settings out of range, a KL weight without a reference, or a backend that
+            cannot run it.
     """
     if kl not in KL_KINDS:
         raise ValueError(f"unknown kl {kl!r}: choose one of {', '.join(KL_KINDS)}")
@@ -133,6 +132,34 @@ def grpo_step_loss(
     check_like(
         sample, velocity=velocity, prev_sample=prev_sample, velocity_ref=velocity_ref, velocity_uncond=velocity_uncond
     )
+    if use_triton(backend, velocity, sample, prev_sample, velocity_ref, velocity_uncond):
+        from fastflowgrpo.kernels import grpo_loss_triton
+
+        check_guidance(velocity_uncond, guidance_scale)
+        check_log_prob(log_prob)
+        _check_pairs(sample.shape[:1], old_log_prob, advantage, clip_range, advantage_clip)
+        for name, value in (("c_x", c_x), ("c_v", c_v), ("std", std), ("dt", dt)):
+            check_row(value, sample.shape[0], name)
+        return grpo_loss_triton.step_loss(
+            velocity,
+            sample,
+            prev_sample,
+            c_x,
+            c_v,
+            std,
+            dt,
+            old_log_prob,
+            advantage,
+            velocity_ref,
+            velocity_uncond,
+            float(guidance_scale),
+            1 - clip_range,
+            1 + clip_range,
+            float(advantage_clip),
+            kl,
+            float(kl_weight),
+            log_prob == "normalised",
+        )
     guided = guided_velocity(velocity, velocity_uncond, guidance_scale)
     mean = step_mean(guided, sample, c_x, c_v)
     new_log_prob = gaussian_log_prob(prev_sample, mean, std, log_prob)
@@ -148,3 +175,20 @@ def grpo_step_loss(
         stats["kl"] = divergence.detach()
         loss = loss + kl_weight * divergence
     return loss, stats
+
+
+def _check_pairs(
+    shape: torch.Size, old_log_prob: torch.Tensor, advantage: torch.Tensor, clip_range: float, advantage_clip: float
+) -> None:
+    if not 0 < clip_range < 1:
+        raise ValueError(f"clip_range {clip_range} is out of range: it must lie between 0 and 1, for example 1e-4")
+    if not advantage_clip > 0:
+        raise ValueError(
+            f"advantage_clip {advantage_clip} is out of range: it must be positive (math.inf: no clipping)"
+        )
+    for name, value in (("old_log_prob", old_log_prob), ("advantage", advantage)):
+        if value.shape != shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, but log_prob has {tuple(shape)}: "
+                "give one value per (sample, step) pair"
+            )

@@ -7,11 +7,16 @@
 
 Flow-GRPO (arXiv 2505.05470), with the mean over elements of its code in place of the sum; the coefficients come from
 `fastflowgrpo.sde`. What is scored is what is stored: the log-prob is that of the rounded sample.
+
+Here are the public functions and the reference in plain torch; the Triton kernels are in `sde_step_triton`.
 """
 
 import math
 
 import torch
+
+from fastflowgrpo.kernels.backend import use_triton
+from fastflowgrpo.kernels.philox import philox_normal
 
 LOG_PROBS = ("normalised", "unnormalised")
 
@@ -30,6 +35,9 @@ def sde_step(
     prev_sample: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
     log_prob: str = "normalised",
+    seed: torch.Tensor | None = None,
+    offset: int | torch.Tensor = 0,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws the next sample and scores it, or scores the given one.
 
@@ -48,22 +56,44 @@ def sde_step(
         prev_sample: (B, ...), the next sample to score instead of drawing one; returned as it is.
         dtype: storage dtype of the drawn sample; that of `sample` by default.
         log_prob: "normalised" as above, or "unnormalised": mean over elements of -(x_next - mean)^2.
+        seed: int64 (B,), on the sample's device: the noise of a row is a function of its seed and offset alone, the
+            same on every backend (`fastflowgrpo.kernels.philox`), and Triton draws it inside the kernel.
+        offset: tells the noises of one seed apart, for example the index of the step; a number or int64 (B,).
+        backend: "auto", "reference" or "triton", see `choose_backend`; float64 is computed by the reference.
 
     Returns:
         prev_sample (B, ...) and log_prob (B,) in the compute dtype.
 
     Raises:
-        ValueError: for shapes that differ, guidance without its branch, or more than one of noise, generator and
-            prev_sample.
+        ValueError: for shapes that differ, guidance without its branch, more than one of noise, generator, prev_sample
+            and seed, or a backend that cannot run it.
     """
-    if sum(given is not None for given in (noise, generator, prev_sample)) > 1:
-        raise ValueError("noise, generator and prev_sample exclude each other: give at most one of them")
+    if sum(given is not None for given in (noise, generator, prev_sample, seed)) > 1:
+        raise ValueError("seed, noise, generator and prev_sample exclude each other: give at most one of them")
     check_like(sample, velocity=velocity, velocity_uncond=velocity_uncond, noise=noise, prev_sample=prev_sample)
+    batch_size = sample.shape[0]
+    if seed is not None:
+        check_seeds(seed, offset, batch_size)
+    if use_triton(backend, velocity, sample, velocity_uncond, noise, prev_sample, dtype):
+        from fastflowgrpo.kernels import sde_step_triton
+
+        check_guidance(velocity_uncond, guidance_scale)
+        check_log_prob(log_prob)
+        for name, value in (("c_x", c_x), ("c_v", c_v), ("std", std)):
+            check_row(value, batch_size, name)
+        step = (velocity, sample, c_x, c_v, std, velocity_uncond, float(guidance_scale), log_prob == "normalised")
+        if prev_sample is not None:
+            return prev_sample, sde_step_triton.score(prev_sample, *step)
+        if noise is None and seed is None and (isinstance(std, torch.Tensor) or std != 0):
+            noise = torch.randn(sample.shape, generator=generator, dtype=torch.float32, device=sample.device)
+        return sde_step_triton.draw(noise, seed, offset, dtype or sample.dtype, *step)
     mean = step_mean(guided_velocity(velocity, velocity_uncond, guidance_scale), sample, c_x, c_v)
     if prev_sample is None:
         drawn = mean.detach()
         if isinstance(std, torch.Tensor) or std != 0:
-            if noise is None:
+            if seed is not None:
+                noise = philox_normal(seed, offset, mean.shape, mean.dtype)
+            elif noise is None:
                 noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
             drawn = drawn + per_row(std, mean, "std") * noise
         prev_sample = drawn.to(dtype or sample.dtype)
@@ -84,8 +114,7 @@ def gaussian_log_prob(
     Returns:
         (B,), float32, or float64 if `mean` or `prev_sample` is.
     """
-    if log_prob not in LOG_PROBS:
-        raise ValueError(f"unknown log_prob {log_prob!r}: choose one of {', '.join(LOG_PROBS)}")
+    check_log_prob(log_prob)
     check_like(mean, prev_sample=prev_sample)
     dtype = compute_dtype(mean, prev_sample)
     distance = (prev_sample.to(dtype) - mean.to(dtype)).square().flatten(1).mean(1)
@@ -104,10 +133,9 @@ def guided_velocity(
     velocity: torch.Tensor, velocity_uncond: torch.Tensor | None, guidance_scale: float
 ) -> torch.Tensor:
     """Classifier-free guidance in the compute dtype; only `velocity` (the conditional branch) carries gradient."""
+    check_guidance(velocity_uncond, guidance_scale)
     velocity = velocity.to(compute_dtype(velocity))
     if velocity_uncond is None:
-        if guidance_scale != 1:
-            raise ValueError(f"guidance_scale {guidance_scale} needs velocity_uncond, the unconditional branch")
         return velocity
     uncond = velocity_uncond.detach().to(velocity.dtype)
     return uncond + guidance_scale * (velocity - uncond)
@@ -130,12 +158,9 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 def per_row(value: float | torch.Tensor, like: torch.Tensor, name: str) -> torch.Tensor:
     """A number, or one per row, as a tensor of `like`'s dtype and device that broadcasts over its rows: (B, 1, ...)."""
     batch_size = like.shape[0]
+    check_row(value, batch_size, name)
     if not isinstance(value, torch.Tensor):
         value = torch.full((batch_size,), value, dtype=like.dtype, device=like.device)
-    elif value.shape != (batch_size,):
-        raise ValueError(
-            f"{name} has shape {tuple(value.shape)}: give a number or one value per row, shape ({batch_size},)"
-        )
     return value.to(like.dtype).reshape(batch_size, *[1] * (like.ndim - 1))
 
 
@@ -150,3 +175,32 @@ def check_like(like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the sample has {tuple(like.shape)}")
         if not (tensor.is_floating_point() and like.is_floating_point()):
             raise ValueError(f"{name} is {tensor.dtype} for a sample in {like.dtype}: both must be floating point")
+
+
+def check_row(value: float | torch.Tensor, batch_size: int, name: str) -> None:
+    """Raises ValueError unless `value` is a number or one per row."""
+    if isinstance(value, torch.Tensor) and value.shape != (batch_size,):
+        raise ValueError(
+            f"{name} has shape {tuple(value.shape)}: give a number or one value per row, shape ({batch_size},)"
+        )
+
+
+def check_seeds(seed: torch.Tensor, offset: int | torch.Tensor, batch_size: int) -> None:
+    """Raises ValueError unless `seed` is int64 (B,), and `offset` a number or that too."""
+    for name, value in (("seed", seed), ("offset", offset)):
+        if isinstance(value, torch.Tensor) and (value.shape != (batch_size,) or value.dtype != torch.int64):
+            raise ValueError(
+                f"{name} is {value.dtype} of shape {tuple(value.shape)}: give one int64 per row, shape ({batch_size},)"
+            )
+
+
+def check_guidance(velocity_uncond: torch.Tensor | None, guidance_scale: float) -> None:
+    """Raises ValueError for guidance without its unconditional branch."""
+    if velocity_uncond is None and guidance_scale != 1:
+        raise ValueError(f"guidance_scale {guidance_scale} needs velocity_uncond, the unconditional branch")
+
+
+def check_log_prob(log_prob: str) -> None:
+    """Raises ValueError unless `log_prob` is one of `LOG_PROBS`."""
+    if log_prob not in LOG_PROBS:
+        raise ValueError(f"unknown log_prob {log_prob!r}: choose one of {', '.join(LOG_PROBS)}")

@@ -1,4 +1,28 @@
+import math
 import os
 
 # Set before diffusers is imported: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+
+# Set before Triton decorates a kernel: without a GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# Triton 3.9 warns unless told; the kernels do not depend on it.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+@pytest.fixture
+def kernel_device(monkeypatch) -> str:
+    """Where the Triton kernels run; what they are given to write to is full of NaN."""
+    for name in ("empty", "empty_strided"):
+        allocate = getattr(torch, name)
+
+        def poisoned(*args, allocate=allocate, **kwargs):
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(torch, name, poisoned)
+    return "cuda" if torch.cuda.is_available() else "cpu"

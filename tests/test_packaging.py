@@ -1,10 +1,12 @@
-"""The wheel, from the checkout and from its sdist, has every module and the bundled world, and works unpacked."""
+"""The wheel, from the checkout and from its sdist, has every module, the C++ extension and the bundled world, and works
+unpacked."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 import fastflowgrpo
 
 ROOT = Path(__file__).parents[1]
+EXTENSION = f"fastflowgrpo/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
@@ -24,9 +27,9 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return result.stdout
 
 
-def build_wheel(source: Path, target: Path) -> zipfile.ZipFile:
+def build_wheel(source: Path, target: Path, **environment: str) -> zipfile.ZipFile:
     options = ["--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir"]
-    run("-m", "pip", "wheel", *options, target, source, cwd=target.parent)
+    run("-m", "pip", "wheel", *options, target, source, cwd=target.parent, **environment)
     (wheel,) = target.iterdir()
     return zipfile.ZipFile(wheel)
 
@@ -39,7 +42,7 @@ def package_files(names) -> set[str]:
 def checkout(tmp_path_factory) -> Path:
     """A copy of the tree, since building writes into it."""
     copy = tmp_path_factory.mktemp("packaging") / "checkout"
-    leftovers = (".*", "runs", "build", "dist", "*.egg-info", "__pycache__")
+    leftovers = (".*", "runs", "build", "dist", "*.egg-info", "__pycache__", "*.so")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(*leftovers))
     return copy
 
@@ -52,13 +55,13 @@ def wheel(checkout) -> zipfile.ZipFile:
 def test_wheel_is_the_whole_package_and_nothing_else(checkout, wheel):
     walk = os.walk(checkout / "fastflowgrpo", followlinks=True)
     files = {Path(folder, name).relative_to(checkout).as_posix() for folder, _, names in walk for name in names}
-    assert package_files(wheel.namelist()) == files
+    assert package_files(wheel.namelist()) == files | {EXTENSION}
     assert {"fastflowgrpo/kernels/sde_step.py", "fastflowgrpo/shapes/pipeline/model_index.json"} <= files
     assert any(name.endswith(".safetensors") for name in files)
 
 
 def test_version_has_one_source(wheel):
-    assert Path(wheel.filename).name == f"fastflowgrpo-{fastflowgrpo.__version__}-py3-none-any.whl"
+    assert Path(wheel.filename).name.startswith(f"fastflowgrpo-{fastflowgrpo.__version__}-cp")
 
 
 def test_wheel_of_the_sdist_has_the_same_files(checkout, wheel):
@@ -68,11 +71,19 @@ def test_wheel_of_the_sdist_has_the_same_files(checkout, wheel):
     assert package_files(rebuilt.namelist()) == package_files(wheel.namelist())
 
 
+def test_without_a_compiler_the_wheel_is_built_without_the_extension(checkout, wheel):
+    without = build_wheel(checkout, checkout.parent / "without", CXX="/no/compiler")
+    assert package_files(without.namelist()) == package_files(wheel.namelist()) - {EXTENSION}
+
+
 def test_unpacked_wheel_works(wheel, tmp_path):
     wheel.extractall(tmp_path / "site")
     code = "import fastflowgrpo.kernels.sde_step as module; print(module.__file__)"
     path = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).strip()
     assert Path(path) == tmp_path / "site/fastflowgrpo/kernels/sde_step.py"
+    code = "from fastflowgrpo import _native; print(_native.__file__)"
+    path = run("-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "site")).strip()
+    assert Path(path) == tmp_path / "site" / EXTENSION
     help_text = run("-m", "fastflowgrpo.train", "--help", cwd=tmp_path, PYTHONPATH=str(tmp_path / "site"))
     assert "Run directory: config, metrics, images, checkpoints." in help_text
 

@@ -3,6 +3,9 @@ import math
 import pytest
 import torch
 
+from fastflowgrpo.kernels import backend
+from fastflowgrpo.kernels.backend import choose_backend
+from fastflowgrpo.kernels.philox import WORD, philox_normal, philox_words
 from fastflowgrpo.kernels.sde_step import gaussian_log_prob, sde_step
 from fastflowgrpo.sde import step_coefficients
 
@@ -235,8 +238,14 @@ def test_one_graph_under_compile():
         ({"log_prob": "sum"}, "unknown log_prob 'sum': choose one of normalised, unnormalised"),
         (
             {"noise": torch.zeros(3, 4, 5, 5), "generator": torch.Generator()},
-            "noise, generator and prev_sample exclude each other",
+            "seed, noise, generator and prev_sample exclude each other",
         ),
+        ({"seed": torch.zeros(3, dtype=torch.int32)}, r"seed is torch.int32 of shape \(3,\): give one int64 per row"),
+        (
+            {"seed": torch.zeros(3, dtype=torch.int64), "offset": torch.zeros(2, dtype=torch.int64)},
+            r"offset is torch.int64 of shape \(2,\)",
+        ),
+        ({"backend": "cuda"}, "unknown backend 'cuda': choose one of auto, reference, triton"),
     ],
 )
 def test_errors(change, message):
@@ -244,3 +253,85 @@ def test_errors(change, message):
     arguments = {"velocity": velocity, "sample": sample, "c_x": C_X, "c_v": C_V, "std": STD, **change}
     with pytest.raises(ValueError, match=message):
         sde_step(**arguments)
+
+
+def test_philox_gives_the_integers_of_random123():
+    """The known answers that come with Random123, for Philox4x32-10."""
+    pi = ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
+    for (counter, key), expected in (
+        (((0,) * 4, (0,) * 2), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (((WORD,) * 4, (WORD,) * 2), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (pi, (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+    ):
+        words = philox_words([torch.tensor(word) for word in counter], [torch.tensor(word) for word in key])
+        assert tuple(map(int, words)) == expected
+
+
+def test_noise_of_a_seed_depends_on_nothing_else():
+    seed, offset = torch.tensor([5, -3, 2**40]), torch.tensor([0, 2**33, 7])
+    noise = philox_normal(seed, offset, (3, 5, 7))
+    assert torch.equal(philox_normal(seed[1:], offset[1:], (2, 5, 7)), noise[1:])
+    assert torch.equal(philox_normal(seed.flip(0), offset.flip(0), (3, 35)).view(3, 5, 7), noise.flip(0))
+    assert torch.equal(philox_normal(seed, offset, (3, 10)), noise.flatten(1)[:, :10])
+    wide = philox_normal(seed, offset, (3, 5, 7), torch.float64)
+    torch.testing.assert_close(noise.double(), wide, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_of_seeds_is_standard_normal():
+    seed = torch.tensor([0, 1, 2, 2**32, 0])
+    offset = torch.tensor([0, 0, 0, 0, 1])
+    size = 100_000
+    noise = philox_normal(seed, offset, (5, size), torch.float64)
+    bound = 5 / size**0.5
+    for power, moment, spread in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
+        assert (noise.pow(power).mean(1) - moment).abs().max() < bound * spread**0.5
+    levels = torch.tensor([-2.0, -1.0, -0.3, 0.0, 0.5, 1.5, 2.5], dtype=torch.float64)
+    found = (noise[..., None] < levels).double().mean(1)
+    assert (found - torch.special.ndtr(levels)).abs().max() < bound / 2
+    # neither within a row nor between rows: seeds that differ in one bit of either word, offsets that differ
+    for lag in range(1, 9):
+        assert (noise[:, lag:] * noise[:, :-lag]).mean(1).abs().max() < bound
+    between = noise @ noise.T / size - torch.eye(5)
+    assert between.fill_diagonal_(0).abs().max() < bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_seeds_draw_the_noise(dtype):
+    velocity, sample = tensors(dtype=dtype)
+    seed = torch.tensor([3, 1, 4])
+    given = sde_step(velocity, sample, C_X, C_V, STD, noise=philox_normal(seed, 6, sample.shape))
+    drawn = sde_step(velocity, sample, C_X, C_V, STD, seed=seed, offset=6)
+    assert all(map(torch.equal, given, drawn))
+    part = sde_step(velocity[1:], sample[1:], C_X, C_V, STD, seed=seed[1:], offset=6)
+    assert torch.equal(part[0], drawn[0][1:])
+
+
+def test_choice_of_backend(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend, "HAS_TRITON", True)
+    assert choose_backend("auto", cpu) == "reference"
+    assert choose_backend("auto", gpu) == "triton"
+    assert choose_backend("triton", gpu) == "triton"
+    assert choose_backend("reference", gpu) == "reference"
+    with pytest.raises(ValueError, match='backend "triton" cannot run on cpu tensors'):
+        choose_backend("triton", cpu)
+    monkeypatch.setenv("FASTFLOWGRPO_BACKEND", "reference")
+    assert choose_backend("auto", gpu) == "reference"
+    assert choose_backend("triton", gpu) == "triton"
+    monkeypatch.setenv("FASTFLOWGRPO_BACKEND", "triton")
+    with pytest.raises(ValueError, match='FASTFLOWGRPO_BACKEND "triton" cannot run on cpu tensors'):
+        choose_backend("auto", cpu)
+    monkeypatch.setenv("FASTFLOWGRPO_BACKEND", "fast")
+    with pytest.raises(ValueError, match="unknown FASTFLOWGRPO_BACKEND 'fast': choose one of auto"):
+        choose_backend("auto", cpu)
+    with pytest.raises(ValueError, match="unknown backend 'cuda'"):
+        choose_backend("cuda", gpu)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend("triton", cpu) == "triton"
+    monkeypatch.delenv("FASTFLOWGRPO_BACKEND")
+    assert choose_backend("auto", cpu) == "reference"
+    monkeypatch.setattr(backend, "HAS_TRITON", False)
+    assert choose_backend("auto", gpu) == "reference"
+    with pytest.raises(ValueError, match='backend "triton" needs Triton, which is not installed'):
+        choose_backend("triton", gpu)

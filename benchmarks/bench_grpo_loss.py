@@ -1,0 +1,56 @@
+"""The GRPO step loss on a GPU: plain eager torch, torch.compile, and the Triton kernels; see `benchmarks.kernels`."""
+
+import pytest
+import torch
+
+from benchmarks.kernels import SHAPES, take
+from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
+
+if not torch.cuda.is_available():
+    pytest.skip("these benchmarks need a GPU", allow_module_level=True)
+
+
+@pytest.mark.parametrize("variant", ["eager", "compile", "triton"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+@pytest.mark.parametrize("size", SHAPES)
+def test_loss(benchmark, size, direction, variant):
+    shape = SHAPES[size]
+    velocity, sample, prev_sample, uncond, reference = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(5)
+    )
+    c_x, c_v, std, dt, old_log_prob, advantage = torch.rand(6, shape[0], device="cuda").add(0.1)
+    upstream = torch.ones(shape[0], device="cuda")
+    velocity.requires_grad_()
+    loss_function = torch.compile(grpo_step_loss, fullgraph=True) if variant == "compile" else grpo_step_loss
+
+    def forward():
+        return loss_function(
+            velocity,
+            sample,
+            prev_sample,
+            c_x,
+            c_v,
+            std,
+            -dt,
+            old_log_prob,
+            advantage,
+            clip_range=0.5,
+            velocity_ref=reference,
+            velocity_uncond=uncond,
+            guidance_scale=4.5,
+            kl_weight=0.04,
+            backend="triton" if variant == "triton" else "reference",
+        )[0]
+
+    def backward(loss, retain_graph=False):
+        return torch.autograd.grad(loss, velocity, upstream, retain_graph=retain_graph)
+
+    once = forward()
+    run = {
+        "forward": forward,
+        "backward": lambda: backward(once, retain_graph=True),
+        "both": lambda: backward(forward()),
+    }[direction]
+    # five tensors read forward, five read and the gradient written backward
+    passes = {"forward": 5, "backward": 6, "both": 11}[direction]
+    take(benchmark, run, passes * sample.numel() * sample.element_size())

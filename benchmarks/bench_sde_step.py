@@ -1,0 +1,38 @@
+"""The SDE step on a GPU: plain eager torch, torch.compile, and the Triton kernel; see `benchmarks.kernels`."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.kernels import SHAPES, take
+from fastflowgrpo.kernels.sde_step import sde_step
+
+if not torch.cuda.is_available():
+    pytest.skip("these benchmarks need a GPU", allow_module_level=True)
+
+
+@pytest.mark.parametrize("variant", ["eager", "compile", "triton"])
+@pytest.mark.parametrize("work", ["draw", "score"])
+@pytest.mark.parametrize("size", SHAPES)
+def test_step(benchmark, size, work, variant):
+    shape = SHAPES[size]
+    velocity, sample, uncond = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    c_x, c_v, std = torch.rand(3, shape[0], device="cuda").add(0.1)
+    # what each would do: torch draws with its own generator, the kernel by seeds
+    given: dict[str, Any] = {}
+    if work == "draw" and variant == "triton":
+        given = {"seed": torch.arange(shape[0], device="cuda")}
+    elif work == "score":
+        given = {"prev_sample": torch.randn_like(sample)}
+    step = torch.compile(sde_step, fullgraph=True) if variant == "compile" else sde_step
+
+    @torch.no_grad()
+    def run():
+        backend = "triton" if variant == "triton" else "reference"
+        return step(
+            velocity, sample, c_x, c_v, std, velocity_uncond=uncond, guidance_scale=4.5, backend=backend, **given
+        )
+
+    # velocity, its unconditional branch, sample; and the next sample, written or read
+    take(benchmark, run, 4 * sample.numel() * sample.element_size())

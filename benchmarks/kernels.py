@@ -1,0 +1,69 @@
+"""What the benchmarks of the kernels share: the sizes, the device's own copy rate, and how a figure is taken.
+
+    python -m pytest benchmarks/bench_sde_step.py benchmarks/bench_grpo_loss.py --benchmark-json results.json
+
+They need a GPU. A time is a median over CUDA events, behind a flush of the L2 cache; the wall time of pytest-benchmark
+itself holds the host's share. `extra_info` has device ms, GB/s of the bytes that the operation must move, that rate as
+a share of the copy rate measured in the same process, and peak MB.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+SHAPES = {
+    "SD3.5-M 512 px": (24, 16, 64, 64),
+    "SD3.5-M 1024 px": (24, 16, 128, 128),
+    "FLUX packed 1024 px": (24, 4096, 64),
+    "Wan 2.1 81 frames 480p": (4, 16, 21, 60, 104),
+    "bandwidth": (64, 16, 512, 512),
+}
+
+
+def take(benchmark: Any, function: Callable[[], Any], moved: int) -> None:
+    """Measures a function on the GPU that must move `moved` bytes."""
+    for _ in range(3):
+        function()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    peak = torch.cuda.max_memory_allocated() - before
+    milliseconds = device_ms(function)
+    rate = moved / milliseconds / 1e6
+
+    def timed() -> None:
+        function()
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(timed, rounds=50, warmup_rounds=5)
+    benchmark.extra_info.update(
+        gpu=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        device_ms=milliseconds,
+        gb_per_s=rate,
+        share_of_copy=rate / copy_rate(),
+        peak_mb=peak / 2**20,
+    )
+
+
+def device_ms(function: Callable[[], Any], rounds: int = 50) -> float:
+    """Median time on the device. The flush between two calls also keeps the host ahead of it."""
+    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for begin, end in events:
+        flush.zero_()
+        begin.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return sorted(begin.elapsed_time(end) for begin, end in events)[rounds // 2]
+
+
+@cache
+def copy_rate() -> float:
+    """GB/s read and written by a large device-to-device copy."""
+    source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / device_ms(lambda: target.copy_(source)) / 1e6
