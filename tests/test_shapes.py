@@ -1,5 +1,7 @@
 """The bundled world: prompts, scenes, detector, and the pipeline's own quality."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from fastflowgrpo.prompts import TAGS, check_metadata
 from fastflowgrpo.rewards.geneval import check
 from fastflowgrpo.shapes import PIPELINE, scenes
 from fastflowgrpo.shapes.detector import detect_shapes
-from fastflowgrpo.shapes.pretrain import corrupt, crowded_scenes
+from fastflowgrpo.shapes.pretrain import crowded_scenes
 from fastflowgrpo.shapes.scenes import (
     CELL,
     Shape,
@@ -61,6 +63,22 @@ def test_training_and_held_out_prompts_are_disjoint():
     assert {tag: sum(p.metadata["tag"] == tag for p in held_out) for tag in TAGS} == dict.fromkeys(TAGS, 36)
 
 
+@pytest.mark.parametrize("tag", ["counting", "colors", "position", "color_attr"])
+def test_held_out_and_training_contents_are_spread_over_all_shapes_numbers_colours_and_relations(tag):
+    """A shape that training shows with one number only would be learned with that number."""
+
+    def words(prompts):
+        of_tag = [p.text.split()[3:] for p in prompts if p.metadata["tag"] == tag]
+        return Counter(word for text in of_tag for word in text if len(word) > 2 and word != "and")
+
+    held_out, trained = words(eval_prompts()), words(train_prompts())
+    assert set(held_out) <= set(trained)
+    assert len(set(trained) - set(held_out)) <= 1
+    for is_shape in (True, False):  # the rest are numbers, colours or relations
+        counts = [n for word, n in trained.items() if word.startswith(scenes.SHAPES) == is_shape]
+        assert max(counts) <= 2 * min(counts)
+
+
 def test_prompts_that_ask_for_the_same_have_one_meaning():
     by_text = {prompt.text: scenes.meaning(prompt.metadata) for tag in caption_prompts().values() for prompt in tag}
     start = "a drawing of a "
@@ -82,16 +100,6 @@ def test_every_prompt_has_valid_metadata_and_a_scene_that_fulfils_it():
     images = to_batch(render([sample_scene(prompt.metadata, rng) for prompt in prompts]))
     results = [check(p.metadata, d) for p, d in zip(prompts, detect_shapes(images), strict=True)]
     assert all(result.strict and result.correct and result.score == 1 for result in results)
-
-
-def test_caption_noise_breaks_what_the_prompt_asks_for():
-    rng = np.random.default_rng(0)
-    for tag, prompts in caption_prompts().items():
-        wrong = [corrupt(prompt.metadata, rng) for prompt in prompts]
-        images = to_batch(render([sample_scene(metadata, rng) for metadata in wrong]))
-        strict = [check(p.metadata, d).strict for p, d in zip(prompts, detect_shapes(images), strict=True)]
-        # a position that is dropped is still right by chance
-        assert np.mean(strict) == {"single_object": 1.0}.get(tag, 0.0) or (tag == "position" and np.mean(strict) < 0.5)
 
 
 @pytest.mark.parametrize("drawn", [prompted_scenes(1000), crowded_scenes(1000, 3)], ids=["prompted", "crowded"])
