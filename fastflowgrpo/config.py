@@ -125,7 +125,7 @@ class UpdateConfig:
     """Largest difference of a replayed log-prob from the rollout's at the start, as a share of clip_range."""
     kl: Literal["flow_grpo", "exact", "velocity"] = "velocity"
     """KL to the reference: the step's without dt (Flow-GRPO's), the exact one, or the squared velocity difference."""
-    kl_weight: float = 0.002
+    kl_weight: float = 0.0
     """Weight of the KL term; 0 skips the reference pass."""
     ema_decay: float = 0.9
     """Decay of the averaged weights that are evaluated and saved; 0 uses the raw weights."""

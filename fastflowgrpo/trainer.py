@@ -195,6 +195,10 @@ class Trainer:
             if found:
                 norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
                 found[-1]["grad_norm"] = norm.reshape(1)
+                for parameter in self.parameters:
+                    # What is not finite must not spoil the weights before `_flush` sees it and stops the run.
+                    if parameter.grad is not None:
+                        parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             statistics += found

@@ -165,6 +165,7 @@ def test_a_gradient_that_is_not_finite_and_an_epoch_without_a_score_stop_the_run
     batch.trajectory.log_probs[:] = float("nan")
     with pytest.raises(FloatingPointError, match=r"lower update\.learning_rate"):
         trainer.update(batch)
+    assert all(parameter.isfinite().all() for parameter in trainer.parameters)
     trainer.rewards = lambda batch: Scores(torch.full((len(batch.prompts),), float("nan")))
     with pytest.raises(RuntimeError, match="not one of the 8 images"):
         trainer.collect(1)
@@ -318,7 +319,7 @@ def test_an_interrupted_run_keeps_its_weights(folder, tmp_path, monkeypatch, cap
 
 def test_a_short_run_improves_the_shapes_model_beyond_noise(tmp_path):
     """With 1296 images twice, 0.05 is more than two and a half standard errors of the difference."""
-    config = Config(output_dir=str(tmp_path / "run"), epochs=30, trackers=[], update=UpdateConfig(ema_decay=0))
+    config = Config(output_dir=str(tmp_path / "run"), epochs=60, trackers=[], update=UpdateConfig(ema_decay=0))
     config.evaluation = EvaluationConfig(every=0, num_steps=20)
     Trainer(config).run()
     summary = json.loads((tmp_path / "run/summary.json").read_text())
