@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,9 +25,10 @@ from torch import Tensor
 
 from fastflowgrpo.advantages import group_advantages
 from fastflowgrpo.config import Config, EvaluationConfig, RolloutConfig
+from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.policy.sd3 import SD3Policy
 from fastflowgrpo.rewards import RewardBatch
-from fastflowgrpo.rollout import GroupNoise
+from fastflowgrpo.rollout import sample_seeds
 from fastflowgrpo.trainer import Trainer, group_seed
 
 RECIPES = {
@@ -122,13 +124,13 @@ class EagerEpoch:
             with self.phase("rollout"), torch.no_grad():
                 embeds, pooled = self.encode([prompt.text for prompt in chosen])
                 seeds = [group_seed(config.seed, epoch, begin + i) for i in range(len(chosen) // size)]
-                noise = GroupNoise(seeds, size, trainer.shape, device)
-                latents = noise.draw(range(len(seeds))).to(trainer.policy.dtype)
+                noise = partial(philox_normal, sample_seeds(seeds, size).to(device), shape=(len(chosen), *trainer.shape))
+                latents = noise(offset=0).to(trainer.policy.dtype)
                 samples, next_samples, log_probs = [], [], []
                 for i, t in enumerate(scheduler.timesteps):
                     timestep = t.expand(len(latents))
                     velocity = self.velocity(latents, timestep, embeds, pooled)
-                    drawn = noise.draw(range(len(seeds))) if i in window else None
+                    drawn = noise(offset=i + 1) if i in window else None
                     next_latents, log_prob = self.step(velocity, latents, timestep, drawn, None)
                     if i in window:
                         samples.append(latents)

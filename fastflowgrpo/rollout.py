@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import sde_step
 from fastflowgrpo.policy import Conditioning, Policy
 from fastflowgrpo.sde import StepCoefficients, step_coefficients
@@ -31,20 +32,10 @@ def window_starts(low: int, high: int, seeds: Sequence[int]) -> list[int]:
     return [int(np.random.default_rng(seed).integers(low, high)) for seed in seeds]
 
 
-class GroupNoise:
-    """Standard normal noise, a generator per group: it depends on the group's seed alone, not on the batch."""
-
-    def __init__(self, seeds: Sequence[int], group_size: int, shape: tuple[int, ...], device: torch.device):
-        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        self.shape, self.device = (group_size, *shape), device
-
-    def draw(self, groups: Sequence[int], same_in_group: bool = False) -> Tensor:
-        """Fresh noise, (B, ...) float32: normal in the rows of the given groups, 0 in the others."""
-        noise = torch.zeros(len(self.generators), *self.shape, device=self.device)
-        size = (1, *self.shape[1:]) if same_in_group else self.shape
-        for group in groups:
-            noise[group] = torch.randn(size, generator=self.generators[group], device=self.device)
-        return noise.flatten(0, 1)
+def sample_seeds(seeds: Sequence[int], group_size: int) -> Tensor:
+    """A seed for each sample of each group, (B,) int64: a function of the group's seed and of the place in the group."""
+    states = [np.random.SeedSequence(seed).generate_state(group_size, np.uint64) for seed in seeds]
+    return torch.from_numpy(np.concatenate(states).view(np.int64))
 
 
 @torch.no_grad()
@@ -92,12 +83,15 @@ def sample_groups(
     conditioning = repeat_rows(conditioning, group.to(device))
     unconditional = expand_row(unconditional, batch_size)
 
-    noise = GroupNoise(seeds, group_size, shape, device)
-    sample = noise.draw(range(num_groups), same_in_group=same_noise).to(policy.dtype)
+    of_sample = sample_seeds(seeds, group_size).to(device, non_blocking=True)
+    of_noise = of_sample.view(-1, group_size)[:, :1].repeat_interleave(group_size) if same_noise else of_sample
+    sample = philox_normal(of_noise, 0, (batch_size, *shape)).to(policy.dtype)
     latents = torch.empty(batch_size, window_size + 1, *shape, dtype=policy.dtype, device=device)
     log_probs = torch.empty(batch_size, window_size, device=device)
+    inside = [torch.from_numpy(np.flatnonzero(of_step)) for of_step in trained.T]
+    slots = [(i - first[of_step, 0]).to(device, non_blocking=True) for i, of_step in enumerate(inside)]
+    inside = [of_step.to(device, non_blocking=True) for of_step in inside]
     for i in range(num_steps):
-        inside = [g for g, start in enumerate(starts) if start <= i < start + window_size]
         velocity = policy.velocity(sample, sigma[i], conditioning)
         velocity_uncond = policy.velocity(sample, sigma[i], unconditional) if unconditional is not None else None
         next_sample, step_log_prob = sde_step(
@@ -108,14 +102,13 @@ def sample_groups(
             std[i],
             velocity_uncond=velocity_uncond,
             guidance_scale=guidance_scale,
-            noise=noise.draw(inside),
+            seed=of_sample,
+            offset=i + 1,
             log_prob=log_prob,
         )
-        for g in inside:
-            of_group, slot = slice(g * group_size, (g + 1) * group_size), i - starts[g]
-            latents[of_group, slot] = sample[of_group]
-            latents[of_group, slot + 1] = next_sample[of_group]
-            log_probs[of_group, slot] = step_log_prob[of_group]
+        latents[inside[i], slots[i]] = sample[inside[i]]
+        latents[inside[i], slots[i] + 1] = next_sample[inside[i]]
+        log_probs[inside[i], slots[i]] = step_log_prob[inside[i]]
         sample = next_sample
         on_step()
     return Trajectory(latents, log_probs, first + torch.arange(window_size), sample)

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastflowgrpo.advantages import group_advantages
 from fastflowgrpo.config import Config, ConfigError, validate
 from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
+from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import guided_velocity
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
@@ -23,12 +24,12 @@ from fastflowgrpo.prompts import Prompt, epoch_prompts, load_prompts
 from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
 from fastflowgrpo.rewards import RewardBatch, Scores, build_rewards
 from fastflowgrpo.rollout import (
-    GroupNoise,
     Trajectory,
     expand_row,
     repeat_rows,
     sample_groups,
     sample_ode,
+    sample_seeds,
     window_starts,
 )
 from fastflowgrpo.sde import resolve_log_prob, step_coefficients
@@ -298,8 +299,8 @@ class Trainer:
                 conditioning = self.embed([prompt.text for prompt in prompts])
                 rows = torch.arange(len(prompts), device=self.policy.device).repeat_interleave(copies)
                 # The same noise in every run and at every step: images are compared, not their luck.
-                seeds = [begin + i for i in range(len(prompts))]
-                noise = GroupNoise(seeds, copies, self.shape, self.policy.device).draw(range(len(prompts)))
+                seeds = sample_seeds(range(begin, begin + len(prompts)), copies).to(self.policy.device)
+                noise = philox_normal(seeds, 0, (len(seeds), *self.shape))
                 latents = sample_ode(
                     self.policy,
                     repeat_rows(conditioning, rows),

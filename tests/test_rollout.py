@@ -3,7 +3,7 @@ import torch
 from no_sync import NoSynchronisation
 
 from fastflowgrpo.kernels.sde_step import gaussian_log_prob, step_mean
-from fastflowgrpo.rollout import GroupNoise, sample_groups, window_starts
+from fastflowgrpo.rollout import sample_groups, sample_seeds, window_starts
 from fastflowgrpo.sde import step_coefficients
 
 SHAPE = (2, 3, 3)
@@ -125,12 +125,25 @@ def test_window_starts_are_drawn_once_per_group():
     assert window_starts(3, 4, [5, 6]) == [3, 3]
 
 
-def test_noise_is_standard_normal_and_zero_for_other_groups():
-    noise = GroupNoise([1, 2, 3], 500, SHAPE, torch.device("cpu")).draw([0, 2]).unflatten(0, (3, 500))
-    assert abs(float(noise[[0, 2]].mean())) < 0.02
-    assert abs(float(noise[[0, 2]].std()) - 1) < 0.02
-    assert (noise[1] == 0).all()
-    assert not torch.equal(noise[0], noise[2])
+def test_every_sample_has_a_seed_of_its_own():
+    seeds = sample_seeds(range(50), 24)
+    assert seeds.dtype == torch.int64
+    assert len(seeds.unique()) == 50 * 24
+    assert torch.equal(sample_seeds([7], 24), seeds[7 * 24 : 8 * 24])
+    assert torch.equal(sample_seeds([7], 3), seeds[7 * 24 : 7 * 24 + 3])
+
+
+def test_every_step_has_noise_of_its_own():
+    policy = TinyPolicy()
+    policy.velocity = lambda latents, sigma, conditioning: torch.zeros_like(latents)
+    coefficients = step_coefficients(policy.sigmas(NUM_STEPS), "dance_sde", 0.7)
+    trajectory = sample(policy, starts=(1, 1), coefficients=coefficients, group_size=50)
+    at = coefficients.at(trajectory.steps)
+    c_x, std = (value[..., None, None, None] for value in (at.c_x, at.std))
+    noise = (trajectory.latents[:, 1:] - c_x * trajectory.latents[:, :-1]) / std
+    initial = trajectory.latents[:, :1]  # the ODE step before it moves nothing without a velocity
+    drawn = torch.cat([initial, noise], 1).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(drawn @ drawn.T / drawn.shape[1], torch.eye(4), atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
