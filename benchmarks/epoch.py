@@ -1,39 +1,53 @@
-"""One epoch of ours against a plain eager loop: `python -m benchmarks.epoch`.
+"""One epoch of ours against a plain eager loop: `python -m benchmarks.epoch [--SETTING VALUE ...]`.
 
 The eager loop does what the existing Flow-GRPO code bases do: it encodes the prompt of every image, looks the timestep
 up and computes the SDE step in several passes, runs both halves of the guidance batch through the backward pass, trains
 one step of one rollout batch at a time with a reference pass for each, and reads each loss. Both sample the same noise,
-so that their gradients can be compared.
+so that their gradients can be compared: in float32 they differ by rounding, in bfloat16 by what a batch of another size
+rounds differently on the way to the images and their rewards.
+
+Settings are those of `fastflowgrpo.train`, by default for the bundled model. At SD3.5-M's size, with random weights:
+
+    python -m benchmarks.random_sd35 FOLDER
+    python -m benchmarks.epoch --config configs/sd35_medium.yaml --config benchmarks/sd35_medium.yaml --model FOLDER
 """
 
 import argparse
+import gc
 import json
 import math
 import platform
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastflowgrpo.advantages import group_advantages
-from fastflowgrpo.config import Config, EvaluationConfig, RolloutConfig
+from fastflowgrpo.config import Config, parse
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.policy.sd3 import SD3Policy
+from fastflowgrpo.reporting import PACKAGES
 from fastflowgrpo.rewards import RewardBatch
-from fastflowgrpo.rollout import sample_seeds
+from fastflowgrpo.rollout import repeat_rows, sample_seeds
 from fastflowgrpo.trainer import Trainer, group_seed
 
-RECIPES = {
-    "paper": RolloutConfig(window_size=None, guidance_scale=4.5),
-    "window": RolloutConfig(window_size=3, window_start=(2, 3)),
+# What each recipe sets in the rollout and in the update: the paper's, and the window without guidance or KL.
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "paper": ({"window_size": None, "guidance_scale": 4.5}, {"kl": "flow_grpo", "kl_weight": 0.04}),
+    "window": ({"window_size": 3, "window_start": (2, 3), "guidance_scale": 1.0}, {"kl_weight": 0.0}),
 }
 
 
@@ -82,8 +96,9 @@ class EagerEpoch:
 
     def step(
         self, velocity: Tensor, sample: Tensor, timestep: Tensor, noise: Tensor | None, prev_sample: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Flow-GRPO's SDE step in eager passes; a step without noise or next sample is an ODE step."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Flow-GRPO's SDE step in eager passes: the next sample, its log-prob, mean and diffusion. Without noise or a
+        next sample it is an ODE step."""
         scheduler = self.pipeline.scheduler
         index = [scheduler.index_for_timestep(t) for t in timestep]
         shape = (-1, *[1] * (sample.ndim - 1))
@@ -92,7 +107,8 @@ class EagerEpoch:
         dt = sigmas[[i + 1 for i in index]].view(shape) - sigma
         sample = sample.float()
         if noise is None and prev_sample is None:
-            return (sample + dt * velocity).to(self.policy.dtype), torch.zeros(len(sample))
+            mean = sample + dt * velocity
+            return mean.to(self.policy.dtype), torch.zeros(len(sample)), mean, torch.zeros_like(sigma)
         largest = sigmas[1].item()
         std = torch.sqrt(sigma / (1 - torch.where(sigma == 1, largest, sigma))) * self.config.rollout.noise_level
         drift = 1 + std**2 / (2 * sigma) * dt
@@ -106,11 +122,12 @@ class EagerEpoch:
             - torch.log(deviation)
             - math.log(math.sqrt(2 * math.pi))
         )
-        return prev_sample, log_prob.mean(dim=tuple(range(1, log_prob.ndim)))
+        return prev_sample, log_prob.mean(dim=tuple(range(1, log_prob.ndim))), mean, std
 
-    def run(self, epoch: int = 0) -> None:
-        """Sample, score and leave the gradients of one update on the parameters."""
+    def run(self, epoch: int = 0) -> dict[str, float]:
+        """Sample, score and leave the gradients of one update on the parameters; the seconds of each phase."""
         trainer, config = self.trainer, self.config
+        self.seconds.clear()
         rollout, size, device = config.rollout, config.rollout.group_size, trainer.policy.device
         prompts = trainer.choose(epoch)
         groups_at_once = rollout.batch_size // size
@@ -121,17 +138,20 @@ class EagerEpoch:
         batches, rewards = [], []
         for begin in range(0, len(prompts), groups_at_once):
             chosen = [p for p in prompts[begin : begin + groups_at_once] for _ in range(size)]
-            with self.phase("rollout"), torch.no_grad():
+            with self.phase("encode"):
                 embeds, pooled = self.encode([prompt.text for prompt in chosen])
+            with self.phase("rollout"), torch.no_grad():
                 seeds = [group_seed(config.seed, epoch, begin + i) for i in range(len(chosen) // size)]
-                noise = partial(philox_normal, sample_seeds(seeds, size).to(device), shape=(len(chosen), *trainer.shape))
+                noise = partial(
+                    philox_normal, sample_seeds(seeds, size).to(device), shape=(len(chosen), *trainer.shape)
+                )
                 latents = noise(offset=0).to(trainer.policy.dtype)
                 samples, next_samples, log_probs = [], [], []
                 for i, t in enumerate(scheduler.timesteps):
                     timestep = t.expand(len(latents))
                     velocity = self.velocity(latents, timestep, embeds, pooled)
                     drawn = noise(offset=i + 1) if i in window else None
-                    next_latents, log_prob = self.step(velocity, latents, timestep, drawn, None)
+                    next_latents, log_prob, _, _ = self.step(velocity, latents, timestep, drawn, None)
                     if i in window:
                         samples.append(latents)
                         next_samples.append(next_latents)
@@ -139,7 +159,10 @@ class EagerEpoch:
                     latents = next_latents
             with self.phase("decode"), torch.no_grad():
                 vae = self.pipeline.vae
-                decoded = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
+                parts = (latents / vae.config.scaling_factor + vae.config.shift_factor).split(
+                    config.policy.decode_batch_size
+                )
+                decoded = torch.cat([vae.decode(part).sample for part in parts])
                 images = (decoded.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
             with self.phase("score"):
                 rewards.append(
@@ -167,19 +190,34 @@ class EagerEpoch:
                 for j, i in enumerate(window):
                     timestep = scheduler.timesteps[i].expand(len(rows))
                     sample = samples[j][rows]
-                    velocity = self.velocity(sample, timestep, embeds[halves], pooled[halves])
-                    with torch.no_grad():
-                        self.module.disable_adapters()
-                        reference = self.velocity(sample, timestep, embeds[halves], pooled[halves])
-                        self.module.enable_adapters()
-                    _, log_prob = self.step(velocity, sample, timestep, None, next_samples[j][rows])
+                    condition = (timestep, embeds[halves], pooled[halves])
+                    velocity = self.velocity(sample, *condition)
+                    _, log_prob, mean, std = self.step(velocity, sample, timestep, None, next_samples[j][rows])
                     ratio = torch.exp(log_prob - log_probs[j][rows])
                     clipped = torch.clamp(ratio, 1 - limit, 1 + limit)
-                    policy_loss = torch.maximum(-advantage * ratio, -advantage * clipped)
-                    kl = ((velocity - reference) ** 2).flatten(1).mean(1)
-                    loss = (policy_loss + config.update.kl_weight * kl).sum() / pairs
+                    loss = torch.maximum(-advantage * ratio, -advantage * clipped)
+                    if config.update.kl_weight:
+                        with torch.no_grad():
+                            self.module.disable_adapters()
+                            reference = self.velocity(sample, *condition)
+                            self.module.enable_adapters()
+                            _, _, mean_ref, _ = self.step(reference, sample, timestep, None, next_samples[j][rows])
+                        kl = ((mean - mean_ref) ** 2 / (2 * std**2)).flatten(1).mean(1)
+                        loss = loss + config.update.kl_weight * kl
+                    loss = loss.sum() / pairs
                     loss.backward()
                     loss.item()
+        return dict(self.seconds)
+
+
+def run_ours(trainer: Trainer, epoch: int) -> dict[str, float]:
+    """The trainer's own epoch, less the optimiser's step; the seconds of each phase."""
+    trainer.embed.rows.clear()
+    trainer.report.seconds.clear()
+    batch, _ = trainer.collect(epoch)
+    with trainer.report.phase("update"):
+        trainer.accumulate(batch, trainer.pairs(batch, 0, len(batch.advantages)))
+    return dict(trainer.report.seconds)
 
 
 def gradients(trainer: Trainer) -> Tensor:
@@ -189,88 +227,143 @@ def gradients(trainer: Trainer) -> Tensor:
     return flat
 
 
-def measure(recipe: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    config = Config(
-        model=arguments.model,
-        overwrite=True,
-        trackers=[],
-        rollout=RECIPES[recipe],
-        evaluation=EvaluationConfig(images_per_prompt=1),
-    )
-    config.policy.lora_rank = 32
-    config.update.kl_weight = 0.002  # the eager loop makes its reference pass in any case, so ours needs one too
-    config.update.per_epoch = 1
-    config.prompts.per_epoch = arguments.groups
+def transformer_flops(trainer: Trainer) -> dict[str, int]:
+    """FLOPs of one sample's pass, counted: of the forward alone, and of forward and backward through the adapter."""
+    policy = trainer.policy
+    assert isinstance(policy, SD3Policy)
+    condition = repeat_rows(policy.encode(["a"]), torch.zeros(1, dtype=torch.int64, device=policy.device))
+    latents = torch.zeros(1, *trainer.shape, dtype=policy.dtype, device=policy.device)
+    sigma = torch.ones(1, device=policy.device)
+    flops = {}
+    # Attention as plain products: these are counted on every device.
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            policy.velocity(latents, sigma, condition)
+        flops["forward"] = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            policy.velocity(latents, sigma, condition).sum().backward()
+        flops["forward_backward"] = counter.get_total_flops()
+    trainer.optimizer.zero_grad()
+    return flops
+
+
+@contextmanager
+def count_passes(module: torch.nn.Module) -> Iterator[Counter[str]]:
+    """Counts the samples that pass through the transformer, with and without a backward pass to come."""
+    passes: Counter[str] = Counter()
+
+    def count(_: Any, __: Any, arguments: dict[str, Any]) -> None:
+        passes["forward_backward" if torch.is_grad_enabled() else "forward"] += len(arguments["hidden_states"])
+
+    handle = module.register_forward_pre_hook(count, with_kwargs=True)
+    yield passes
+    handle.remove()
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large product of random matrices in the model's dtype: what the device can give."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    timer = Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
+    return 2 * side**3 / timer.blocked_autorange(min_run_time=0.5).median / 1e12
+
+
+def measure(recipe: str, config: Config, repeats: int) -> dict[str, Any]:
+    """Both loops on a recipe: medians over `repeats` epochs of each, alternating, after one of each to warm up."""
+    gc.collect()  # the model of the recipe before, which the trainer's cycles keep
+    rollout, update = RECIPES[recipe]
+    config = replace(config, rollout=replace(config.rollout, **rollout), update=replace(config.update, **update))
     with TemporaryDirectory() as folder:
         config.output_dir = folder + "/run"
         trainer = Trainer(config)
+        assert isinstance(trainer.policy, SD3Policy)
         # An adapter that does something, so that KL, ratio and gradients are those of a run under way.
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in trainer.parameters:
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
-        eager = EagerEpoch(trainer)
-        seconds: dict[str, list[float]] = {"ours": [], "eager": []}
-        phases: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in seconds}
+        flops = transformer_flops(trainer)
+        on_gpu = trainer.policy.device.type == "cuda"
+        loops: dict[str, Callable[[int], dict[str, float]]] = {
+            "ours": partial(run_ours, trainer),
+            "eager": EagerEpoch(trainer).run,
+        }
+        seconds: dict[str, list[float]] = defaultdict(list)
+        phases: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in loops}
+        results: dict[str, dict[str, Any]] = {name: {} for name in loops}
         difference = 0.0
-        for repeat in range(arguments.repeats + 1):
+        for repeat in range(repeats + 1):
             found = {}
-            trainer.embed.rows.clear()
-            trainer.report.seconds.clear()
-            eager.seconds.clear()
-            begin = time.perf_counter()
-            batch, _ = trainer.collect(repeat)
-            with trainer.report.phase("update"):
-                trainer.accumulate(batch, trainer.pairs(batch, 0, len(batch.advantages)))
-            found["ours"] = (time.perf_counter() - begin, dict(trainer.report.seconds))
-            ours = gradients(trainer)
-            begin = time.perf_counter()
-            eager.run(repeat)
-            found["eager"] = (time.perf_counter() - begin, dict(eager.seconds))
-            plain = gradients(trainer)
-            difference = max(difference, float((ours - plain).norm() / plain.norm()))
-            if repeat:  # the first is the warm-up
-                for name, (total, parts) in found.items():
+            for name, loop in loops.items():
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                with count_passes(trainer.policy.module) as passes:
+                    begin = time.perf_counter()
+                    parts = loop(repeat)
+                    total = time.perf_counter() - begin
+                results[name]["passes"] = dict(passes)
+                if on_gpu:
+                    results[name]["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+                found[name] = gradients(trainer)
+                if repeat:
                     seconds[name].append(total)
                     for part, value in parts.items():
                         phases[name][part].append(value)
+            difference = max(difference, float((found["ours"] - found["eager"]).norm() / found["eager"].norm()))
         trainer.accelerator.end_training()
-    images = arguments.groups * config.rollout.group_size
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    images = config.prompts.per_epoch * config.rollout.group_size
+    for name, result in results.items():
+        result["images_per_s"] = images / statistics.median(seconds[name])
+        result["seconds"] = {part: statistics.median(values) for part, values in phases[name].items()}
+        done = sum(count * flops[kind] for kind, count in result["passes"].items())
+        result["tflop_per_s"] = done / (result["seconds"]["rollout"] + result["seconds"]["update"]) / 1e12
     return {
         "recipe": recipe,
         "images": images,
-        "images_per_s": {name: images / value for name, value in medians.items()},
+        "flops_per_pass": flops,
+        "loops": results,
         "speedup": statistics.median(e / o for e, o in zip(seconds["eager"], seconds["ours"], strict=True)),
-        "seconds": {name: {part: statistics.median(v) for part, v in parts.items()} for name, parts in phases.items()},
         "relative_gradient_difference": difference,
+        "config": asdict(config) | {"output_dir": None},
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="shapes", help="pipeline folder or hub id")
-    parser.add_argument("--groups", type=int, default=24, help="groups per epoch")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--repeats", type=int, default=5, help="measured epochs of each, alternating")
-    parser.add_argument("--output", type=Path, help="write the result as JSON")
-    arguments = parser.parse_args()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    parser.add_argument("--output", type=Path, help="write the result as JSON, after each recipe")
+    arguments, settings = parser.parse_known_args(argv)
+    config = parse(["--policy.lora_rank=32", "--update.per_epoch=1", *settings])
+    config.trackers = []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    rate = matrix_rate(device, getattr(torch, config.policy.dtype))
     result: dict[str, Any] = {
-        "device": device,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "recipes": [measure(recipe, arguments) for recipe in RECIPES],
+        "device": name,
+        "versions": {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}},
+        "model": config.model,
+        "dtype": config.policy.dtype,
+        "matrix_tflop_per_s": rate,
+        "recipes": [],
     }
-    print(f"{device}, torch {torch.__version__}")
-    for row in result["recipes"]:
-        print(
-            f"\n{row['recipe']}: {row['speedup']:.2f}x, gradients differ by {row['relative_gradient_difference']:.1e}"
-        )
-        for name, parts in row["seconds"].items():
-            line = "  ".join(f"{part} {value:.2f} s" for part, value in parts.items())
-            print(f"  {name:6} {row['images_per_s'][name]:6.0f} images/s   {line}")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{name}, torch {torch.__version__}, {config.policy.dtype} products at {rate:.3g} TFLOP/s")
+    for recipe in RECIPES:
+        row = measure(recipe, config, arguments.repeats)
+        result["recipes"].append(row)
+        print(f"\n{recipe}: {row['speedup']:.2f}x, gradients differ by {row['relative_gradient_difference']:.1e}")
+        each = {kind: f"{count / 1e9:.4g}" for kind, count in row["flops_per_pass"].items()}
+        print(f"  GFLOP of a sample's pass: forward {each['forward']}, forward and backward {each['forward_backward']}")
+        for loop, of in row["loops"].items():
+            line = "  ".join(f"{part} {value:.2f} s" for part, value in of["seconds"].items())
+            print(f"  {loop:6} {of['images_per_s']:6.3g} images/s   {line}")
+            passes = of["passes"]
+            line = f"{passes['forward']} forward passes and {passes['forward_backward']} with backward"
+            line += f" at {of['tflop_per_s']:.3g} TFLOP/s ({of['tflop_per_s'] / rate:.0%})"
+            print(f"         {line}" + (f", peak {of['peak_mb']:.0f} MB" if "peak_mb" in of else ""))
+        if arguments.output:
+            arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
