@@ -2,9 +2,10 @@
 
     python -m pytest benchmarks/bench_sde_step.py benchmarks/bench_grpo_loss.py --benchmark-json results.json
 
-They need a GPU. A time is a median over CUDA events, behind a flush of the L2 cache; the wall time of pytest-benchmark
-itself holds the host's share. `extra_info` has device ms, GB/s of the bytes that the operation must move, that rate as
-a share of the copy rate measured in the same process, and peak MB.
+They need a GPU, of 40 GB or more for the largest size. A time is a median over CUDA events, behind a flush of the L2
+cache; the wall time of pytest-benchmark itself holds the host's share. `extra_info` has device ms, GB/s of the bytes
+that the operation must move, that rate as a share of the copy rate measured in the same process, and peak MB above what
+the inputs take. `python -m benchmarks.report FOLDER` makes tables of it.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,12 @@ SHAPES = {
     "Wan 2.1 81 frames 480p": (4, 16, 21, 60, 104),
     "bandwidth": (64, 16, 512, 512),
 }
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile for the shapes of one benchmark: with those of an earlier one in mind it would compile for any."""
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 def take(benchmark: Any, function: Callable[[], Any], moved: int) -> None:
@@ -49,8 +56,9 @@ def take(benchmark: Any, function: Callable[[], Any], moved: int) -> None:
 
 
 def device_ms(function: Callable[[], Any], rounds: int = 50) -> float:
-    """Median time on the device. The flush between two calls also keeps the host ahead of it."""
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    """Median time on the device. The flush before each call is as long as the host takes to queue all of the call, so
+    that no time is spent waiting for it."""
+    flush = torch.empty(2**32, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for begin, end in events:
         flush.zero_()
