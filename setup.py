@@ -84,7 +84,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=9", "hypothesis>=6.100", "ruff", "mypy>=2", *BUILD, *TRITON, *OCR],
-        "bench": ["pytest-benchmark>=5"],
+        "bench": ["pytest-benchmark>=5", "matplotlib>=3.8"],
         "gpu": [*TRITON, "xformers; sys_platform == 'linux'"],
         "ocr": OCR,
         "track": ["wandb>=0.20"],

@@ -1,0 +1,131 @@
+"""The benchmarks run and report what they say; nothing here measures a time."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+from diffusers import SD3Transformer2DModel
+
+from benchmarks import epoch, report
+from benchmarks.random_sd35 import PUBLISHED, random_sd35
+from fastflowgrpo.config import PolicyConfig
+from fastflowgrpo.policy import load_policy
+
+GROUPS, SIZE, STEPS = 2, 4, 6
+IMAGES = GROUPS * SIZE
+
+
+def test_epoch_measures_two_loops_of_the_same_gradient(tmp_path, capsys):
+    output = tmp_path / "epoch.json"
+    sizes = {"prompts.per_epoch": GROUPS, "rollout.group_size": SIZE, "rollout.num_steps": STEPS}
+    sizes |= {"rollout.batch_size": IMAGES // 2, "update.batch_size": IMAGES // 2}
+    settings = [f"--{name}={value}" for name, value in sizes.items()]
+    settings += ["--rewards", '{"jpeg_compressibility": 1}', "--rollout.window_start", "[2, 3]"]
+    epoch.main(["--repeats", "1", "--output", str(output), *settings])
+    result = json.loads(output.read_text())
+    assert "images/s" in capsys.readouterr().out
+    assert result["matrix_tflop_per_s"] > 0
+    paper, window = result["recipes"]
+    # (sample, step) pairs; the paper's passes are conditional and not, and those of the reference
+    pairs = IMAGES * (STEPS - 1)
+    assert paper["loops"]["ours"]["passes"] == {"forward": 2 * IMAGES * STEPS + 3 * pairs, "forward_backward": pairs}
+    assert paper["loops"]["eager"]["passes"] == {
+        "forward": 2 * IMAGES * STEPS + 2 * pairs,
+        "forward_backward": 2 * pairs,
+    }
+    for loop in window["loops"].values():
+        assert loop["passes"] == {"forward": IMAGES * STEPS, "forward_backward": 3 * IMAGES}
+    for recipe in (paper, window):
+        assert recipe["images"] == IMAGES
+        assert 0 < recipe["relative_gradient_difference"] < 1e-4
+        flops = recipe["flops_per_pass"]
+        assert 2 * flops["forward"] < flops["forward_backward"] < 3 * flops["forward"]
+        for loop in recipe["loops"].values():
+            assert set(loop["seconds"]) == {"encode", "rollout", "decode", "score", "update"}
+            done = sum(count * flops[kind] for kind, count in loop["passes"].items()) / 1e12
+            assert loop["tflop_per_s"] == pytest.approx(done / (loop["seconds"]["rollout"] + loop["seconds"]["update"]))
+    assert "| paper | eager |" in report.report(tmp_path)
+
+
+def test_random_sd35_is_the_published_size_and_loads(tmp_path):
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel(**PUBLISHED["transformer"])
+    assert sum(p.numel() for p in transformer.parameters()) == 2_243_171_520
+
+    small = {name: dict(config) for name, config in PUBLISHED.items()}
+    small["transformer"] |= {"num_layers": 2, "dual_attention_layers": (0,), "attention_head_dim": 8}
+    small["transformer"] |= {"caption_projection_dim": 24 * 8, "joint_attention_dim": 80, "pooled_projection_dim": 64}
+    small["transformer"] |= {"sample_size": 4, "pos_embed_max_size": 8}
+    small["vae"] |= {"block_out_channels": (32,) * 4, "layers_per_block": 1}
+    for name in ("text_encoder", "text_encoder_2"):
+        small[name] |= {"hidden_size": 40, "intermediate_size": 40, "num_attention_heads": 4, "num_hidden_layers": 1}
+        small[name] |= {"projection_dim": 32, "vocab_size": 600}
+    small["text_encoder_2"] |= {"num_attention_heads": 2}
+    random_sd35("cpu", torch.bfloat16, small).save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), PolicyConfig(dtype="bfloat16", lora_rank=4, max_sequence_length=256))
+    conditioning = policy.encode(["a red circle"])
+    assert conditioning["encoder_hidden_states"].shape == (1, 77 + 256, 80)
+    latents = torch.randn(1, 16, 4, 4, dtype=torch.bfloat16)
+    velocity = policy.velocity(latents, torch.ones(1), conditioning)
+    assert velocity.shape == latents.shape and velocity.isfinite().all() and velocity.std() > 0
+    assert policy.decode(latents).shape == (1, 3, 32, 32)
+    assert policy.pipeline.scheduler.config.shift == 3
+
+
+def benchmark_file(tests):
+    """JSON in pytest-benchmark's layout: (name, parameters, median in seconds, extra_info) of each test."""
+    return {
+        "machine_info": {"machine": "x86_64", "cpu": {"brand_raw": "A CPU"}},
+        "benchmarks": [
+            {"name": f"{name}[id]", "params": params, "stats": {"median": median}, "extra_info": info}
+            for name, params, median, info in tests
+        ],
+    }
+
+
+def on_gpu(milliseconds):
+    return {"gpu": "A GPU", "torch": "2", "device_ms": milliseconds, "gb_per_s": 2, "share_of_copy": 0.5, "peak_mb": 3}
+
+
+STEP = [
+    ("test_step", {"size": "small", "work": "draw", "variant": variant}, 0.004, on_gpu(milliseconds))
+    for variant, milliseconds in (("eager", 2.0), ("compile", 0.5), ("triton", 0.25))
+]
+ADVANTAGES = [
+    ("test_group_advantages", {"rows": 1152, "method": method, "order": "grouped"}, median, {"ns_per_sample": 8.5})
+    for method, median in (("loop", 0.3), ("native", 0.01))
+]
+
+
+def test_report_of_whatever_is_there(tmp_path, capsys):
+    (tmp_path / "a.json").write_text(json.dumps(benchmark_file(STEP)))
+    (tmp_path / "b.json").write_text(json.dumps(benchmark_file(ADVANTAGES)))
+    (tmp_path / "c.json").write_text("{}")
+    (tmp_path / "d.json").write_text("{")
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert text in capsys.readouterr().out
+    lines = text.splitlines()
+    assert "## step draw" in lines and "## group_advantages grouped" in lines
+    assert "| small | triton | 0.2500 | 4.0000 | 2 | 50% | 3 | 8 | 2 |" in lines
+    assert "| small | eager | 2.0000 | 4.0000 | 2 | 50% | 3 | 1 | 0.25 |" in lines
+    assert "| 1152 | native | 8.5 | 30 |" in lines
+    assert "a.json: A GPU, torch 2, 3 benchmarks." in lines and "b.json: A CPU, 2 benchmarks." in lines
+    assert "c.json is no result of pytest-benchmark or `benchmarks.epoch`, and left out." in lines
+    assert any(line.startswith("d.json is not JSON") for line in lines)
+    drawn = find_spec("matplotlib") is not None
+    assert (tmp_path / "speed.png").exists() == drawn
+    assert ("![Speed relative to the baseline](speed.png)" if drawn else "for want of matplotlib") in text
+
+
+def test_report_without_a_baseline(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps(benchmark_file(STEP[2:])))
+    assert "| small | triton | 0.2500 | 4.0000 | 2 | 50% | 3 |  |  |" in report.report(tmp_path).splitlines()
+
+
+def test_report_without_results(tmp_path, capsys):
+    (tmp_path / "c.json").write_text("{}")
+    assert report.main([str(tmp_path)]) == 1
+    assert f"{tmp_path}: no JSON of pytest-benchmark or of benchmarks.epoch there" in capsys.readouterr().err
+    assert not (tmp_path / "report.md").exists()
