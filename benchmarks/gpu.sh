@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# All that needs a GPU, in under 8 minutes: benchmarks/gpu.sh OUT
+#
+# Installs the checkout beside the torch and triton that are there, runs the tests of the kernels compiled, their
+# benchmarks, an epoch at the size of SD3.5-M, and the report; results and logs are left in OUT. A part that fails or
+# runs out of time stops no other; the exit code is 1 then.
+#
+# PYTHON  the interpreter, python3 by default
+# WHEELS  a folder of wheels of what it lacks, installed as they are: for a machine without a network
+set -uo pipefail
+out=${1:?usage: benchmarks/gpu.sh OUT}
+python=${PYTHON:-python3}
+mkdir -p "$out" && out=$(cd "$out" && pwd) && cd "$(dirname "$0")/.." || exit
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# The kernels compiled, into a cache of their own, and nothing downloaded.
+unset TRITON_INTERPRET FASTFLOWGRPO_BACKEND
+export TRITON_CACHE_DIR=$work/triton HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+rm -f "$out"/{sde_step,grpo_loss,epoch}.json # of an earlier run
+failed=()
+
+part() { # NAME SECONDS COMMAND...
+  local name=$1 limit=$2 begin=$SECONDS status
+  shift 2
+  echo "== $name, at most $limit s"
+  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee "$out/$name.log"
+  status=${PIPESTATUS[0]}
+  echo "== $name: status $status after $((SECONDS - begin)) s"
+  [ "$status" = 0 ] || failed+=("$name")
+}
+
+bench() { # OPERATION SECONDS PARAMETER: results are grouped by size and by this parameter
+  # It stops by itself, and writes what it has measured, before it would be killed.
+  part "$1" "$2" "$python" -m pytest "benchmarks/bench_$1.py" --seconds=$(($2 - 15)) -q -W default -p no:cacheprovider \
+    --benchmark-json="$out/$1.json" --benchmark-columns=median --benchmark-group-by="param:size,param:$3"
+}
+
+"$python" - <<'END' 2>&1 | tee "$out/machine.log"
+import platform
+import sys
+
+import torch
+
+print(f"python {platform.python_version()}, torch {torch.__version__}")
+if not torch.cuda.is_available():
+    sys.exit("there is no GPU that torch can use: nothing was measured")
+import triton
+
+print(f"triton {triton.__version__}, CUDA {torch.version.cuda}")
+print(torch.cuda.get_device_properties(0))
+END
+[ "${PIPESTATUS[0]}" = 0 ] || exit
+
+[ -z "${WHEELS:-}" ] || part wheels 20 "$python" -m pip install --no-index --no-deps "$WHEELS"/*.whl
+part install 40 "$python" -m pip install --no-index --no-deps --no-build-isolation -e .
+workers=()
+"$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
+part tests 95 "$python" -m pytest tests/test_*kernel*.py "${workers[@]}" -q -W default -p no:benchmark \
+  -p no:cacheprovider
+# Triton's interpreter leaves none.
+part compiled 5 "$python" -c "import glob, sys; count = len(glob.glob('$TRITON_CACHE_DIR/**/*.cubin', recursive=True))
+print(count, 'kernels were compiled'); sys.exit(not count)"
+bench sde_step 45 work
+bench grpo_loss 70 direction
+part model 40 "$python" -m benchmarks.random_sd35 "$work/sd35"
+part epoch 135 "$python" -m benchmarks.epoch --config configs/sd35_medium.yaml --config benchmarks/sd35_medium.yaml \
+  --model "$work/sd35" --repeats 2 --output "$out/epoch.json"
+part report 15 "$python" -m benchmarks.report "$out"
+
+echo "after $SECONDS s: ${#failed[@]} parts failed${failed[*]:+: ${failed[*]}}"
+[ "${#failed[@]}" = 0 ]
