@@ -2,7 +2,7 @@
 
     python -m pytest benchmarks/bench_sde_step.py benchmarks/bench_grpo_loss.py --benchmark-json results.json
 
-They need a GPU, of 40 GB or more for the largest size. A time is a median over CUDA events, behind a flush of the L2
+They need a GPU, of 24 GB for the largest size. A time is a median over CUDA events, behind a flush of the L2
 cache; the wall time of pytest-benchmark itself holds the host's share. `extra_info` has device ms, GB/s of the bytes
 that the operation must move, that rate as a share of the copy rate measured in the same process, and peak MB above what
 the inputs take. `python -m benchmarks.report FOLDER` makes tables of it.

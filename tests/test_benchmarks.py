@@ -1,7 +1,10 @@
 """The benchmarks run and report what they say; nothing here measures a time."""
 
 import json
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,3 +132,11 @@ def test_report_without_results(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 1
     assert f"{tmp_path}: no JSON of pytest-benchmark or of benchmarks.epoch there" in capsys.readouterr().err
     assert not (tmp_path / "report.md").exists()
+
+
+def test_a_session_out_of_time_ends_by_itself(tmp_path):
+    (tmp_path / "test_two.py").write_text("def test_one(): pass\ndef test_two(): pass\n")
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "--seconds=0", tmp_path]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert result.returncode == pytest.ExitCode.INTERRUPTED, result.stdout + result.stderr
+    assert "out of time" in result.stdout and "1 passed" in result.stdout
