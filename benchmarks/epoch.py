@@ -41,7 +41,7 @@ from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.policy.sd3 import SD3Policy
 from fastflowgrpo.reporting import PACKAGES
 from fastflowgrpo.rewards import RewardBatch
-from fastflowgrpo.rollout import repeat_rows, sample_seeds
+from fastflowgrpo.rollout import sample_seeds
 from fastflowgrpo.trainer import Trainer, group_seed
 
 # What each recipe sets in the rollout and in the update: the paper's, and the window without guidance or KL.
@@ -231,7 +231,7 @@ def transformer_flops(trainer: Trainer) -> dict[str, int]:
     """FLOPs of one sample's pass, counted: of the forward alone, and of forward and backward through the adapter."""
     policy = trainer.policy
     assert isinstance(policy, SD3Policy)
-    condition = repeat_rows(policy.encode(["a"]), torch.zeros(1, dtype=torch.int64, device=policy.device))
+    condition = policy.encode([""])
     latents = torch.zeros(1, *trainer.shape, dtype=policy.dtype, device=policy.device)
     sigma = torch.ones(1, device=policy.device)
     flops = {}
