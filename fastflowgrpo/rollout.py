@@ -33,7 +33,7 @@ def window_starts(low: int, high: int, seeds: Sequence[int]) -> list[int]:
 
 
 def sample_seeds(seeds: Sequence[int], group_size: int) -> Tensor:
-    """A seed for each sample of each group, (B,) int64: a function of the group's seed and of the place in the group."""
+    """A seed for each sample of each group, (B,) int64: a function of the group's seed and the place in the group."""
     states = [np.random.SeedSequence(seed).generate_state(group_size, np.uint64) for seed in seeds]
     return torch.from_numpy(np.concatenate(states).view(np.int64))
 
