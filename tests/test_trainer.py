@@ -318,11 +318,11 @@ def test_an_interrupted_run_keeps_its_weights(folder, tmp_path, monkeypatch, cap
 
 
 def test_a_short_run_improves_the_shapes_model_beyond_noise(tmp_path):
-    """With 1296 images twice, 0.05 is more than two and a half standard errors of the difference."""
-    config = Config(output_dir=str(tmp_path / "run"), epochs=60, trackers=[], update=UpdateConfig(ema_decay=0))
+    """With 1296 images twice, 0.1 is more than five standard errors of the difference."""
+    config = Config(output_dir=str(tmp_path / "run"), epochs=15, trackers=[], update=UpdateConfig(ema_decay=0))
     config.evaluation = EvaluationConfig(every=0, num_steps=20)
     Trainer(config).run()
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     first, last = summary["eval"]["first"], summary["eval"]["last"]
-    assert last["overall"] - first["overall"] > 0.05
+    assert last["overall"] - first["overall"] > 0.1
     assert last["diversity"] > 0.8 * first["diversity"]
