@@ -75,7 +75,7 @@ def sde_step(
     if seed is not None:
         check_seeds(seed, offset, batch_size)
     if use_triton(backend, velocity, sample, velocity_uncond, noise, prev_sample, dtype):
-        from fastflowgrpo.kernels import sde_step_triton
+        from fastflowgrpo.kernels.sde_step_triton import draw_step, score_step
 
         check_guidance(velocity_uncond, guidance_scale)
         check_log_prob(log_prob)
@@ -83,10 +83,14 @@ def sde_step(
             check_row(value, batch_size, name)
         step = (velocity, sample, c_x, c_v, std, velocity_uncond, float(guidance_scale), log_prob == "normalised")
         if prev_sample is not None:
-            return prev_sample, sde_step_triton.score(prev_sample, *step)
+            return prev_sample, score_step(*step, prev_sample)[0]
         if noise is None and seed is None and (isinstance(std, torch.Tensor) or std != 0):
             noise = torch.randn(sample.shape, generator=generator, dtype=torch.float32, device=sample.device)
-        return sde_step_triton.draw(noise, seed, offset, dtype or sample.dtype, *step)
+        drawn, value = draw_step(*step, noise, seed, None if seed is None else offset, dtype or sample.dtype)
+        if torch.is_grad_enabled() and velocity.requires_grad:
+            # the graph of a drawn sample is that of scoring it
+            value = score_step(*step, drawn)[0]
+        return drawn, value
     mean = step_mean(guided_velocity(velocity, velocity_uncond, guidance_scale), sample, c_x, c_v)
     if prev_sample is None:
         drawn = mean.detach()
@@ -97,11 +101,16 @@ def sde_step(
                 noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
             drawn = drawn + per_row(std, mean, "std") * noise
         prev_sample = drawn.to(dtype or sample.dtype)
-    return prev_sample, gaussian_log_prob(prev_sample, mean, std, log_prob)
+    return prev_sample, gaussian_log_prob(prev_sample, mean, std, log_prob, backend="reference")
 
 
 def gaussian_log_prob(
-    prev_sample: torch.Tensor, mean: torch.Tensor, std: float | torch.Tensor, log_prob: str = "normalised"
+    prev_sample: torch.Tensor,
+    mean: torch.Tensor,
+    std: float | torch.Tensor,
+    log_prob: str = "normalised",
+    *,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Log-prob per element of each row of `prev_sample` under N(mean, std^2 I), 0 where std == 0.
 
@@ -110,12 +119,22 @@ def gaussian_log_prob(
         mean: (B, ...).
         std: a number or (B,).
         log_prob: "normalised", or "unnormalised" for the negative squared distance alone.
+        backend: "auto", "reference" or "triton", see `choose_backend`. Triton is differentiable in `mean` alone, once;
+            float64, and gradients of `prev_sample` and `std`, are the reference's.
 
     Returns:
         (B,), float32, or float64 if `mean` or `prev_sample` is.
+
+    Raises:
+        ValueError: for shapes that differ, an unknown log-prob, or a backend that cannot run it.
     """
     check_log_prob(log_prob)
     check_like(mean, prev_sample=prev_sample)
+    if use_triton(backend, mean, prev_sample, constants={"prev_sample": prev_sample, "std": std}):
+        from fastflowgrpo.kernels.sde_step_triton import score_step
+
+        check_row(std, mean.shape[0], "std")
+        return score_step(mean, None, None, None, std, None, 1.0, log_prob == "normalised", prev_sample)[0]
     dtype = compute_dtype(mean, prev_sample)
     distance = (prev_sample.to(dtype) - mean.to(dtype)).square().flatten(1).mean(1)
     deviation = per_row(std, distance, "std")

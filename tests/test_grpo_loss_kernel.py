@@ -210,8 +210,11 @@ def test_errors(change, message, kernel_device):
 def test_operation_is_well_registered(size, kernel_device):
     a = on(kernel_device, problem(dtype=torch.float32, shape=(4, size), guidance=2.0))
     a["velocity"].requires_grad_()
-    tensors = [a[name] for name in ("velocity", "sample", "prev_sample", *ROWS, "velocity_ref", "velocity_uncond")]
-    torch.library.opcheck(grpo_loss_triton.step_loss_op, (*tensors, 2.0, 0.85, 1.15, 5.0, "flow_grpo", 0.3, True))
+    tensors = [a[name] for name in ("velocity", "sample", "prev_sample", *ROWS, "velocity_ref")]
+    settings = (a["velocity_uncond"], 2.0, 0.85, 1.15, 5.0, "flow_grpo")
+    operation = grpo_loss_triton._step_loss_operation.registered
+    for old, kl_weight in ((None, 0.3), (a["sample"], 0.3), (a["sample"], 0.0)):
+        torch.library.opcheck(operation, (*tensors, old, *settings, kl_weight, True))
 
 
 def test_one_graph_under_compile(kernel_device):
@@ -239,7 +242,7 @@ def test_a_compiler_sees_the_kernels():
         "step_kernel writes prev_sample sums",
         "log_prob_kernel writes log_prob",
         "loss_kernel writes sums",
-        "finish_kernel writes loss table",
+        "finish_kernel writes factors loss statistics",
         "graph",
         "velocity_gradient_kernel writes gradient",
     ]

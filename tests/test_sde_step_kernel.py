@@ -9,7 +9,8 @@ from test_sde_step import C_V, C_X, STD, tensors, written_out_log_prob
 
 from fastflowgrpo.kernels import sde_step_triton, triton_rows
 from fastflowgrpo.kernels.philox import philox_normal
-from fastflowgrpo.kernels.sde_step import sde_step
+from fastflowgrpo.kernels.sde_step import gaussian_log_prob, sde_step
+from fastflowgrpo.kernels.velocity_gradient_triton import velocity_gradient
 from fastflowgrpo.sde import step_coefficients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -251,16 +252,20 @@ def test_same_errors_as_the_reference(kernel_device):
 
 @pytest.mark.parametrize("size", [40, 4200])
 def test_operations_are_well_registered(size, kernel_device):
-    velocity, sample, uncond, reference, prev_sample = (t.to(kernel_device) for t in tensors((2, size), count=5))
+    velocity, sample, uncond, reference, prev_sample, noise = (t.to(kernel_device) for t in tensors((2, size), count=6))
     c_x, c_v, std = coefficients(2, kernel_device)
     seed = torch.arange(2, device=kernel_device)
     step = (c_x, c_v, std, uncond, 2.0)
     check = torch.library.opcheck
-    check(sde_step_triton.draw_op, (velocity, sample, *step, None, seed, seed, torch.bfloat16, True))
-    check(sde_step_triton.draw_op, (velocity, sample, *step, prev_sample, None, None, torch.float32, False))
-    factors = (c_x, c_v, std, c_x, c_v, 2.0)
-    check(sde_step_triton.velocity_gradient_op, (velocity, uncond, reference, sample, prev_sample, *factors))
-    check(sde_step_triton.score_op, (velocity.requires_grad_(), sample, prev_sample, *step, True))
+    draw_op, score_op = sde_step_triton.draw_step.registered, sde_step_triton.score_step.registered
+    check(draw_op, (velocity, sample, *step, True, None, seed, seed, torch.bfloat16))
+    check(draw_op, (velocity, sample, *step, False, prev_sample, None, None, torch.float32))
+    factors = torch.stack([c_x, c_v])
+    for old in (None, noise):
+        constants = (sample, prev_sample, factors, c_x, c_v, 2.0, torch.float32, std)
+        check(velocity_gradient.registered, (velocity, uncond, old, reference, *constants))
+    check(score_op, (velocity.requires_grad_(), sample, *step, True, prev_sample))
+    check(score_op, (velocity, None, None, None, std, None, 1.0, False, prev_sample))
 
 
 def test_one_graph_under_compile(kernel_device):
