@@ -63,7 +63,7 @@ def use_triton(
         return False
     refused = None
     for other in (like, *others):
-        if getattr(other, "dtype", other) is torch.float64:
+        if other is not None and getattr(other, "dtype", other) is torch.float64:
             refused = 'computes in float32: use backend="reference" for float64'
     for name, value in constants.items():
         if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():

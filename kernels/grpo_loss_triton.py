@@ -28,15 +28,12 @@ from fastflowgrpo.kernels.triton_rows import (
     load_row,
     log_prob_slope,
     row_log_prob,
-    row_size,
     row_value,
     step_mean,
     sum_partials,
 )
 from fastflowgrpo.kernels.velocity_gradient_triton import velocity_gradient
 
-# Times those of the other kernels: with fewer, ptxas for sm_100 keeps to 40 registers and spills.
-LOSS_WARPS = 2
 STATISTICS = ("ratio", "log_prob_difference", "clipped_above", "clipped_below", "policy_loss", "kl")
 
 
@@ -61,26 +58,26 @@ def clipped_policy(
 
 @triton.jit
 def finish_row(
-    row, batch_size, distance, divergence, overlap, loss, statistics, factors, c_v, std, dt, coefficient_stride,
-    old_log_prob, advantage, pair_stride, guidance, size, lower, upper, advantage_clip, kl_weight,
+    row, batch_size, distance, divergence, overlap, loss, statistics, factors, c_v, std, dt,
+    old_log_prob, advantage, guidance, size, lower, upper, advantage_clip, kl_weight,
     KL: tl.constexpr, GUARD: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
     """Loss, statistics and gradient factors of a row from its sums."""
-    mean_slope = row_value(c_v, row, coefficient_stride)
-    deviation = row_value(std, row, coefficient_stride)
+    mean_slope = row_value(c_v, row)
+    deviation = row_value(std, row)
     stochastic = deviation > 0
-    difference = row_log_prob(distance, size, deviation, NORMALISED) - tl.load(old_log_prob + row * pair_stride)
+    difference = row_log_prob(distance, size, deviation, NORMALISED) - tl.load(old_log_prob + row)
     log_ratio = difference
     slope = mean_slope * log_prob_slope(size, deviation, NORMALISED)
     if GUARD:
         slope = mean_slope * log_prob_slope(size, deviation, True) * deviation
         log_ratio = tl.where(stochastic, (slope * overlap).to(tl.float32), difference)
     policy, derivative = clipped_policy(
-        row, row < batch_size, batch_size, log_ratio, difference, tl.load(advantage + row * pair_stride), lower, upper,
+        row, row < batch_size, batch_size, log_ratio, difference, tl.load(advantage + row), lower, upper,
         advantage_clip, statistics,
     )  # fmt: skip
     if GUARD:
-        step = -row_value(dt, row, coefficient_stride)
+        step = -row_value(dt, row)
         policy, derivative = policy / step, derivative / step
     gain = tl.full((), guidance, tl.float32)
     tl.store(factors + row, gain * derivative * slope)
@@ -91,7 +88,7 @@ def finish_row(
             scale = mean_slope / tl.where(stochastic, deviation, 1.0)
             scale = tl.where(stochastic, 0.5 * scale * scale, 0.0)
         if KL == "flow_grpo":
-            scale = -row_value(dt, row, coefficient_stride) * scale
+            scale = -row_value(dt, row) * scale
         kl = scale * (divergence / size).to(tl.float32)
         weight = tl.full((), kl_weight, tl.float32)
         policy += weight * kl
@@ -105,7 +102,7 @@ def loss_kernel(
     velocity, uncond, old, reference, sample, prev_sample,
     velocity_stride, uncond_stride, old_stride, reference_stride, sample_stride, prev_sample_stride,
     sums, num_blocks, c_x,
-    batch_size, loss, statistics, factors, c_v, std, dt, coefficient_stride, old_log_prob, advantage, pair_stride,
+    batch_size, loss, statistics, factors, c_v, std, dt, old_log_prob, advantage,
     guidance, size, lower, upper, advantage_clip, kl_weight,
     KL: tl.constexpr, GUARD: tl.constexpr, NORMALISED: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +111,7 @@ def loss_kernel(
     row = (program // num_blocks).to(tl.int64)
     start = (program % num_blocks).to(tl.int64) * BLOCK
     v = load_guided(velocity, uncond, guidance, row, velocity_stride, uncond_stride, start, size, BLOCK)
-    mean = step_mean(v, sample, c_x, c_v, coefficient_stride, row, sample_stride, start, size, BLOCK)
+    mean = step_mean(v, sample, c_x, c_v, row, sample_stride, start, size, BLOCK)
     # past the end of a row all that is loaded is 0, and so is what is summed
     apart = load_row(prev_sample, row, prev_sample_stride, start, size, BLOCK) - mean
     distance = tl.sum((apart * apart).to(tl.float64))
@@ -125,12 +122,12 @@ def loss_kernel(
     overlap = distance * 0
     if GUARD:
         shift = v - load_row(old, row, old_stride, start, size, BLOCK)
-        slope = tl.full(v.shape, row_value(c_v, row, coefficient_stride), tl.float32)
+        slope = tl.full(v.shape, row_value(c_v, row), tl.float32)
         overlap = tl.sum((shift * tl.fma(slope, shift, apart)).to(tl.float64))
     if ONE_BLOCK:
         finish_row(
             row, batch_size, distance, divergence, overlap, loss, statistics, factors, c_v, std, dt,
-            coefficient_stride, old_log_prob, advantage, pair_stride, guidance, size, lower, upper, advantage_clip,
+            old_log_prob, advantage, guidance, size, lower, upper, advantage_clip,
             kl_weight, KL, GUARD, NORMALISED,
         )  # fmt: skip
     else:
@@ -145,7 +142,7 @@ def loss_kernel(
 @triton.jit
 def finish_kernel(
     sums, num_blocks,
-    batch_size, loss, statistics, factors, c_v, std, dt, coefficient_stride, old_log_prob, advantage, pair_stride,
+    batch_size, loss, statistics, factors, c_v, std, dt, old_log_prob, advantage,
     guidance, size, lower, upper, advantage_clip, kl_weight,
     KL: tl.constexpr, GUARD: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
@@ -158,8 +155,8 @@ def finish_kernel(
     if GUARD:
         overlap = sum_partials(sums, row + 2 * batch_size, num_blocks)
     finish_row(
-        row, batch_size, distance, divergence, overlap, loss, statistics, factors, c_v, std, dt, coefficient_stride,
-        old_log_prob, advantage, pair_stride, guidance, size, lower, upper, advantage_clip, kl_weight,
+        row, batch_size, distance, divergence, overlap, loss, statistics, factors, c_v, std, dt,
+        old_log_prob, advantage, guidance, size, lower, upper, advantage_clip, kl_weight,
         KL, GUARD, NORMALISED,
     )  # fmt: skip
 
@@ -199,22 +196,19 @@ def _step_loss(
     guidance: float, lower: float, upper: float, advantage_clip: float, kl: str, kl_weight: float, normalised: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss (B,), `STATISTICS` (5 or 6, B), and the factors a and k (2, B) of the gradient."""
-    tensors, strides = dense_rows(velocity, uncond, old, reference, sample, prev_sample)
-    batch_size, size = velocity.shape[0], row_size(velocity)
+    tensors, strides, size = dense_rows(velocity, uncond, old, reference, sample, prev_sample)
+    batch_size = velocity.shape[0]
     block, num_blocks, warps = blocks(size)
     outputs = _step_loss_outputs(velocity, reference)
-    c_x, *values = coefficients(c_x, c_v, std, dt)
-    rest = (
-        batch_size, *outputs, *values, *coefficients(old_log_prob, advantage),
-        guidance, size, lower, upper, advantage_clip, kl_weight,
-    )  # fmt: skip
+    c_x, *values = coefficients(c_x, c_v, std, dt, old_log_prob, advantage)
+    rest = (batch_size, *outputs, *values, guidance, size, lower, upper, advantage_clip, kl_weight)
     variant = {"KL": "none" if reference is None else kl, "GUARD": old is not None, "NORMALISED": normalised}
     sums = outputs[0]
     if num_blocks > 1:
         sums = torch.empty(3 * batch_size * num_blocks, dtype=torch.float64, device=velocity.device)
     launch(
         loss_kernel, batch_size * num_blocks, velocity, *tensors, *strides, sums, num_blocks, c_x, *rest,
-        **variant, ONE_BLOCK=num_blocks == 1, BLOCK=block, num_warps=LOSS_WARPS * warps,
+        **variant, ONE_BLOCK=num_blocks == 1, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     if num_blocks > 1:
         launch(finish_kernel, batch_size, velocity, sums, num_blocks, *rest, **variant, num_warps=4)
@@ -222,10 +216,11 @@ def _step_loss(
 
 
 def _step_loss_outputs(velocity: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    batch_size, options = velocity.shape[0], {"dtype": torch.float32, "device": velocity.device}
     rows = len(STATISTICS) if reference is not None else len(STATISTICS) - 1  # without a reference there is no KL
-    empty = torch.empty
-    return empty(batch_size, **options), empty(rows, batch_size, **options), empty(2, batch_size, **options)
+    batch_size, device = velocity.shape[0], velocity.device
+    loss = torch.empty(batch_size, dtype=torch.float32, device=device)
+    statistics = torch.empty(rows, batch_size, dtype=torch.float32, device=device)
+    return loss, statistics, torch.empty(2, batch_size, dtype=torch.float32, device=device)
 
 
 def _fake_step_loss(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,8 +250,9 @@ def _policy_loss(
 
 
 def _fake_policy_loss(log_prob: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    shape, options = log_prob.shape, {"dtype": torch.float32, "device": log_prob.device}
-    return torch.empty(shape, **options), torch.empty(5, *shape, **options)
+    shape, device = log_prob.shape, log_prob.device
+    table = torch.empty((5, *shape), dtype=torch.float32, device=device)
+    return torch.empty(shape, dtype=torch.float32, device=device), table
 
 
 def _keep_policy_loss(inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Any, ...]:

@@ -68,7 +68,7 @@ def sde_step(
         ValueError: for shapes that differ, guidance without its branch, more than one of noise, generator, prev_sample
             and seed, or a backend that cannot run it.
     """
-    if sum(given is not None for given in (noise, generator, prev_sample, seed)) > 1:
+    if (noise is not None) + (generator is not None) + (prev_sample is not None) + (seed is not None) > 1:
         raise ValueError("seed, noise, generator and prev_sample exclude each other: give at most one of them")
     check_like(sample, velocity=velocity, velocity_uncond=velocity_uncond, noise=noise, prev_sample=prev_sample)
     batch_size = sample.shape[0]
@@ -187,12 +187,13 @@ def check_like(like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
     """Raises ValueError unless `like` is (B, ...) of floats, and so are the tensors that are not None."""
     if like.ndim < 2:
         raise ValueError(f"samples have shape {tuple(like.shape)}: give a batch, shape (B, ...)")
+    shape, floating = like.shape, like.is_floating_point()
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.shape != like.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the sample has {tuple(like.shape)}")
-        if not (tensor.is_floating_point() and like.is_floating_point()):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the sample has {tuple(shape)}")
+        if not (floating and tensor.is_floating_point()):
             raise ValueError(f"{name} is {tensor.dtype} for a sample in {like.dtype}: both must be floating point")
 
 

@@ -24,7 +24,6 @@ from fastflowgrpo.kernels.triton_rows import (
     load_row,
     log_prob_slope,
     row_log_prob,
-    row_size,
     row_value,
     step_mean,
     sum_partials,
@@ -36,7 +35,7 @@ from fastflowgrpo.kernels.velocity_gradient_triton import velocity_gradient
 def step_kernel(
     velocity, uncond, sample, noise, prev_sample,
     velocity_stride, uncond_stride, sample_stride, noise_stride, prev_sample_stride,
-    seed, offset, sums, factor, c_x, c_v, std, coefficient_stride, guidance, size, num_blocks,
+    seed, offset, sums, factor, c_x, c_v, std, guidance, size, num_blocks,
     DRAW: tl.constexpr, NORMALISED: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sums: log-prob of each row if ONE_BLOCK, else float64 sums of squared distances of each block."""
@@ -44,14 +43,14 @@ def step_kernel(
     row = (program // num_blocks).to(tl.int64)
     start = (program % num_blocks).to(tl.int64) * BLOCK
     v = load_guided(velocity, uncond, guidance, row, velocity_stride, uncond_stride, start, size, BLOCK)
-    mean = step_mean(v, sample, c_x, c_v, coefficient_stride, row, sample_stride, start, size, BLOCK)
-    deviation = row_value(std, row, coefficient_stride)
+    mean = step_mean(v, sample, c_x, c_v, row, sample_stride, start, size, BLOCK)
+    deviation = row_value(std, row)
     lanes = tl.arange(0, BLOCK)
     inside = lanes < size - start
     if DRAW:
         drawn = mean
         if seed is not None:
-            n = philox_normal(tl.load(seed + row), row_value(offset, row, 1), start, BLOCK)
+            n = philox_normal(tl.load(seed + row), row_value(offset, row), start, BLOCK)
             drawn = tl.fma(tl.full(n.shape, deviation, tl.float32), n, mean)
         elif noise is not None:
             n = load_row(noise, row, noise_stride, start, size, BLOCK)
@@ -65,7 +64,7 @@ def step_kernel(
     if factor is not None:
         slope = log_prob_slope(size, deviation, NORMALISED)
         if sample is not None:
-            slope *= row_value(c_v, row, coefficient_stride)
+            slope *= row_value(c_v, row)
         if uncond is not None:
             slope *= tl.full((), guidance, tl.float32)
         tl.store(factor + row, slope, mask=start == 0)
@@ -76,34 +75,33 @@ def step_kernel(
 
 
 @triton.jit
-def log_prob_kernel(sums, log_prob, std, coefficient_stride, size, num_blocks, NORMALISED: tl.constexpr):
+def log_prob_kernel(sums, log_prob, std, size, num_blocks, NORMALISED: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     total = sum_partials(sums, row, num_blocks)
-    deviation = row_value(std, row, coefficient_stride)
+    deviation = row_value(std, row)
     tl.store(log_prob + row, row_log_prob(total, size, deviation, NORMALISED))
 
 
 def _step(
-    tensors: Any, strides: Any, c_x: Any, c_v: Any, std: Any, guidance: float, normalised: bool,
+    tensors: Any, strides: Any, size: int, coefficient: Any, guidance: float, normalised: bool,
     seed: Tensor | None, offset: Tensor | None, factor: Tensor | None, draws: bool,
 ) -> Tensor:  # fmt: skip
     velocity = tensors[0]
-    batch_size, size = velocity.shape[0], row_size(velocity)
+    batch_size, device = velocity.shape[0], velocity.device
     block, num_blocks, warps = blocks(size)
-    *values, stride = coefficients(c_x, c_v, std)
-    log_prob = torch.empty(batch_size, dtype=torch.float32, device=velocity.device)
+    log_prob = torch.empty(batch_size, dtype=torch.float32, device=device)
     sums = log_prob
     if num_blocks > 1:
-        sums = torch.empty(batch_size * num_blocks, dtype=torch.float64, device=velocity.device)
+        sums = torch.empty(batch_size * num_blocks, dtype=torch.float64, device=device)
     launch(
         step_kernel, batch_size * num_blocks, velocity,
-        *tensors, *strides, seed, offset, sums, factor, *values, stride, guidance, size, num_blocks,
+        *tensors, *strides, seed, offset, sums, factor, *coefficient, guidance, size, num_blocks,
         DRAW=draws, NORMALISED=normalised, ONE_BLOCK=num_blocks == 1, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     if num_blocks > 1:
         launch(
             log_prob_kernel, batch_size, velocity,
-            sums, log_prob, values[2], stride, size, num_blocks, NORMALISED=normalised, num_warps=4,
+            sums, log_prob, coefficient[2], size, num_blocks, NORMALISED=normalised, num_warps=4,
         )  # fmt: skip
     return log_prob
 
@@ -114,11 +112,13 @@ def _draw(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # the noise of a seed goes by the index of an element, not by its place in memory
-    tensors, strides = dense_rows(velocity, uncond, sample, noise, logical=seed is not None)
+    tensors, strides, size = dense_rows(velocity, uncond, sample, noise, logical=seed is not None)
     prev_sample = empty_rows(tensors[2], dtype)
-    seed, offset = (value.contiguous() if isinstance(value, Tensor) else value for value in (seed, offset))
-    tensors, strides = (*tensors, prev_sample), (*strides, row_size(prev_sample))
-    return prev_sample, _step(tensors, strides, c_x, c_v, std, guidance, normalised, seed, offset, None, True)
+    if seed is not None:
+        seed, offset = seed.contiguous(), offset.contiguous() if isinstance(offset, Tensor) else offset
+    tensors, strides = (*tensors, prev_sample), (*strides, size)
+    rows = coefficients(c_x, c_v, std)
+    return prev_sample, _step(tensors, strides, size, rows, guidance, normalised, seed, offset, None, True)
 
 
 def _score(
@@ -126,14 +126,15 @@ def _score(
     uncond: Tensor | None, guidance: float, normalised: bool, prev_sample: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The log-prob (B,), and the factor (B,) of its gradient."""
-    tensors, strides = dense_rows(velocity, uncond, sample, None, prev_sample)
+    tensors, strides, size = dense_rows(velocity, uncond, sample, None, prev_sample)
     factor = torch.empty(velocity.shape[0], dtype=torch.float32, device=velocity.device)
-    return _step(tensors, strides, c_x, c_v, std, guidance, normalised, None, None, factor, False), factor
+    rows = coefficients(c_x, c_v, std)
+    return _step(tensors, strides, size, rows, guidance, normalised, None, None, factor, False), factor
 
 
 def _fake_draw(velocity: Tensor, sample: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     _, _, _, uncond, _, _, noise, seed, _, dtype = rest
-    tensors, _ = dense_rows(velocity, uncond, sample, noise, logical=seed is not None)
+    tensors, _, _ = dense_rows(velocity, uncond, sample, noise, logical=seed is not None)
     return empty_rows(tensors[2], dtype), _fake_score(velocity)[0]
 
 

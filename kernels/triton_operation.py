@@ -5,7 +5,6 @@ dispatcher by, which costs the host more than the rest of the call.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, get_type_hints
 
 import torch
@@ -13,7 +12,7 @@ import triton
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, torch.dtype, type(None)})
 
 
 class Operation:
@@ -106,11 +105,11 @@ class _Once(torch.autograd.Function):
 
 
 def is_eager(*values: Any) -> bool:
-    """Whether plain tensors are computed with here and now."""
+    """Whether plain tensors and numbers are computed with here and now."""
     if not _eager():
         return False
     for value in values:  # noqa: SIM110  a generator takes twice the time
-        if isinstance(value, Tensor) and type(value) not in PLAIN:
+        if type(value) not in PLAIN:
             return False
     return True
 
@@ -133,11 +132,10 @@ def as_rows(value: float | Tensor, like: Tensor) -> Tensor:
 
 def launch(kernel: Any, programs: int, like: Tensor, *arguments: Any, **options: Any) -> None:
     """Runs a kernel on the device of `like`; a tracer sees it."""
-    device: Any = nullcontext()
-    if not INTERPRETED:
-        if not _eager():
-            kernel = torch.library.wrap_triton(kernel)
-        elif like.is_cuda and like.get_device() != torch.cuda.current_device():
-            device = torch.cuda.device(like.device)  # Triton launches on the current one
-    with device:
-        kernel[(programs,)](*arguments, **options)
+    if not INTERPRETED and not _eager():
+        kernel = torch.library.wrap_triton(kernel)
+    elif like.is_cuda and like.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(like.device):  # Triton launches on the current one
+            kernel[(programs,)](*arguments, **options)
+        return
+    kernel[(programs,)](*arguments, **options)

@@ -18,11 +18,11 @@ MAX_BLOCK = 4096
 
 
 @triton.jit
-def row_value(value, row, stride):
+def row_value(value, row):
     """A coefficient of a row: the number itself, or an element of the tensor."""
     value = tl.to_tensor(value)
     if value.dtype.is_ptr():
-        value = tl.load(value + row * stride)
+        value = tl.load(value + row)
     return value
 
 
@@ -44,13 +44,13 @@ def load_guided(velocity, uncond, guidance, row, stride, uncond_stride, start, s
 
 
 @triton.jit
-def step_mean(v, sample, c_x, c_v, coefficient_stride, row, stride, start, size, BLOCK: tl.constexpr):
+def step_mean(v, sample, c_x, c_v, row, stride, start, size, BLOCK: tl.constexpr):
     """Mean of the next sample; without a sample v is the mean."""
     mean = v
     if sample is not None:
         x = load_row(sample, row, stride, start, size, BLOCK)
-        slope = tl.full(v.shape, row_value(c_v, row, coefficient_stride), tl.float32)
-        mean = tl.fma(slope, v, row_value(c_x, row, coefficient_stride) * x)
+        slope = tl.full(v.shape, row_value(c_v, row), tl.float32)
+        mean = tl.fma(slope, v, row_value(c_x, row) * x)
     return mean
 
 
@@ -85,19 +85,21 @@ def sum_partials(partials, row, num_blocks):
     return tl.sum(total)
 
 
-def dense_rows(*tensors: Tensor | None, logical: bool = False) -> tuple[Sequence[Any], Sequence[int]]:
-    """The tensors, (B, ...) each, with rows that are dense and in one order, and how far apart the rows lie.
+def dense_rows(*tensors: Tensor | None, logical: bool = False) -> tuple[Any, Any, int]:
+    """The tensors, (B, ...) each, with rows that are dense and in one order; how far apart those lie; elements of one.
 
     As they are if they agree (channels last, say), contiguous if not; in `logical` order always contiguous.
     """
+    first: Any = tensors[0]
+    size = first.numel() // first.shape[0]
     for tensor in tensors:
         if tensor is not None and not tensor.is_contiguous():
             break
     else:
-        return tensors, (row_size(tensors[0]),) * len(tensors)  # type: ignore[arg-type]  # the first is always given
+        return tensors, (size,) * len(tensors), size
     if logical or not _same_order([tensor for tensor in tensors if tensor is not None]):
         tensors = tuple(tensor if tensor is None else tensor.contiguous() for tensor in tensors)
-    return tensors, [0 if tensor is None else tensor.stride(0) for tensor in tensors]
+    return tensors, tuple(0 if tensor is None else tensor.stride(0) for tensor in tensors), size
 
 
 def _same_order(tensors: Sequence[Tensor]) -> bool:
@@ -117,22 +119,18 @@ def empty_rows(like: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor of `like`'s shape, with the order of its rows and no gap between them."""
     if like.is_contiguous():
         return torch.empty_like(like, dtype=dtype)
-    return torch.empty_strided(like.shape, (row_size(like), *like.stride()[1:]), dtype=dtype, device=like.device)
+    size = like.numel() // like.shape[0]
+    return torch.empty_strided(like.shape, (size, *like.stride()[1:]), dtype=dtype, device=like.device)
 
 
-def row_size(tensor: Tensor) -> int:
-    return tensor.numel() // tensor.shape[0]
-
-
-def coefficients(*values: float | Tensor | None) -> Sequence[Any]:
-    """(*values, stride): numbers, and float32 tensors (B,) of one stride, for `row_value`."""
-    stride = None
-    for value in values:
-        if isinstance(value, Tensor):
-            stride = value.stride(0) if stride is None else stride
-            if value.dtype is not torch.float32 or value.stride(0) != stride:
-                return *(v.float().contiguous() if isinstance(v, Tensor) else v for v in values), 1
-    return *values, stride or 0
+def coefficients(*values: Any) -> list[Any]:
+    """The values, numbers and tensors (B,), as `row_value` reads them: tensors contiguous and float32."""
+    return [
+        value.float().contiguous()
+        if isinstance(value, Tensor) and (value.dtype is not torch.float32 or not value.is_contiguous())
+        else value
+        for value in values
+    ]
 
 
 def blocks(size: int) -> tuple[int, int, int]:
