@@ -88,6 +88,8 @@ def cases() -> Iterator[Case]:
             variant = constants | {"KL": "flow_grpo" if kl else "none", "GUARD": guard}
             name_loss = f"loss of sums{name}{' kl' * kl}{' guard' * guard}"
             yield Case(name_loss, grpo_loss_triton.finish_kernel, row, variant, 8 * (1 + kl + guard), 0, 1024, 4)
+    one = flags | {"KL": "flow_grpo", "GUARD": True, "batch_size": 1}
+    yield Case("loss fp32 guided kl guard, one row", loss, row | dict.fromkeys(elements, "*fp32"), one, 24, 0)
     yield Case("loss of log-probs", grpo_loss_triton.policy_kernel, row, {"BLOCK": 256}, 12, 24, 256, 4)
 
 

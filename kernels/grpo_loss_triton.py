@@ -131,7 +131,7 @@ def loss_kernel(
             kl_weight, KL, GUARD, NORMALISED,
         )  # fmt: skip
     else:
-        plane = batch_size.to(tl.int64) * num_blocks
+        plane = tl.full((), batch_size, tl.int64) * num_blocks  # of one row it is a constant
         tl.store(sums + program, distance)
         if KL != "none":
             tl.store(sums + plane + program, divergence)
@@ -180,13 +180,13 @@ def policy_kernel(
 
 def step_loss(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and statistics, arguments as `_step_loss` has them; differentiable in `velocity`."""
-    loss, statistics, _ = _step_loss_operation(*arguments)
+    loss, statistics, _ = step_loss_operation(*arguments)
     return loss, dict(zip(STATISTICS, statistics.unbind(), strict=False))
 
 
 def policy_loss(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and statistics, arguments as `_policy_loss` has them; differentiable in `log_prob`."""
-    loss, table = _policy_loss_operation(*arguments)
+    loss, table = policy_loss_operation(*arguments)
     return loss, dict(zip(STATISTICS, (*table.unbind()[:4], loss.detach()), strict=False))
 
 
@@ -263,7 +263,7 @@ def _policy_loss_gradient(table: Tensor, dtype: torch.dtype, upstream: Tensor) -
     return (upstream * table[4]).to(dtype)
 
 
-_step_loss_operation = Operation("step_loss", _step_loss, _fake_step_loss, _keep_step_loss, velocity_gradient)
-_policy_loss_operation = Operation(
+step_loss_operation = Operation("step_loss", _step_loss, _fake_step_loss, _keep_step_loss, velocity_gradient)
+policy_loss_operation = Operation(
     "policy_loss", _policy_loss, _fake_policy_loss, _keep_policy_loss, _policy_loss_gradient
 )

@@ -212,7 +212,7 @@ def test_operation_is_well_registered(size, kernel_device):
     a["velocity"].requires_grad_()
     tensors = [a[name] for name in ("velocity", "sample", "prev_sample", *ROWS, "velocity_ref")]
     settings = (a["velocity_uncond"], 2.0, 0.85, 1.15, 5.0, "flow_grpo")
-    operation = grpo_loss_triton._step_loss_operation.registered
+    operation = grpo_loss_triton.step_loss_operation.registered
     for old, kl_weight in ((None, 0.3), (a["sample"], 0.3), (a["sample"], 0.0)):
         torch.library.opcheck(operation, (*tensors, old, *settings, kl_weight, True))
 
