@@ -147,7 +147,7 @@ def test_gradcheck_of_guard(log_prob, kl_weight, guidance):
 
 @pytest.mark.parametrize("guidance", [None, 4.5])
 def test_gradient_of_guard_by_hand(guidance):
-    """d loss / d v = -A ratio g c_v (x_next - mean_old) / (std D (-dt)): of the mean that sampled, not of the new one."""
+    """d loss / d v = -A ratio g c_v (x_next - mean_old) / (std D (-dt)), of the mean that sampled."""
     arguments = guard_problem(guidance=guidance)
     velocity = arguments["velocity"].requires_grad_()
     loss, stats = grpo_step_loss(**arguments, clip_range=0.15)
