@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import triton
@@ -19,6 +20,7 @@ from triton.compiler import ASTSource
 
 from fastflowgrpo.kernels import grpo_loss_triton, sde_step_triton
 from fastflowgrpo.kernels.triton_rows import MAX_BLOCK, blocks
+from fastflowgrpo.kernels.velocity_gradient_triton import GRADIENT_WARPS, velocity_gradient_kernel
 
 ARCHITECTURES = (80, 90, 100)
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -44,51 +46,51 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """All kernels, with everything that they can read and with the least."""
-    steps, losses = sde_step_triton, grpo_loss_triton
-    floats = ("c_x", "c_v", "std", "dt", "old_log_prob", "advantage", "upstream", "policy_factor", "kl_factor")
-    row = dict.fromkeys((*floats, "loss", "table", "log_prob"), "*fp32")
+    step, loss = sde_step_triton.step_kernel, grpo_loss_triton.loss_kernel
+    gradient, warps = velocity_gradient_kernel, GRADIENT_WARPS * blocks(MAX_BLOCK)[2]
+    floats = ("c_x", "c_v", "std", "dt", "old_log_prob", "advantage", "upstream", "log_prob", "factor", "factors")
+    row = dict.fromkeys((*floats, "loss", "statistics", "table"), "*fp32")
     row |= {"sums": "*fp64", "seed": "*i64", "offset": "*i64"}
-    elements = ("velocity", "uncond", "reference", "sample", "noise", "prev_sample", "gradient")
+    elements = ("velocity", "uncond", "old", "reference", "sample", "noise", "prev_sample", "gradient")
     flags = {"NORMALISED": True, "ONE_BLOCK": False, "BLOCK": MAX_BLOCK}
+
+    def absent(*names: str) -> dict[str, Any]:
+        return dict.fromkeys(names)
+
     for dtype, e in SIZES.items():
         data = row | dict.fromkeys(elements, f"*{dtype}")
+        own_mean = absent("uncond", "sample", "c_x", "c_v")
+        score = flags | {"DRAW": False} | absent("noise", "seed", "offset")
+        yield Case(f"log-prob {dtype}", step, data, score | own_mean, 2 * e, 0)
+        parts = {"BLOCK": MAX_BLOCK} | absent("old", "reference") | own_mean
+        yield Case(f"gradient {dtype} log-prob", gradient, data, parts, 2 * e, e, warps=warps)
         for guided in (True, False):
-            absent: dict[str, Any] = {} if guided else {"uncond": None}
-            name, read = (" guided", 3 * e) if guided else ("", 2 * e)
-            own = {"noise": None}, {"seed": None, "offset": None}, {"noise": None, "seed": None, "offset": None}
-            draw, score = {"DRAW": True, **flags}, {"DRAW": False, **flags}
-            yield Case(f"draw {dtype}{name} seed", steps.step_kernel, data, draw | absent | own[0], read, e)
+            without, name, read = ({}, " guided", 3 * e) if guided else (absent("uncond"), "", 2 * e)
+            draw = flags | {"DRAW": True} | absent("factor") | without
+            yield Case(f"draw {dtype}{name} seed", step, data, draw | absent("noise"), read, e)
             with_noise = data | {"noise": "*fp32"}
-            yield Case(f"draw {dtype}{name} noise", steps.step_kernel, with_noise, draw | absent | own[1], read + 4, e)
-            yield Case(f"score {dtype}{name}", steps.step_kernel, data, score | absent | own[2], read + e, 0)
-            for kl in ("flow_grpo", "none"):
-                with_kl = kl != "none"
-                without = absent if with_kl else absent | {"reference": None}
-                name_kl, read_kl = (" kl", read + 2 * e) if with_kl else ("", read + e)
-                yield Case(
-                    f"loss {dtype}{name}{name_kl}",
-                    losses.loss_kernel,
-                    data,
-                    flags | {"KL": kl} | without,
-                    read_kl,
-                    0,
-                    warps=losses.LOSS_WARPS * blocks(MAX_BLOCK)[2],
-                )
-                yield Case(
-                    f"gradient {dtype}{name}{name_kl}",
-                    steps.velocity_gradient_kernel,
-                    data,
-                    {"BLOCK": MAX_BLOCK} | without,
-                    read_kl,
-                    e,
-                )
+            yield Case(f"draw {dtype}{name} noise", step, with_noise, draw | absent("seed", "offset"), read + 4, e)
+            yield Case(f"score {dtype}{name}", step, data, score | without, read + e, 0)
+            for kl, guard in product((True, False), (True, False)):
+                name_loss = name + " kl" * kl + " guard" * guard
+                missing = without | (absent() if kl else absent("reference")) | (absent() if guard else absent("old"))
+                variant = {"KL": "flow_grpo" if kl else "none", "GUARD": guard}
+                read_loss = read + e * (1 + kl + guard)
+                yield Case(f"loss {dtype}{name_loss}", loss, data, flags | variant | missing, read_loss, 0)
+                # without a KL the gradient of Guard reads the old velocity in place of the new one
+                if kl or not guard:
+                    parts = {"BLOCK": MAX_BLOCK} | missing
+                    yield Case(f"gradient {dtype}{name_loss}", gradient, data, parts, read_loss, e, warps=warps)
     for normalised, name in ((True, ""), (False, " unnormalised")):
         constants: dict[str, Any] = {"NORMALISED": normalised}
-        yield Case(f"log-prob of sums{name}", steps.log_prob_kernel, row, constants, 8, 0, 1024, 4)
-        for kl, loaded in (("flow_grpo", 16), ("none", 8)):
-            yield Case(
-                f"loss of sums {kl}{name}", losses.finish_kernel, row, constants | {"KL": kl}, loaded, 0, 1024, 4
-            )
+        yield Case(f"log-prob of sums{name}", sde_step_triton.log_prob_kernel, row, constants, 8, 0, 1024, 4)
+        for kl, guard in product((True, False), (True, False)):
+            variant = constants | {"KL": "flow_grpo" if kl else "none", "GUARD": guard}
+            name_loss = f"loss of sums{name}{' kl' * kl}{' guard' * guard}"
+            yield Case(name_loss, grpo_loss_triton.finish_kernel, row, variant, 8 * (1 + kl + guard), 0, 1024, 4)
+    one = flags | {"KL": "flow_grpo", "GUARD": True, "batch_size": 1}
+    yield Case("loss fp32 guided kl guard, one row", loss, row | dict.fromkeys(elements, "*fp32"), one, 24, 0)
+    yield Case("loss of log-probs", grpo_loss_triton.policy_kernel, row, {"BLOCK": 256}, 12, 24, 256, 4)
 
 
 def compile_case(case: Case, architecture: int) -> Any:
@@ -104,7 +106,7 @@ def compile_case(case: Case, architecture: int) -> Any:
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
         if signature[name].startswith("*")
-        or (signature[name] == "i32" and (name.endswith("_stride") or name in ("size", "num_blocks")))
+        or (signature[name] == "i32" and (name.endswith("_stride") or name in ("size", "num_blocks", "batch_size")))
     }
     source = ASTSource(case.kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps})

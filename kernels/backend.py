@@ -1,7 +1,9 @@
 """Which code runs an operation: the reference in plain torch, or Triton."""
 
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
+from types import MappingProxyType
 
 import torch
 
@@ -40,16 +42,32 @@ def choose_backend(backend: str, device: torch.device) -> str:
     return backend
 
 
-def use_triton(backend: str, like: torch.Tensor, *others: torch.Tensor | torch.dtype | None) -> bool:
+def use_triton(
+    backend: str,
+    like: torch.Tensor,
+    *others: torch.Tensor | torch.dtype | None,
+    constants: Mapping[str, float | torch.Tensor] = MappingProxyType({}),
+) -> bool:
     """Whether Triton computes with these tensors and dtypes.
 
+    Args:
+        backend, like: see `choose_backend`; `like` has the device.
+        others: what else is computed with.
+        constants: arguments by name for which Triton has no gradient.
+
     Raises:
-        ValueError: as `choose_backend`, and for "triton" with float64, which is the reference's.
+        ValueError: as `choose_backend`, and for "triton" with what is the reference's: float64, and a constant that
+            needs a gradient.
     """
     if choose_backend(backend, like.device) == "reference" or like.numel() == 0:
         return False
-    if torch.float64 in [getattr(other, "dtype", other) for other in (like, *others)]:
-        if backend == "triton":
-            raise ValueError('backend "triton" computes in float32: use backend="reference" for float64')
-        return False
-    return True
+    refused = None
+    for other in (like, *others):
+        if other is not None and getattr(other, "dtype", other) is torch.float64:
+            refused = 'computes in float32: use backend="reference" for float64'
+    for name, value in constants.items():
+        if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
+            refused = f'has no gradient of {name}: use backend="reference", or detach it'
+    if refused and backend == "triton":
+        raise ValueError(f'backend "triton" {refused}')
+    return refused is None

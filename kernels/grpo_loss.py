@@ -11,6 +11,16 @@ Flow-GRPO (arXiv 2505.05470). The KL to the reference policy is per element, wit
     flow_grpo  exact (-dt): upstream's, which divides by the diffusion std^2 / (-dt) in place of the variance
     velocity   mean of (v - v_ref)^2
 
+GRPO-Guard (arXiv 2510.22319) centres the ratio, gives it the same spread at every step, and weighs the steps alike:
+
+    log ratio = (log_prob - old_log_prob + mean of (mean - mean_old)^2 / (2 std^2)) std
+              = mean of (mean - mean_old) (prev_sample - mean_old) / std
+    policy    = as above / (-dt)
+
+The first form is the paper's and shows what is corrected; the second, equal to it, is what is computed: in it no two
+log-probs cancel. Every dynamics has the factor 1 / (-dt), the paper's for Flow-GRPO; peers quote others for
+`dance_sde`. The KL is as above.
+
 Here are the public functions and the reference in plain torch; the Triton kernels are in `grpo_loss_triton`.
 """
 
@@ -41,29 +51,44 @@ def grpo_loss(
     *,
     clip_range: float,
     advantage_clip: float = 5.0,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped policy loss of each (sample, step) pair, not reduced.
+    """Clipped policy loss of each (sample, step) pair, not reduced; differentiable in `log_prob` alone.
 
     Args:
-        log_prob: (B,), under the policy; carries the gradient.
+        log_prob: (B,), under the policy.
         old_log_prob: (B,), at sampling.
         advantage: (B,).
         clip_range: the ratio is clipped to [1 - clip_range, 1 + clip_range].
         advantage_clip: advantages are clipped to [-advantage_clip, advantage_clip]; math.inf leaves them.
+        backend: "auto", "reference" or "triton", see `choose_backend`; a float64 log-prob is the reference's. Triton
+            has no second derivative.
 
     Returns:
         The loss (B,), and detached statistics (B,): `ratio`, `log_prob_difference`, `policy_loss`, and `clipped_above`,
         `clipped_below`: 1 where the clip holds and stops the gradient, at a positive advantage above and at a negative
-        one below.
+        one below. In float32, or float64 if `log_prob` is.
 
     Raises:
-        ValueError: for shapes that differ or settings out of range.
+        ValueError: for shapes that differ, settings out of range, or a backend that cannot run it.
     """
     _check_pairs(log_prob.shape, old_log_prob, advantage, clip_range, advantage_clip)
+    if use_triton(backend, log_prob):
+        from fastflowgrpo.kernels import grpo_loss_triton
+
+        bounds = (1 - clip_range, 1 + clip_range, float(advantage_clip))
+        return grpo_loss_triton.policy_loss(log_prob, old_log_prob, advantage, *bounds)
     log_prob = log_prob.to(compute_dtype(log_prob))
     difference = log_prob - old_log_prob.detach().to(log_prob.dtype)
-    ratio = difference.exp()
-    advantage = advantage.detach().to(log_prob.dtype).clamp(-advantage_clip, advantage_clip)
+    return _policy_loss(difference, difference, advantage, clip_range, advantage_clip)
+
+
+def _policy_loss(
+    log_ratio: torch.Tensor, difference: torch.Tensor, advantage: torch.Tensor, clip_range: float, advantage_clip: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The clipped loss and its statistics in plain torch."""
+    ratio = log_ratio.exp()
+    advantage = advantage.detach().to(ratio.dtype).clamp(-advantage_clip, advantage_clip)
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_range, 1 + clip_range))
     stats = {
         "ratio": ratio.detach(),
@@ -89,6 +114,7 @@ def grpo_step_loss(
     clip_range: float,
     advantage_clip: float = 5.0,
     velocity_ref: torch.Tensor | None = None,
+    velocity_old: torch.Tensor | None = None,
     velocity_uncond: torch.Tensor | None = None,
     guidance_scale: float = 1.0,
     kl: str = "flow_grpo",
@@ -108,6 +134,8 @@ def grpo_step_loss(
         old_log_prob, advantage: (B,).
         clip_range, advantage_clip: as in `grpo_loss`.
         velocity_ref: (B, ...), the reference policy's velocity, guidance already applied; without it there is no KL.
+        velocity_old: (B, ...), the velocity that sampled the step, guidance already applied (in float32: rounding moves
+            the ratio); with it the loss is GRPO-Guard's, see the module.
         velocity_uncond: (B, ...), the policy's unconditional branch; it carries no gradient.
         guidance_scale: classifier-free guidance scale.
         kl: one of `KL_KINDS`, see the module.
@@ -117,7 +145,8 @@ def grpo_step_loss(
             reads each tensor once forward and once backward, and has no second derivative.
 
     Returns:
-        The loss (B,), and the statistics of `grpo_loss` with `kl` (B,) added if `velocity_ref` is given.
+        The loss (B,), and the statistics of `grpo_loss` with `kl` (B,) added if `velocity_ref` is given. With
+        `velocity_old`, `ratio` and the clips are GRPO-Guard's, and `policy_loss` is divided by -dt.
 
     Raises:
         ValueError: for shapes that differ, settings out of range, a KL weight without a reference, or a backend that
@@ -130,14 +159,19 @@ def grpo_step_loss(
     if kl_weight > 0 and velocity_ref is None:
         raise ValueError(f"kl_weight {kl_weight} needs velocity_ref, the reference policy's velocity")
     check_like(
-        sample, velocity=velocity, prev_sample=prev_sample, velocity_ref=velocity_ref, velocity_uncond=velocity_uncond
+        sample,
+        velocity=velocity,
+        prev_sample=prev_sample,
+        velocity_ref=velocity_ref,
+        velocity_old=velocity_old,
+        velocity_uncond=velocity_uncond,
     )
-    if use_triton(backend, velocity, sample, prev_sample, velocity_ref, velocity_uncond):
+    _check_pairs(sample.shape[:1], old_log_prob, advantage, clip_range, advantage_clip)
+    if use_triton(backend, velocity, sample, prev_sample, velocity_ref, velocity_old, velocity_uncond):
         from fastflowgrpo.kernels import grpo_loss_triton
 
         check_guidance(velocity_uncond, guidance_scale)
         check_log_prob(log_prob)
-        _check_pairs(sample.shape[:1], old_log_prob, advantage, clip_range, advantage_clip)
         for name, value in (("c_x", c_x), ("c_v", c_v), ("std", std), ("dt", dt)):
             check_row(value, sample.shape[0], name)
         return grpo_loss_triton.step_loss(
@@ -151,6 +185,7 @@ def grpo_step_loss(
             old_log_prob,
             advantage,
             velocity_ref,
+            velocity_old,
             velocity_uncond,
             float(guidance_scale),
             1 - clip_range,
@@ -162,12 +197,22 @@ def grpo_step_loss(
         )
     guided = guided_velocity(velocity, velocity_uncond, guidance_scale)
     mean = step_mean(guided, sample, c_x, c_v)
-    new_log_prob = gaussian_log_prob(prev_sample, mean, std, log_prob)
-    loss, stats = grpo_loss(new_log_prob, old_log_prob, advantage, clip_range=clip_range, advantage_clip=advantage_clip)
+    new_log_prob = gaussian_log_prob(prev_sample, mean, std, log_prob, backend="reference")
+    difference = new_log_prob - old_log_prob.detach().to(new_log_prob.dtype)
+    log_ratio, deviation = difference, per_row(std, difference, "std")
+    if velocity_old is not None:
+        mean_old = step_mean(velocity_old.detach(), sample, c_x, c_v).to(mean.dtype)
+        overlap = ((mean - mean_old) * (prev_sample.to(mean.dtype) - mean_old)).flatten(1).mean(1)
+        # 1 in place of 0 keeps the gradient of the rows that are masked out finite
+        centred = overlap / torch.where(deviation > 0, deviation, 1.0)
+        log_ratio = torch.where(deviation > 0, centred, difference)
+    loss, stats = _policy_loss(log_ratio, difference, advantage, clip_range, advantage_clip)
+    if velocity_old is not None:
+        loss = loss / -per_row(dt, loss, "dt")
+        stats["policy_loss"] = loss.detach()
     if velocity_ref is not None:
         divergence = (guided - velocity_ref.detach().to(guided.dtype)).square().flatten(1).mean(1)
         if kl != "velocity":
-            deviation = per_row(std, divergence, "std")
             scale = torch.where(deviation > 0, 0.5 * (per_row(c_v, divergence, "c_v") / deviation).square(), 0.0)
             divergence = scale * divergence
             if kl == "flow_grpo":

@@ -1,14 +1,15 @@
-"""Triton kernels of `grpo_step_loss`: one pass forward, one elementwise pass backward.
+"""Triton kernels of `grpo_step_loss` and `grpo_loss`: one pass forward, and one elementwise pass backward.
 
     d loss / d velocity = guidance_scale [a (prev_sample - mean) + k (v - v_ref)]
     a = -A ratio c_v / (std^2 D), 0 where the clip holds and at ODE steps; 2 c_v / D in place of c_v / (std^2 D) for the
-        unnormalised log-prob
+        unnormalised log-prob; for GRPO-Guard -A ratio c_v / (std D (-dt)), with the mean of velocity_old
     k = 2 kl_weight kl_scale / D
 
-Forward reads velocity, sample, prev_sample and, where given, velocity_uncond and velocity_ref, once each, and writes no
-tensor of that size; backward reads the same, without velocity_ref if the KL has no weight, and writes the gradient.
+Forward reads velocity, sample, prev_sample and, where given, velocity_uncond, velocity_ref and velocity_old, once each,
+and writes no tensor of that size. Backward (`velocity_gradient_triton`) reads the same and writes the gradient; it does
+without velocity_ref if the KL has no weight, and then, with velocity_old, without velocity and velocity_uncond too.
 Rows of more than `MAX_BLOCK` elements leave float64 sums per block, which a launch of one small program per row makes
-into the loss. The gradient's kernel is that of `sde_step_triton`.
+into the loss.
 """
 
 from typing import Any
@@ -18,347 +19,251 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastflowgrpo.kernels.sde_step_triton import velocity_gradient
+from fastflowgrpo.kernels.triton_operation import Operation, launch
 from fastflowgrpo.kernels.triton_rows import (
-    as_rows,
     blocks,
-    detached,
-    is_eager,
+    coefficients,
+    dense_rows,
     load_guided,
     load_row,
-    on_device,
-    per_row,
-    register,
+    log_prob_slope,
     row_log_prob,
-    row_size,
-    row_stride,
     row_value,
-    shared_layout,
     step_mean,
     sum_partials,
-    wrap_triton,
 )
+from fastflowgrpo.kernels.velocity_gradient_triton import velocity_gradient
 
-# Times those of the other kernels: with fewer, ptxas for sm_100 keeps to 40 registers and spills.
-LOSS_WARPS = 2
-STATISTICS = ("ratio", "log_prob_difference", "policy_loss", "clipped_above", "clipped_below", "kl")
+STATISTICS = ("ratio", "log_prob_difference", "clipped_above", "clipped_below", "policy_loss", "kl")
+
+
+@triton.jit
+def clipped_policy(
+    row, inside, batch_size, log_ratio, difference, advantage, lower, upper, advantage_clip, statistics
+):  # fmt: skip
+    """The policy loss, and its derivative by the log-ratio; stores the first four of `STATISTICS`."""
+    ratio = tl.exp(log_ratio)
+    bound = tl.full(ratio.shape, advantage_clip, tl.float32)
+    a = advantage.to(tl.float32)
+    a = tl.where(a > bound, bound, tl.where(a < -bound, -bound, a))
+    low, high = tl.full(ratio.shape, lower, tl.float32), tl.full(ratio.shape, upper, tl.float32)
+    above, below = (ratio > high) & (a > 0), (ratio < low) & (a < 0)
+    policy = -a * tl.where(above, high, tl.where(below, low, ratio))
+    tl.store(statistics + row, ratio, mask=inside)
+    tl.store(statistics + batch_size + row, difference, mask=inside)
+    tl.store(statistics + 2 * batch_size + row, above.to(tl.float32), mask=inside)
+    tl.store(statistics + 3 * batch_size + row, below.to(tl.float32), mask=inside)
+    return policy, tl.where(above | below, 0.0, policy)
 
 
 @triton.jit
 def finish_row(
-    row, batch_size, distance, divergence, loss, table, c_v, std, dt, old_log_prob, advantage, size, lower, upper,
-    advantage_clip, kl_weight, coefficient_stride, pair_stride, KL: tl.constexpr, NORMALISED: tl.constexpr,
+    row, batch_size, distance, divergence, overlap, loss, statistics, factors, c_v, std, dt,
+    old_log_prob, advantage, guidance, size, lower, upper, advantage_clip, kl_weight,
+    KL: tl.constexpr, GUARD: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
     """Loss, statistics and gradient factors of a row from its sums."""
-    slope = row_value(c_v, row, coefficient_stride)
-    deviation = row_value(std, row, coefficient_stride)
+    mean_slope = row_value(c_v, row)
+    deviation = row_value(std, row)
     stochastic = deviation > 0
-    log_prob = row_log_prob(distance, size, deviation, NORMALISED)
-    difference = log_prob - tl.load(old_log_prob + row * pair_stride)
-    ratio = tl.exp(difference)
-    a = tl.load(advantage + row * pair_stride)
-    bound = tl.full((), advantage_clip, tl.float32)
-    a = tl.where(a > bound, bound, tl.where(a < -bound, -bound, a))
-    low, high = tl.full((), lower, tl.float32), tl.full((), upper, tl.float32)
-    above, below = (ratio > high) & (a > 0), (ratio < low) & (a < 0)
-    policy = -a * tl.where(above, high, tl.where(below, low, ratio))
-    square = tl.full((), 0.5, tl.float32)
-    if NORMALISED:
-        square = tl.where(stochastic, deviation * deviation, 1.0)
-    moves = stochastic & ~(above | below)
-    policy_factor = tl.where(moves, -a * ratio * slope / (square * size), 0.0)
-    total = policy
+    difference = row_log_prob(distance, size, deviation, NORMALISED) - tl.load(old_log_prob + row)
+    log_ratio = difference
+    slope = mean_slope * log_prob_slope(size, deviation, NORMALISED)
+    if GUARD:
+        slope = mean_slope * log_prob_slope(size, deviation, True) * deviation
+        log_ratio = tl.where(stochastic, (slope * overlap).to(tl.float32), difference)
+    policy, derivative = clipped_policy(
+        row, row < batch_size, batch_size, log_ratio, difference, tl.load(advantage + row), lower, upper,
+        advantage_clip, statistics,
+    )  # fmt: skip
+    if GUARD:
+        step = -row_value(dt, row)
+        policy, derivative = policy / step, derivative / step
+    gain = tl.full((), guidance, tl.float32)
+    tl.store(factors + row, gain * derivative * slope)
+    tl.store(statistics + 4 * batch_size + row, policy)
     if KL != "none":
         scale = tl.full((), 1.0, tl.float32)
         if KL != "velocity":
-            scale = slope / tl.where(stochastic, deviation, 1.0)
+            scale = mean_slope / tl.where(stochastic, deviation, 1.0)
             scale = tl.where(stochastic, 0.5 * scale * scale, 0.0)
         if KL == "flow_grpo":
-            scale = -row_value(dt, row, coefficient_stride) * scale
+            scale = -row_value(dt, row) * scale
         kl = scale * (divergence / size).to(tl.float32)
         weight = tl.full((), kl_weight, tl.float32)
-        total += weight * kl
-        tl.store(table + 5 * batch_size + row, kl)
-        tl.store(table + 7 * batch_size + row, 2 * weight * scale / size)
-    tl.store(loss + row, total)
-    tl.store(table + row, ratio)
-    tl.store(table + batch_size + row, difference)
-    tl.store(table + 2 * batch_size + row, policy)
-    tl.store(table + 3 * batch_size + row, above.to(tl.float32))
-    tl.store(table + 4 * batch_size + row, below.to(tl.float32))
-    tl.store(table + 6 * batch_size + row, policy_factor)
+        policy += weight * kl
+        tl.store(statistics + 5 * batch_size + row, kl)
+        tl.store(factors + batch_size + row, gain * (2 * weight * scale / size))
+    tl.store(loss + row, policy)
 
 
 @triton.jit
 def loss_kernel(
-    velocity,
-    uncond,
-    reference,
-    sample,
-    prev_sample,
-    sums,
-    loss,
-    table,
-    c_x,
-    c_v,
-    std,
-    dt,
-    old_log_prob,
-    advantage,
-    guidance,
-    size,
-    batch_size,
-    num_blocks,
-    lower,
-    upper,
-    advantage_clip,
-    kl_weight,
-    velocity_stride,
-    uncond_stride,
-    reference_stride,
-    sample_stride,
-    prev_sample_stride,
-    coefficient_stride,
-    pair_stride,
-    KL: tl.constexpr,
-    NORMALISED: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """sums: float64 sums of each block, of squared distances to the mean, then of squared distances to v_ref."""
+    velocity, uncond, old, reference, sample, prev_sample,
+    velocity_stride, uncond_stride, old_stride, reference_stride, sample_stride, prev_sample_stride,
+    sums, num_blocks, c_x,
+    batch_size, loss, statistics, factors, c_v, std, dt, old_log_prob, advantage,
+    guidance, size, lower, upper, advantage_clip, kl_weight,
+    KL: tl.constexpr, GUARD: tl.constexpr, NORMALISED: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """sums: (3, B, num_blocks) float64, of (x - mean)^2, of (v - v_ref)^2, and of (v - v_old) (x - mean_old)."""
     program = tl.program_id(0)
     row = (program // num_blocks).to(tl.int64)
     start = (program % num_blocks).to(tl.int64) * BLOCK
     v = load_guided(velocity, uncond, guidance, row, velocity_stride, uncond_stride, start, size, BLOCK)
-    x = load_row(sample, row, sample_stride, start, size, BLOCK)
-    mean = step_mean(v, x, row_value(c_x, row, coefficient_stride), row_value(c_v, row, coefficient_stride))
+    mean = step_mean(v, sample, c_x, c_v, row, sample_stride, start, size, BLOCK)
+    # past the end of a row all that is loaded is 0, and so is what is summed
     apart = load_row(prev_sample, row, prev_sample_stride, start, size, BLOCK) - mean
-    # past the end of a row all that is loaded is 0, and so is the distance
     distance = tl.sum((apart * apart).to(tl.float64))
     divergence = distance * 0
     if KL != "none":
-        apart = v - load_row(reference, row, reference_stride, start, size, BLOCK)
-        divergence = tl.sum((apart * apart).to(tl.float64))
+        shift = v - load_row(reference, row, reference_stride, start, size, BLOCK)
+        divergence = tl.sum((shift * shift).to(tl.float64))
+    overlap = distance * 0
+    if GUARD:
+        shift = v - load_row(old, row, old_stride, start, size, BLOCK)
+        slope = tl.full(v.shape, row_value(c_v, row), tl.float32)
+        overlap = tl.sum((shift * tl.fma(slope, shift, apart)).to(tl.float64))
     if ONE_BLOCK:
         finish_row(
-            row, batch_size, distance, divergence, loss, table, c_v, std, dt, old_log_prob, advantage, size, lower,
-            upper, advantage_clip, kl_weight, coefficient_stride, pair_stride, KL, NORMALISED,
+            row, batch_size, distance, divergence, overlap, loss, statistics, factors, c_v, std, dt,
+            old_log_prob, advantage, guidance, size, lower, upper, advantage_clip,
+            kl_weight, KL, GUARD, NORMALISED,
         )  # fmt: skip
     else:
+        plane = tl.full((), batch_size, tl.int64) * num_blocks  # of one row it is a constant
         tl.store(sums + program, distance)
         if KL != "none":
-            tl.store(sums + batch_size.to(tl.int64) * num_blocks + program, divergence)
+            tl.store(sums + plane + program, divergence)
+        if GUARD:
+            tl.store(sums + 2 * plane + program, overlap)
 
 
 @triton.jit
 def finish_kernel(
-    sums, loss, table, c_v, std, dt, old_log_prob, advantage, size, batch_size, num_blocks, lower, upper,
-    advantage_clip, kl_weight, coefficient_stride, pair_stride, KL: tl.constexpr, NORMALISED: tl.constexpr,
+    sums, num_blocks,
+    batch_size, loss, statistics, factors, c_v, std, dt, old_log_prob, advantage,
+    guidance, size, lower, upper, advantage_clip, kl_weight,
+    KL: tl.constexpr, GUARD: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     distance = sum_partials(sums, row, num_blocks)
     divergence = distance * 0
     if KL != "none":
         divergence = sum_partials(sums, row + batch_size, num_blocks)
+    overlap = distance * 0
+    if GUARD:
+        overlap = sum_partials(sums, row + 2 * batch_size, num_blocks)
     finish_row(
-        row, batch_size, distance, divergence, loss, table, c_v, std, dt, old_log_prob, advantage, size, lower, upper,
-        advantage_clip, kl_weight, coefficient_stride, pair_stride, KL, NORMALISED,
+        row, batch_size, distance, divergence, overlap, loss, statistics, factors, c_v, std, dt,
+        old_log_prob, advantage, guidance, size, lower, upper, advantage_clip, kl_weight,
+        KL, GUARD, NORMALISED,
     )  # fmt: skip
 
 
-def step_loss(
-    velocity: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    c_x: float | Tensor,
-    c_v: float | Tensor,
-    std: float | Tensor,
-    dt: float | Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    reference: Tensor | None,
-    uncond: Tensor | None,
-    *settings: Any,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and statistics, arguments as `grpo_step_loss` has them after its checks; differentiable in `velocity`."""
-    needs_gradient = torch.is_grad_enabled() and velocity.requires_grad
-    eager = is_eager(velocity, sample, prev_sample, reference, uncond, old_log_prob, advantage)
-    constants: tuple[Any, ...] = (sample, prev_sample, c_x, c_v, std, dt, old_log_prob, advantage, reference, uncond)
-    run = _step_loss
-    if needs_gradient or not eager:
-        coefficients = (as_rows(value, sample) for value in (c_x, c_v, std, dt))
-        constants = detached(sample, prev_sample, *coefficients, old_log_prob, advantage, reference, uncond)
-        run = _StepLoss.apply if eager else step_loss_op
-    loss, table = run(velocity, *constants, *settings)
-    # without a reference there is no KL
-    return loss, dict(zip(STATISTICS if reference is not None else STATISTICS[:-1], table.unbind(), strict=False))
+@triton.jit
+def policy_kernel(
+    log_prob, old_log_prob, advantage, loss, table, batch_size, lower, upper, advantage_clip, BLOCK: tl.constexpr
+):  # fmt: skip
+    """table: (5, B), the first four of `STATISTICS` and the derivative of the loss."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < batch_size
+    difference = tl.load(log_prob + row, mask=inside, other=0).to(tl.float32)
+    difference -= tl.load(old_log_prob + row, mask=inside, other=0).to(tl.float32)
+    policy, derivative = clipped_policy(
+        row, inside, batch_size, difference, difference, tl.load(advantage + row, mask=inside, other=0), lower, upper,
+        advantage_clip, table,
+    )  # fmt: skip
+    tl.store(loss + row, policy, mask=inside)
+    tl.store(table + 4 * batch_size + row, derivative, mask=inside)
+
+
+def step_loss(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and statistics, arguments as `_step_loss` has them; differentiable in `velocity`."""
+    loss, statistics, _ = step_loss_operation(*arguments)
+    return loss, dict(zip(STATISTICS, statistics.unbind(), strict=False))
+
+
+def policy_loss(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and statistics, arguments as `_policy_loss` has them; differentiable in `log_prob`."""
+    loss, table = policy_loss_operation(*arguments)
+    return loss, dict(zip(STATISTICS, (*table.unbind()[:4], loss.detach()), strict=False))
 
 
 def _step_loss(
-    velocity: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    c_x: float | Tensor,
-    c_v: float | Tensor,
-    std: float | Tensor,
-    dt: float | Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    reference: Tensor | None,
-    uncond: Tensor | None,
-    guidance: float,
-    lower: float,
-    upper: float,
-    advantage_clip: float,
-    kl: str,
-    kl_weight: float,
-    normalised: bool,
-) -> tuple[Tensor, Tensor]:
-    """The loss (B,) and the table (8, B): `STATISTICS`, then the factors a and k of the gradient."""
-    velocity, uncond, reference, sample, prev_sample = shared_layout(velocity, uncond, reference, sample, prev_sample)
-    batch_size, size = sample.shape[0], row_size(sample)
+    velocity: Tensor, sample: Tensor, prev_sample: Tensor, c_x: Tensor, c_v: Tensor, std: Tensor, dt: Tensor,
+    old_log_prob: Tensor, advantage: Tensor, reference: Tensor | None, old: Tensor | None, uncond: Tensor | None,
+    guidance: float, lower: float, upper: float, advantage_clip: float, kl: str, kl_weight: float, normalised: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss (B,), `STATISTICS` (5 or 6, B), and the factors a and k (2, B) of the gradient."""
+    tensors, strides, size = dense_rows(velocity, uncond, old, reference, sample, prev_sample)
+    batch_size = velocity.shape[0]
     block, num_blocks, warps = blocks(size)
-    stride, c_x, c_v, std, dt = per_row(c_x, c_v, std, dt)
-    pair_stride, old_log_prob, advantage = per_row(old_log_prob, advantage)
-    table = torch.empty(8, batch_size, dtype=torch.float32, device=sample.device)
-    loss = torch.empty(batch_size, dtype=torch.float32, device=sample.device)
-    sums = loss
+    outputs = _step_loss_outputs(velocity, reference)
+    c_x, *values = coefficients(c_x, c_v, std, dt, old_log_prob, advantage)
+    rest = (batch_size, *outputs, *values, guidance, size, lower, upper, advantage_clip, kl_weight)
+    variant = {"KL": "none" if reference is None else kl, "GUARD": old is not None, "NORMALISED": normalised}
+    sums = outputs[0]
     if num_blocks > 1:
-        sums = torch.empty(2 * batch_size * num_blocks, dtype=torch.float64, device=sample.device)
-    kind = "none" if reference is None else kl
-    with on_device(sample):
-        wrap_triton(loss_kernel)[(batch_size * num_blocks,)](
-            velocity,
-            uncond,
-            reference,
-            sample,
-            prev_sample,
-            sums,
-            loss,
-            table,
-            c_x,
-            c_v,
-            std,
-            dt,
-            old_log_prob,
-            advantage,
-            guidance,
-            size,
-            batch_size,
-            num_blocks,
-            lower,
-            upper,
-            advantage_clip,
-            kl_weight,
-            row_stride(velocity),
-            row_stride(uncond),
-            row_stride(reference),
-            row_stride(sample),
-            row_stride(prev_sample),
-            stride,
-            pair_stride,
-            KL=kind,
-            NORMALISED=normalised,
-            ONE_BLOCK=num_blocks == 1,
-            BLOCK=block,
-            num_warps=LOSS_WARPS * warps,
-        )
-        if num_blocks > 1:
-            wrap_triton(finish_kernel)[(batch_size,)](
-                sums,
-                loss,
-                table,
-                c_v,
-                std,
-                dt,
-                old_log_prob,
-                advantage,
-                size,
-                batch_size,
-                num_blocks,
-                lower,
-                upper,
-                advantage_clip,
-                kl_weight,
-                stride,
-                pair_stride,
-                KL=kind,
-                NORMALISED=normalised,
-                num_warps=4,
-            )
-    return loss, table
-
-
-def _step_loss_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    velocity, sample, prev_sample, c_x, c_v, _, _, _, _, reference, uncond, guidance, *_, kl_weight, _ = inputs
-    table = output[1]
-    ctx.mark_non_differentiable(table)
-    ctx.save_for_backward(
-        velocity, sample, prev_sample, c_x, c_v, reference if kl_weight else None, uncond, table[6], table[7]
-    )
-    ctx.guidance = guidance
-
-
-def _step_loss_backward(ctx: Any, upstream: Tensor, _: Any) -> tuple[Any, ...]:
-    velocity, sample, prev_sample, c_x, c_v, reference, uncond, policy_factor, kl_factor = ctx.saved_tensors
-    gradient = velocity_gradient(
-        velocity,
-        uncond,
-        reference,
-        sample,
-        prev_sample,
-        policy_factor,
-        kl_factor,
-        upstream,
-        c_x,
-        c_v,
-        ctx.guidance,
-    )
-    return gradient, *[None] * 17
-
-
-class _StepLoss(torch.autograd.Function):
-    """The gradient of `step_loss_op` without the dispatcher."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        output = _step_loss(*inputs)
-        _step_loss_context(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_step_loss_backward)
-
-
-def _step_loss_operation(
-    velocity: Tensor,
-    sample: Tensor,
-    prev_sample: Tensor,
-    c_x: Tensor,
-    c_v: Tensor,
-    std: Tensor,
-    dt: Tensor,
-    old_log_prob: Tensor,
-    advantage: Tensor,
-    reference: Tensor | None,
-    uncond: Tensor | None,
-    guidance: float,
-    lower: float,
-    upper: float,
-    advantage_clip: float,
-    kl: str,
-    kl_weight: float,
-    normalised: bool,
-) -> tuple[Tensor, Tensor]:
-    return _step_loss(
-        velocity, sample, prev_sample, c_x, c_v, std, dt, old_log_prob, advantage, reference, uncond, guidance, lower,
-        upper, advantage_clip, kl, kl_weight, normalised,
+        sums = torch.empty(3 * batch_size * num_blocks, dtype=torch.float64, device=velocity.device)
+    launch(
+        loss_kernel, batch_size * num_blocks, velocity, *tensors, *strides, sums, num_blocks, c_x, *rest,
+        **variant, ONE_BLOCK=num_blocks == 1, BLOCK=block, num_warps=warps,
     )  # fmt: skip
+    if num_blocks > 1:
+        launch(finish_kernel, batch_size, velocity, sums, num_blocks, *rest, **variant, num_warps=4)
+    return outputs
 
 
-def _fake_step_loss(velocity: Tensor, sample: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    rows = sample.new_empty(sample.shape[0], dtype=torch.float32)
-    return rows, sample.new_empty(8, sample.shape[0], dtype=torch.float32)
+def _step_loss_outputs(velocity: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows = len(STATISTICS) if reference is not None else len(STATISTICS) - 1  # without a reference there is no KL
+    batch_size, device = velocity.shape[0], velocity.device
+    loss = torch.empty(batch_size, dtype=torch.float32, device=device)
+    statistics = torch.empty(rows, batch_size, dtype=torch.float32, device=device)
+    return loss, statistics, torch.empty(2, batch_size, dtype=torch.float32, device=device)
 
 
-step_loss_op = register("step_loss", _step_loss_operation, _fake_step_loss)
-torch.library.register_autograd("fastflowgrpo::step_loss", _step_loss_backward, setup_context=_step_loss_context)
+def _fake_step_loss(velocity: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _step_loss_outputs(velocity, rest[8])
+
+
+def _keep_step_loss(inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    velocity, sample, prev_sample, c_x, c_v, _, _, _, _, reference, old, uncond, guidance, *_, kl_weight, _ = inputs
+    tensors = (velocity, uncond, old, reference)
+    if kl_weight == 0:
+        tensors = (velocity, uncond, None, None) if old is None else (old, None, None, None)
+    return *tensors, sample, prev_sample, output[2], c_x, c_v, guidance, velocity.dtype
+
+
+def _policy_loss(
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, lower: float, upper: float, advantage_clip: float
+) -> tuple[Tensor, Tensor]:
+    """The loss (B,), and the table (5, B) of `policy_kernel`."""
+    batch_size = log_prob.numel()
+    outputs = _fake_policy_loss(log_prob)
+    launch(
+        policy_kernel, -(-batch_size // 256), log_prob,
+        log_prob.contiguous(), old_log_prob.contiguous(), advantage.contiguous(), *outputs, batch_size,
+        lower, upper, advantage_clip, BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return outputs
+
+
+def _fake_policy_loss(log_prob: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    shape, device = log_prob.shape, log_prob.device
+    table = torch.empty((5, *shape), dtype=torch.float32, device=device)
+    return torch.empty(shape, dtype=torch.float32, device=device), table
+
+
+def _keep_policy_loss(inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> tuple[Any, ...]:
+    return output[1], inputs[0].dtype
+
+
+def _policy_loss_gradient(table: Tensor, dtype: torch.dtype, upstream: Tensor) -> Tensor:
+    return (upstream * table[4]).to(dtype)
+
+
+step_loss_operation = Operation("step_loss", _step_loss, _fake_step_loss, _keep_step_loss, velocity_gradient)
+policy_loss_operation = Operation(
+    "policy_loss", _policy_loss, _fake_policy_loss, _keep_policy_loss, _policy_loss_gradient
+)

@@ -68,14 +68,14 @@ def sde_step(
         ValueError: for shapes that differ, guidance without its branch, more than one of noise, generator, prev_sample
             and seed, or a backend that cannot run it.
     """
-    if sum(given is not None for given in (noise, generator, prev_sample, seed)) > 1:
+    if (noise is not None) + (generator is not None) + (prev_sample is not None) + (seed is not None) > 1:
         raise ValueError("seed, noise, generator and prev_sample exclude each other: give at most one of them")
     check_like(sample, velocity=velocity, velocity_uncond=velocity_uncond, noise=noise, prev_sample=prev_sample)
     batch_size = sample.shape[0]
     if seed is not None:
         check_seeds(seed, offset, batch_size)
     if use_triton(backend, velocity, sample, velocity_uncond, noise, prev_sample, dtype):
-        from fastflowgrpo.kernels import sde_step_triton
+        from fastflowgrpo.kernels.sde_step_triton import draw_step, score_step
 
         check_guidance(velocity_uncond, guidance_scale)
         check_log_prob(log_prob)
@@ -83,10 +83,14 @@ def sde_step(
             check_row(value, batch_size, name)
         step = (velocity, sample, c_x, c_v, std, velocity_uncond, float(guidance_scale), log_prob == "normalised")
         if prev_sample is not None:
-            return prev_sample, sde_step_triton.score(prev_sample, *step)
+            return prev_sample, score_step(*step, prev_sample)[0]
         if noise is None and seed is None and (isinstance(std, torch.Tensor) or std != 0):
             noise = torch.randn(sample.shape, generator=generator, dtype=torch.float32, device=sample.device)
-        return sde_step_triton.draw(noise, seed, offset, dtype or sample.dtype, *step)
+        drawn, value = draw_step(*step, noise, seed, None if seed is None else offset, dtype or sample.dtype)
+        if torch.is_grad_enabled() and velocity.requires_grad:
+            # the graph of a drawn sample is that of scoring it
+            value = score_step(*step, drawn)[0]
+        return drawn, value
     mean = step_mean(guided_velocity(velocity, velocity_uncond, guidance_scale), sample, c_x, c_v)
     if prev_sample is None:
         drawn = mean.detach()
@@ -97,11 +101,16 @@ def sde_step(
                 noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype, device=mean.device)
             drawn = drawn + per_row(std, mean, "std") * noise
         prev_sample = drawn.to(dtype or sample.dtype)
-    return prev_sample, gaussian_log_prob(prev_sample, mean, std, log_prob)
+    return prev_sample, gaussian_log_prob(prev_sample, mean, std, log_prob, backend="reference")
 
 
 def gaussian_log_prob(
-    prev_sample: torch.Tensor, mean: torch.Tensor, std: float | torch.Tensor, log_prob: str = "normalised"
+    prev_sample: torch.Tensor,
+    mean: torch.Tensor,
+    std: float | torch.Tensor,
+    log_prob: str = "normalised",
+    *,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Log-prob per element of each row of `prev_sample` under N(mean, std^2 I), 0 where std == 0.
 
@@ -110,12 +119,22 @@ def gaussian_log_prob(
         mean: (B, ...).
         std: a number or (B,).
         log_prob: "normalised", or "unnormalised" for the negative squared distance alone.
+        backend: "auto", "reference" or "triton", see `choose_backend`. Triton is differentiable in `mean` alone, once;
+            float64, and gradients of `prev_sample` and `std`, are the reference's.
 
     Returns:
         (B,), float32, or float64 if `mean` or `prev_sample` is.
+
+    Raises:
+        ValueError: for shapes that differ, an unknown log-prob, or a backend that cannot run it.
     """
     check_log_prob(log_prob)
     check_like(mean, prev_sample=prev_sample)
+    if use_triton(backend, mean, prev_sample, constants={"prev_sample": prev_sample, "std": std}):
+        from fastflowgrpo.kernels.sde_step_triton import score_step
+
+        check_row(std, mean.shape[0], "std")
+        return score_step(mean, None, None, None, std, None, 1.0, log_prob == "normalised", prev_sample)[0]
     dtype = compute_dtype(mean, prev_sample)
     distance = (prev_sample.to(dtype) - mean.to(dtype)).square().flatten(1).mean(1)
     deviation = per_row(std, distance, "std")
@@ -168,12 +187,13 @@ def check_like(like: torch.Tensor, **tensors: torch.Tensor | None) -> None:
     """Raises ValueError unless `like` is (B, ...) of floats, and so are the tensors that are not None."""
     if like.ndim < 2:
         raise ValueError(f"samples have shape {tuple(like.shape)}: give a batch, shape (B, ...)")
+    shape, floating = like.shape, like.is_floating_point()
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        if tensor.shape != like.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the sample has {tuple(like.shape)}")
-        if not (tensor.is_floating_point() and like.is_floating_point()):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but the sample has {tuple(shape)}")
+        if not (floating and tensor.is_floating_point()):
             raise ValueError(f"{name} is {tensor.dtype} for a sample in {like.dtype}: both must be floating point")
 
 

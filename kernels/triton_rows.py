@@ -1,4 +1,4 @@
-"""What the Triton kernels share: rows in memory, the mean of a step, its log-prob, and how operations are registered.
+"""What the Triton kernels share on the device: rows in memory, the mean of a step, its log-prob.
 
 A kernel sees a tensor (B, ...) as B rows of D elements, each dense in memory; program i works on block i % num_blocks
 of row i // num_blocks. Elements are computed in float32, with explicit fused multiply-adds, so that no compiler
@@ -6,9 +6,7 @@ contracts them in its own way, and summed in float64: rounded to float32, the or
 so a log-prob has the same bits in every kernel, for any block size and batch.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,15 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_BLOCK = 4096
-INTERPRETED = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
 
 
 @triton.jit
-def row_value(value, row, stride):
+def row_value(value, row):
     """A coefficient of a row: the number itself, or an element of the tensor."""
     value = tl.to_tensor(value)
     if value.dtype.is_ptr():
-        value = tl.load(value + row * stride)
+        value = tl.load(value + row)
     return value
 
 
@@ -47,8 +44,14 @@ def load_guided(velocity, uncond, guidance, row, stride, uncond_stride, start, s
 
 
 @triton.jit
-def step_mean(v, x, c_x, c_v):
-    return tl.fma(tl.full(v.shape, c_v, tl.float32), v, c_x * x)
+def step_mean(v, sample, c_x, c_v, row, stride, start, size, BLOCK: tl.constexpr):
+    """Mean of the next sample; without a sample v is the mean."""
+    mean = v
+    if sample is not None:
+        x = load_row(sample, row, stride, start, size, BLOCK)
+        slope = tl.full(v.shape, row_value(c_v, row), tl.float32)
+        mean = tl.fma(slope, v, row_value(c_x, row) * x)
+    return mean
 
 
 @triton.jit
@@ -64,6 +67,15 @@ def row_log_prob(total, size, std, NORMALISED: tl.constexpr):
 
 
 @triton.jit
+def log_prob_slope(size, std, NORMALISED: tl.constexpr):
+    """d log-prob / d mean of a row is this times prev_sample - mean; 0 where std == 0."""
+    scale = tl.full((), 0.5, tl.float32)
+    if NORMALISED:
+        scale = tl.where(std > 0, std * std, 1.0)
+    return tl.where(std > 0, 1 / (scale * size), 0.0)
+
+
+@triton.jit
 def sum_partials(partials, row, num_blocks):
     """A row's sum over its blocks, in a fixed order."""
     lanes = tl.arange(0, 1024)
@@ -73,24 +85,27 @@ def sum_partials(partials, row, num_blocks):
     return tl.sum(total)
 
 
-def shared_layout(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The same tensors, (B, ...) each, with rows that are dense and in one order: as they are if they agree (channels
-    last, say), made contiguous if not."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if all(tensor.is_contiguous() for tensor in given):
-        return tensors
-    layout = given[0].stride()[1:]
-    if all(tensor.stride()[1:] == layout for tensor in given) and _dense(given[0].shape[1:], layout):
-        return tensors
-    return contiguous(*tensors)
+def dense_rows(*tensors: Tensor | None, logical: bool = False) -> tuple[Any, Any, int]:
+    """The tensors, (B, ...) each, with rows that are dense and in one order; how far apart those lie; elements of one.
+
+    As they are if they agree (channels last, say), contiguous if not; in `logical` order always contiguous.
+    """
+    first: Any = tensors[0]
+    size = first.numel() // first.shape[0]
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            break
+    else:
+        return tensors, (size,) * len(tensors), size
+    if logical or not _same_order([tensor for tensor in tensors if tensor is not None]):
+        tensors = tuple(tensor if tensor is None else tensor.contiguous() for tensor in tensors)
+    return tensors, tuple(0 if tensor is None else tensor.stride(0) for tensor in tensors), size
 
 
-def contiguous(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The same tensors, contiguous."""
-    return tuple(tensor if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
-def _dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+def _same_order(tensors: Sequence[Tensor]) -> bool:
+    shape, strides = tensors[0].shape[1:], tensors[0].stride()[1:]
+    if any(tensor.stride()[1:] != strides for tensor in tensors):
+        return False
     expected = 1
     for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1:
@@ -102,71 +117,23 @@ def _dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
 
 def empty_rows(like: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor of `like`'s shape, with the order of its rows and no gap between them."""
-    return torch.empty_strided(like.shape, (row_size(like), *like.stride()[1:]), dtype=dtype, device=like.device)
+    if like.is_contiguous():
+        return torch.empty_like(like, dtype=dtype)
+    size = like.numel() // like.shape[0]
+    return torch.empty_strided(like.shape, (size, *like.stride()[1:]), dtype=dtype, device=like.device)
 
 
-def row_size(tensor: Tensor) -> int:
-    return math.prod(tensor.shape[1:])
-
-
-def row_stride(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.stride(0)
-
-
-def per_row(*values: float | Tensor) -> tuple[Any, ...]:
-    """(stride, *values): float32 coefficients whose tensors have one stride, for `row_value`."""
-    found = {(value.stride(0), value.dtype) for value in values if isinstance(value, Tensor)}
-    if len(found) > 1 or any(dtype != torch.float32 for _, dtype in found):
-        values = tuple(value.float().contiguous() if isinstance(value, Tensor) else value for value in values)
-        return 1, *values
-    return next(iter(found))[0] if found else 0, *values
+def coefficients(*values: Any) -> list[Any]:
+    """The values, numbers and tensors (B,), as `row_value` reads them: tensors contiguous and float32."""
+    return [
+        value.float().contiguous()
+        if isinstance(value, Tensor) and (value.dtype is not torch.float32 or not value.is_contiguous())
+        else value
+        for value in values
+    ]
 
 
 def blocks(size: int) -> tuple[int, int, int]:
     """(BLOCK, number of blocks of a row, warps) for rows of `size` elements."""
-    block = min(MAX_BLOCK, max(128, 1 << (size - 1).bit_length()))
+    block = MAX_BLOCK if size >= MAX_BLOCK else max(128, 1 << (size - 1).bit_length())
     return block, -(-size // block), max(1, block // 512)
-
-
-def wrap_triton(kernel: Any) -> Any:
-    """The kernel itself in eager code, one that a tracer sees otherwise."""
-    return kernel if INTERPRETED or _eager() else torch.library.wrap_triton(kernel)
-
-
-def is_eager(*tensors: Tensor | None) -> bool:
-    """Whether plain tensors are computed with here and now, so that an operation may pass the dispatcher by."""
-    return _eager() and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-
-
-def _eager() -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-    )
-
-
-def detached(*tensors: Tensor | None) -> tuple[Any, ...]:
-    return tuple(tensor.detach() if tensor is not None and tensor.requires_grad else tensor for tensor in tensors)
-
-
-def on_device(tensor: Tensor) -> Any:
-    """Kernels are launched on the current device: makes it the tensor's."""
-    if tensor.is_cuda and _eager() and tensor.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
-
-
-def as_rows(value: float | Tensor, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A number as a tensor (B,): operations that a compiler sees take tensors only, since it makes floats float64."""
-    if isinstance(value, Tensor):
-        return value
-    return torch.full((like.shape[0],), value, dtype=dtype, device=like.device)
-
-
-def register(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """The function as the operation `fastflowgrpo::name`; opaque to tracers where the interpreter runs its kernels."""
-    make: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
-    operation = make(f"fastflowgrpo::{name}", function, mutates_args=())
-    operation.register_fake(fake)
-    return operation

@@ -17,7 +17,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 @pytest.fixture
 def kernel_device(monkeypatch) -> str:
     """Where the Triton kernels run; what they are given to write to is full of NaN."""
-    for name in ("empty", "empty_strided"):
+    for name in ("empty", "empty_like", "empty_strided"):
         allocate = getattr(torch, name)
 
         def poisoned(*args, allocate=allocate, **kwargs):

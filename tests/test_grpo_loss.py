@@ -1,10 +1,11 @@
 import math
+from itertools import product
 
 import pytest
 import torch
 
 from fastflowgrpo.kernels.grpo_loss import KL_KINDS, grpo_loss, grpo_step_loss
-from fastflowgrpo.kernels.sde_step import sde_step
+from fastflowgrpo.kernels.sde_step import guided_velocity, sde_step
 from fastflowgrpo.sde import step_coefficients
 
 SIGMAS = torch.linspace(1, 0, 11, dtype=torch.float64)
@@ -41,6 +42,28 @@ def problem(dynamics="flow_sde", dtype=torch.float64, shape=(4, 3, 5), guidance=
     }
 
 
+def guard_problem(dynamics="flow_sde", dtype=torch.float64, shape=(4, 3, 5), guidance=None, log_prob="normalised"):
+    """The same for GRPO-Guard: the policy has moved along the noise of the step, and a little across it.
+
+    With a clip range of 0.15 it holds the third pair's ratio from above and the last one's from below.
+    """
+    arguments = problem(dynamics, torch.float64, shape, guidance, log_prob)
+    guided = {name: arguments[name] for name in ("velocity_uncond", "guidance_scale") if name in arguments}
+    step = [arguments[name] for name in ("velocity", "sample", "c_x", "c_v", "std")]
+    velocity_old = guided_velocity(arguments["velocity"], *guided.values()) if guided else arguments["velocity"]
+    arguments["old_log_prob"] = sde_step(*step, prev_sample=arguments["prev_sample"], log_prob=log_prob, **guided)[1]
+    column = (-1, *[1] * (len(shape) - 1))
+    c_x, c_v, std = (value.double().view(column) for value in step[2:])
+    noise = (arguments["prev_sample"] - c_x * arguments["sample"] - c_v * velocity_old) / std
+    along = torch.tensor([0.05, -0.1, 0.3, -0.4], dtype=torch.float64) / noise.square().flatten(1).mean(1)
+    across = 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    across -= noise * ((across * noise).flatten(1).mean(1) / noise.square().flatten(1).mean(1)).view(column)
+    moved = (along.view(column) * noise + across) / (c_v * (guidance or 1.0))
+    arguments |= {"velocity": arguments["velocity"] + moved, "velocity_old": velocity_old}
+    wide = ("c_x", "c_v", "std", "dt", "advantage")
+    return {n: v.to(dtype) if torch.is_tensor(v) and n not in wide else v for n, v in arguments.items()}
+
+
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 @pytest.mark.parametrize("ratio", [0.7, 0.95, 1.0, 1.05, 1.4])
 def test_clipping(ratio, advantage):
@@ -75,13 +98,67 @@ def test_statistics_are_detached():
 
 
 def test_only_the_policys_velocity_carries_gradient():
-    arguments = problem(guidance=2.0)
-    constants = ("velocity_ref", "velocity_uncond", "old_log_prob", "advantage")
+    arguments = guard_problem(guidance=2.0)
+    constants = ("velocity_ref", "velocity_old", "velocity_uncond", "old_log_prob", "advantage")
     for name in ("velocity", *constants):
         arguments[name].requires_grad_()
     grpo_step_loss(**arguments, clip_range=0.5, kl_weight=0.3)[0].sum().backward()
     assert arguments["velocity"].grad is not None
     assert [name for name in constants if arguments[name].grad is not None] == []
+
+
+@pytest.mark.parametrize("guidance", [None, 4.5])
+@pytest.mark.parametrize("log_prob", ["normalised", "unnormalised"])
+@pytest.mark.parametrize("dynamics", ["flow_sde", "flow_cps", "dance_sde"])
+def test_guard_is_the_papers_formula(dynamics, log_prob, guidance):
+    """ratio = exp((log_prob - old_log_prob + b) std), whichever log-prob is used, and the loss is divided by -dt."""
+    arguments = guard_problem(dynamics, guidance=guidance, log_prob=log_prob)
+    loss, stats = grpo_step_loss(**arguments, clip_range=0.15, kl_weight=0.3)
+    c_x, c_v, std, dt = (arguments[name].double().view(-1, 1, 1) for name in ("c_x", "c_v", "std", "dt"))
+    velocity, uncond = arguments["velocity"], arguments.get("velocity_uncond")
+    v = velocity if guidance is None else uncond + guidance * (velocity - uncond)
+    mean, mean_old = (c_x * arguments["sample"] + c_v * u for u in (v, arguments["velocity_old"]))
+    new, old = (torch.distributions.Normal(m, std).log_prob(arguments["prev_sample"]) for m in (mean, mean_old))
+    b = ((mean - mean_old) ** 2 / (2 * std**2)).mean(dim=(1, 2))
+    ratio = (((new - old).mean(dim=(1, 2)) + b) * std.flatten()).exp()
+    torch.testing.assert_close(stats["ratio"], ratio, rtol=1e-9, atol=0)
+    torch.testing.assert_close(stats["ratio"].log(), torch.tensor([0.05, -0.1, 0.3, -0.4]).double(), rtol=1e-6, atol=0)
+    assert stats["clipped_above"].tolist() == [0, 0, 1, 0]
+    assert stats["clipped_below"].tolist() == [0, 0, 0, 1]
+    held = torch.tensor([ratio[0], ratio[1], 1.15, 0.85])
+    expected = -arguments["advantage"] * held / -dt.flatten()
+    torch.testing.assert_close(stats["policy_loss"], expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss, stats["policy_loss"] + 0.3 * stats["kl"], rtol=1e-12, atol=0)
+    plain, plain_stats = grpo_step_loss(**{**arguments, "velocity_old": None}, clip_range=0.15, kl_weight=0.3)
+    for name in ("log_prob_difference", "kl"):
+        assert torch.equal(stats[name], plain_stats[name])
+    assert (loss != plain).all()
+
+
+@pytest.mark.parametrize("guidance", [None, 4.5])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+@pytest.mark.parametrize("log_prob", ["normalised", "unnormalised"])
+def test_gradcheck_of_guard(log_prob, kl_weight, guidance):
+    arguments = guard_problem(guidance=guidance, log_prob=log_prob)
+    velocity = arguments.pop("velocity").requires_grad_()
+    loss = lambda v: grpo_step_loss(v, **arguments, clip_range=0.15, kl_weight=kl_weight)[0]  # noqa: E731
+    assert torch.autograd.gradcheck(loss, (velocity,))
+
+
+@pytest.mark.parametrize("guidance", [None, 4.5])
+def test_gradient_of_guard_by_hand(guidance):
+    """d loss / d v = -A ratio g c_v (x_next - mean_old) / (std D (-dt)), of the mean that sampled."""
+    arguments = guard_problem(guidance=guidance)
+    velocity = arguments["velocity"].requires_grad_()
+    loss, stats = grpo_step_loss(**arguments, clip_range=0.15)
+    (gradient,) = torch.autograd.grad(loss.sum(), velocity)
+    c_x, c_v, std, dt = (arguments[name].double().view(-1, 1, 1) for name in ("c_x", "c_v", "std", "dt"))
+    mean_old = c_x * arguments["sample"] + c_v * arguments["velocity_old"]
+    moves = 1 - stats["clipped_above"] - stats["clipped_below"]
+    factor = (-arguments["advantage"] * stats["ratio"] * moves).view(-1, 1, 1) * (guidance or 1.0) * c_v / std / -dt
+    expected = factor * (arguments["prev_sample"] - mean_old) / velocity[0].numel()
+    torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-12)
+    assert gradient[:2].abs().min() > 0
 
 
 def test_half_precision_log_probs_are_compared_in_float32():
@@ -97,15 +174,17 @@ def test_half_precision_log_probs_are_compared_in_float32():
 def test_ratio_is_one_before_the_first_update(dynamics, guidance, dtype):
     arguments = problem(dynamics, dtype, guidance=guidance)
     guided = {name: arguments[name] for name in ("velocity_uncond", "guidance_scale") if name in arguments}
+    velocity_old = guided_velocity(arguments["velocity"], *guided.values()) if guided else arguments["velocity"]
     arguments["old_log_prob"] = sde_step(
         *(arguments[name] for name in ("velocity", "sample", "c_x", "c_v", "std")),
         prev_sample=arguments["prev_sample"],
         **guided,
     )[1]
-    _, stats = grpo_step_loss(**arguments, clip_range=1e-5)
-    assert (stats["ratio"] == 1).all()
-    assert stats["ratio"].dtype == torch.float32
-    assert (stats["clipped_above"] + stats["clipped_below"] == 0).all()
+    for old in (None, velocity_old):
+        _, stats = grpo_step_loss(**arguments, clip_range=1e-5, velocity_old=old)
+        assert (stats["ratio"] == 1).all()
+        assert stats["ratio"].dtype == torch.float32
+        assert (stats["clipped_above"] + stats["clipped_below"] == 0).all()
 
 
 @pytest.mark.parametrize("guidance", [None, 4.5])
@@ -204,8 +283,8 @@ def test_ode_pairs_have_no_policy_gradient():
     c = step_coefficients(SIGMAS, "ode").at(STEPS)
     arguments |= {"c_x": c.c_x, "c_v": c.c_v, "std": c.std, "dt": c.dt, "old_log_prob": torch.zeros(4)}
     velocity = arguments["velocity"].requires_grad_()
-    for kl in KL_KINDS:
-        loss, stats = grpo_step_loss(**arguments, clip_range=0.1, kl=kl, kl_weight=0.3)
+    for kl, old in product(KL_KINDS, (None, arguments["velocity_ref"])):
+        loss, stats = grpo_step_loss(**arguments, clip_range=0.1, kl=kl, kl_weight=0.3, velocity_old=old)
         (gradient,) = torch.autograd.grad(loss.sum(), velocity)
         assert (stats["ratio"] == 1).all()
         assert ((gradient != 0) == (kl == "velocity")).all()
@@ -268,6 +347,7 @@ def test_one_graph_under_compile():
         ({"advantage": torch.zeros(4, 1)}, r"advantage has shape \(4, 1\), but log_prob has \(4,\)"),
         ({"old_log_prob": torch.zeros(3)}, r"old_log_prob has shape \(3,\), but log_prob has \(4,\)"),
         ({"velocity_ref": torch.zeros(1, 3, 5)}, r"velocity_ref has shape \(1, 3, 5\), but the sample has"),
+        ({"velocity_old": torch.zeros(1, 3, 5)}, r"velocity_old has shape \(1, 3, 5\), but the sample has"),
         ({"dt": torch.zeros(2)}, r"dt has shape \(2,\): give a number or one value per row, shape \(4,\)"),
     ],
 )

@@ -1,5 +1,7 @@
 """The Triton kernels of the step: compiled on a GPU, in Triton's interpreter without one."""
 
+import math
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from test_sde_step import C_V, C_X, STD, tensors, written_out_log_prob
 
 from fastflowgrpo.kernels import sde_step_triton, triton_rows
 from fastflowgrpo.kernels.philox import philox_normal
-from fastflowgrpo.kernels.sde_step import sde_step
+from fastflowgrpo.kernels.sde_step import gaussian_log_prob, sde_step
+from fastflowgrpo.kernels.velocity_gradient_triton import velocity_gradient
 from fastflowgrpo.sde import step_coefficients
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -190,6 +193,62 @@ def test_gradient_of_the_log_prob(dtype, log_prob, size, guidance, kernel_device
     assert found[[0, 2]].abs().amin() > 0
 
 
+@pytest.mark.parametrize("log_prob", ["normalised", "unnormalised"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gaussian_log_prob(dtype, shape, log_prob, kernel_device):
+    """Against float64, with its gradient; one row of an ODE step, and a number for all rows."""
+    mean, prev_sample = (t.to(kernel_device) for t in tensors(shape, dtype))
+    std = coefficients(shape[0], kernel_device)[2]
+    std[1:2] = 0
+    weights = torch.arange(1.0, shape[0] + 1, device=kernel_device) * math.prod(shape[1:])
+
+    def run(backend, convert, std):
+        m = convert(mean).detach().clone().requires_grad_()
+        value = gaussian_log_prob(convert(prev_sample), m, std, log_prob, backend=backend)
+        return value, torch.autograd.grad((value * weights).sum(), m)[0]
+
+    for deviation in (std, 0.3):
+        value, gradient = run("triton", lambda t: t, deviation)
+        exact_value, exact_gradient = run("reference", torch.Tensor.double, deviation)
+        assert (value.dtype, gradient.dtype) == (torch.float32, dtype)
+        torch.testing.assert_close(value.double(), exact_value, rtol=2e-6, atol=1e-5)
+        torch.testing.assert_close(gradient.double(), exact_gradient, rtol=2 * torch.finfo(dtype).eps, atol=2e-5)
+        assert ((gradient != 0) == (exact_gradient != 0)).all()
+    assert gradient.numel() == 0 or gradient.abs().max() > 0
+
+
+def test_gaussian_log_prob_of_what_needs_another_gradient(kernel_device, monkeypatch):
+    """Triton has it of the mean alone: left to choose, the reference computes it."""
+    mean, prev_sample = (t.to(kernel_device) for t in tensors())
+    std = coefficients(3, kernel_device)[2]
+    monkeypatch.setenv("FASTFLOWGRPO_BACKEND", "triton")
+    for name, tensor in (("prev_sample", prev_sample), ("std", std)):
+        tensor.requires_grad_()
+        found, exact = (
+            torch.autograd.grad(gaussian_log_prob(prev_sample, mean, std, backend=backend).sum(), tensor)[0]
+            for backend in ("auto", "reference")
+        )
+        assert torch.equal(found, exact) and found.abs().min() > 0
+        with pytest.raises(ValueError, match=f'backend "triton" has no gradient of {name}'):
+            gaussian_log_prob(prev_sample, mean, std, backend="triton")
+        with torch.no_grad():
+            gaussian_log_prob(prev_sample, mean, std, backend="triton")
+        tensor.requires_grad_(False)
+
+
+def test_gaussian_log_prob_is_that_of_the_step(kernel_device):
+    velocity, sample, prev_sample = (t.to(kernel_device) for t in tensors((2, 4100), count=3))
+    mean = torch.addcmul(C_X * sample, velocity, torch.tensor(C_V, device=kernel_device))
+    expected = draw(velocity, sample, C_X, C_V, STD, prev_sample=prev_sample)[1]
+    found = gaussian_log_prob(prev_sample, mean, STD, backend="triton")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    laid_out = gaussian_log_prob(prev_sample.view(2, 41, 100).mT, mean.view(2, 41, 100).mT, STD, backend="triton")
+    assert torch.equal(laid_out, found)
+    compiled = torch.compile(gaussian_log_prob, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(prev_sample, mean, STD, backend="triton"), found)
+
+
 def test_drawn_sample_is_a_constant(kernel_device):
     velocity, sample, noise = (t.to(kernel_device) for t in tensors(count=3))
     velocity.requires_grad_()
@@ -251,16 +310,20 @@ def test_same_errors_as_the_reference(kernel_device):
 
 @pytest.mark.parametrize("size", [40, 4200])
 def test_operations_are_well_registered(size, kernel_device):
-    velocity, sample, uncond, reference, prev_sample = (t.to(kernel_device) for t in tensors((2, size), count=5))
+    velocity, sample, uncond, reference, prev_sample, noise = (t.to(kernel_device) for t in tensors((2, size), count=6))
     c_x, c_v, std = coefficients(2, kernel_device)
     seed = torch.arange(2, device=kernel_device)
     step = (c_x, c_v, std, uncond, 2.0)
     check = torch.library.opcheck
-    check(sde_step_triton.draw_op, (velocity, sample, *step, None, seed, seed, torch.bfloat16, True))
-    check(sde_step_triton.draw_op, (velocity, sample, *step, prev_sample, None, None, torch.float32, False))
-    factors = (c_x, c_v, std, c_x, c_v, 2.0)
-    check(sde_step_triton.velocity_gradient_op, (velocity, uncond, reference, sample, prev_sample, *factors))
-    check(sde_step_triton.score_op, (velocity.requires_grad_(), sample, prev_sample, *step, True))
+    draw_op, score_op = sde_step_triton.draw_step.registered, sde_step_triton.score_step.registered
+    check(draw_op, (velocity, sample, *step, True, None, seed, seed, torch.bfloat16))
+    check(draw_op, (velocity, sample, *step, False, prev_sample, None, None, torch.float32))
+    factors = torch.stack([c_x, c_v])
+    for old in (None, noise):
+        constants = (sample, prev_sample, factors, c_x, c_v, 2.0, torch.float32, std)
+        check(velocity_gradient.registered, (velocity, uncond, old, reference, *constants))
+    check(score_op, (velocity.requires_grad_(), sample, *step, True, prev_sample))
+    check(score_op, (velocity, None, None, None, std, None, 1.0, False, prev_sample))
 
 
 def test_one_graph_under_compile(kernel_device):

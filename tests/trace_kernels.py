@@ -12,7 +12,8 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 from triton.backends.compiler import GPUTarget
 
-from fastflowgrpo.kernels import grpo_loss_triton  # noqa: F401  decorates the kernels while there is no interpreter
+# decorates the kernels while there is no interpreter
+from fastflowgrpo.kernels import grpo_loss_triton, sde_step_triton  # noqa: F401
 from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
 from fastflowgrpo.kernels.sde_step import sde_step
 

@@ -1,0 +1,79 @@
+"""The Triton kernel of d loss / d velocity, which the log-prob of a step and the loss share: one elementwise pass.
+
+    gradient = upstream [a (prev_sample - mean) + k (v - v_ref)]
+
+with factors a and k of each row from the forward pass, guidance scale included. It reads each tensor that it is given
+once and writes the gradient.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastflowgrpo.kernels.triton_operation import Operation, launch
+from fastflowgrpo.kernels.triton_rows import (
+    blocks,
+    coefficients,
+    dense_rows,
+    empty_rows,
+    load_guided,
+    load_row,
+    step_mean,
+)
+
+# Times those of the other kernels: with fewer, ptxas for sm_100 spills a register when it is given all tensors.
+GRADIENT_WARPS = 2
+
+
+@triton.jit
+def velocity_gradient_kernel(
+    velocity, uncond, old, reference, sample, prev_sample, gradient,
+    velocity_stride, uncond_stride, old_stride, reference_stride, sample_stride, prev_sample_stride, gradient_stride,
+    factors, upstream, upstream_stride, c_x, c_v, guidance, size, batch_size, num_blocks,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """factors: (2, B), a and k; the mean is that of `old` if given, else of v."""
+    program = tl.program_id(0)
+    row = (program // num_blocks).to(tl.int64)
+    start = (program % num_blocks).to(tl.int64) * BLOCK
+    v = load_guided(velocity, uncond, guidance, row, velocity_stride, uncond_stride, start, size, BLOCK)
+    moved = v
+    if old is not None:
+        moved = load_row(old, row, old_stride, start, size, BLOCK)
+    mean = step_mean(moved, sample, c_x, c_v, row, sample_stride, start, size, BLOCK)
+    scale = tl.load(upstream + row * upstream_stride)
+    distance = load_row(prev_sample, row, prev_sample_stride, start, size, BLOCK) - mean
+    result = scale * tl.load(factors + row) * distance
+    if reference is not None:
+        apart = v - load_row(reference, row, reference_stride, start, size, BLOCK)
+        result += scale * tl.load(factors + batch_size + row) * apart
+    lanes = tl.arange(0, BLOCK)
+    target = gradient + row * gradient_stride + start + lanes
+    tl.store(target, result.to(gradient.dtype.element_ty), mask=lanes < size - start)
+
+
+def _velocity_gradient(
+    velocity: Tensor, uncond: Tensor | None, old: Tensor | None, reference: Tensor | None, sample: Tensor | None,
+    prev_sample: Tensor, factors: Tensor, c_x: Tensor | None, c_v: Tensor | None, guidance: float, dtype: torch.dtype,
+    upstream: Tensor,
+) -> Tensor:  # fmt: skip
+    tensors, strides, size = dense_rows(velocity, uncond, old, reference, sample, prev_sample)
+    gradient = empty_rows(tensors[0], dtype)
+    batch_size = velocity.shape[0]
+    block, num_blocks, warps = blocks(size)
+    launch(
+        velocity_gradient_kernel, batch_size * num_blocks, gradient,
+        *tensors, gradient, *strides, size, factors, upstream, upstream.stride(0), *coefficients(c_x, c_v), guidance,
+        size, batch_size, num_blocks, BLOCK=block, num_warps=GRADIENT_WARPS * warps,
+    )  # fmt: skip
+    return gradient
+
+
+def _fake_velocity_gradient(*arguments: Any) -> Tensor:
+    return empty_rows(dense_rows(*arguments[:6])[0][0], arguments[-2])
+
+
+velocity_gradient = Operation("velocity_gradient", _velocity_gradient, _fake_velocity_gradient)
