@@ -137,7 +137,7 @@ class UpdateConfig:
 class EvaluationConfig:
     """Sampling with the ODE on the evaluation prompts."""
 
-    every: int = 60
+    every: int = 40
     """Epochs between evaluations; the first and the last state are always evaluated, 0 does only these."""
     num_steps: int = 40
     """Denoising steps."""
@@ -161,7 +161,7 @@ class Config:
     """Replace the run that output_dir already holds."""
     seed: int = 0
     """Seed of everything random."""
-    epochs: int = 180
+    epochs: int = 120
     """Epochs: rollout, scoring, update."""
     save_every: int = 0
     """Epochs between two saved checkpoints; 0 saves only the last."""
