@@ -56,9 +56,8 @@ def main() -> int:
         return sde_step(velocity, sample, c_x, c_v, std, **given, **guided)[1]
 
     def loss(v: torch.Tensor) -> torch.Tensor:
-        pairs = (c_x, c_v, std, dt, old_log_prob, advantage)
-        settings = {"clip_range": 1e-4, "velocity_ref": reference, "kl_weight": 0.04}
-        return grpo_step_loss(v, sample, prev_sample, *pairs, **settings, **guided)[0]
+        step = (v, sample, prev_sample, c_x, c_v, std, dt, old_log_prob, advantage)
+        return grpo_step_loss(*step, clip_range=1e-4, velocity_ref=reference, kl_weight=0.04, **guided)[0]
 
     calls: dict[str, Callable[[], object]] = {
         "draw": lambda: step(seed=seed, offset=3),
@@ -68,7 +67,7 @@ def main() -> int:
         "loss and backward": lambda: torch.autograd.grad(loss(trained), trained, upstream),
     }
     direct = {name: microseconds(call) for name, call in calls.items()}
-    triton_operation.is_eager = lambda *values: False  # type: ignore[assignment]
+    triton_operation.is_eager = lambda *values: False
     print(f"microseconds of host time, torch {torch.__version__}\n{'':<24}{'direct':>8}{'dispatcher':>12}")
     for name, call in calls.items():
         print(f"{name:<24}{direct[name]:>8.1f}{microseconds(call):>12.1f}")

@@ -80,7 +80,7 @@ def finish_row(
         step = -row_value(dt, row)
         policy, derivative = policy / step, derivative / step
     gain = tl.full((), guidance, tl.float32)
-    tl.store(factors + row, gain * derivative * slope)
+    tl.store(factors + row, tl.where(stochastic, gain * derivative * slope, 0.0))
     tl.store(statistics + 4 * batch_size + row, policy)
     if KL != "none":
         scale = tl.full((), 1.0, tl.float32)
@@ -127,8 +127,7 @@ def loss_kernel(
     if ONE_BLOCK:
         finish_row(
             row, batch_size, distance, divergence, overlap, loss, statistics, factors, c_v, std, dt,
-            old_log_prob, advantage, guidance, size, lower, upper, advantage_clip,
-            kl_weight, KL, GUARD, NORMALISED,
+            old_log_prob, advantage, guidance, size, lower, upper, advantage_clip, kl_weight, KL, GUARD, NORMALISED,
         )  # fmt: skip
     else:
         plane = tl.full((), batch_size, tl.int64) * num_blocks  # of one row it is a constant
@@ -156,8 +155,7 @@ def finish_kernel(
         overlap = sum_partials(sums, row + 2 * batch_size, num_blocks)
     finish_row(
         row, batch_size, distance, divergence, overlap, loss, statistics, factors, c_v, std, dt,
-        old_log_prob, advantage, guidance, size, lower, upper, advantage_clip, kl_weight,
-        KL, GUARD, NORMALISED,
+        old_log_prob, advantage, guidance, size, lower, upper, advantage_clip, kl_weight, KL, GUARD, NORMALISED,
     )  # fmt: skip
 
 

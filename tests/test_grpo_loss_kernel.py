@@ -40,7 +40,7 @@ def run(arguments, backend, convert=lambda tensor: tensor, **settings):
     return loss.detach(), stats, gradient
 
 
-def compare(arguments, rtol=2e-5, clip_range=0.15, **settings):
+def compare(arguments, rtol=2e-5, clip_range=0.15, atol=2e-5, **settings):
     """Triton against the reference in float64; returns Triton's gradient."""
     settings["clip_range"] = clip_range
     loss, stats, gradient = run(arguments, "triton", **settings)
@@ -52,7 +52,7 @@ def compare(arguments, rtol=2e-5, clip_range=0.15, **settings):
         assert value.dtype == torch.float32 and not value.requires_grad
         torch.testing.assert_close(value.double(), exact_stats[name], rtol=rtol, atol=2e-5)
     eps = torch.finfo(gradient.dtype).eps
-    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=max(rtol, 2 * eps), atol=2e-5)
+    torch.testing.assert_close(gradient.double(), exact_gradient, rtol=max(rtol, 2 * eps), atol=atol)
     return gradient
 
 
@@ -88,8 +88,9 @@ def test_guard_against_float64(dynamics, log_prob, kl, guidance, kernel_device):
 @pytest.mark.parametrize("shape", [(4, 1), (4, 3, 5), (4, 2, 3, 7, 5), (4, 4096), (4, LARGE)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_guard_of_dtypes_and_shapes(dtype, shape, kl_weight, kernel_device):
-    # a clip range that holds no ratio: rounded to bfloat16, one moves across a bound
-    compare(on(kernel_device, guard_problem(dtype=dtype, shape=shape, guidance=2.0)), 4e-5, 0.9, kl_weight=kl_weight)
+    arguments = on(kernel_device, guard_problem(dtype=dtype, shape=shape, guidance=2.0))
+    # a clip range that holds no ratio, since rounding to bfloat16 moves one across a bound; / -dt is ten times as much
+    compare(arguments, 4e-5, clip_range=0.9, atol=2e-4, kl_weight=kl_weight)
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (4, 3, 5), (4, 2, 3, 7, 5), (4, 4096), (4, LARGE)])
