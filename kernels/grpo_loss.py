@@ -204,8 +204,7 @@ def grpo_step_loss(
         mean_old = step_mean(velocity_old.detach(), sample, c_x, c_v).to(mean.dtype)
         overlap = ((mean - mean_old) * (prev_sample.to(mean.dtype) - mean_old)).flatten(1).mean(1)
         # 1 in place of 0 keeps the gradient of the rows that are masked out finite
-        centred = overlap / torch.where(deviation > 0, deviation, 1.0)
-        log_ratio = torch.where(deviation > 0, centred, difference)
+        log_ratio = torch.where(deviation > 0, overlap / torch.where(deviation > 0, deviation, 1.0), 0.0)
     loss, stats = _policy_loss(log_ratio, difference, advantage, clip_range, advantage_clip)
     if velocity_old is not None:
         loss = loss / -per_row(dt, loss, "dt")

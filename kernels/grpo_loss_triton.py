@@ -71,7 +71,7 @@ def finish_row(
     slope = mean_slope * log_prob_slope(size, deviation, NORMALISED)
     if GUARD:
         slope = mean_slope * log_prob_slope(size, deviation, True) * deviation
-        log_ratio = tl.where(stochastic, (slope * overlap).to(tl.float32), difference)
+        log_ratio = (slope * overlap).to(tl.float32)
     policy, derivative = clipped_policy(
         row, row < batch_size, batch_size, log_ratio, difference, tl.load(advantage + row), lower, upper,
         advantage_clip, statistics,
