@@ -55,7 +55,7 @@ SERVE = [
     "uvicorn>=0.30",
     "httptools>=0.6",  # uvicorn's fast parser
     "python-multipart>=0.0.18",
-    "prometheus-client>=0.20",
+    "prometheus_client>=0.20",
     "anyio>=4",
 ]
 

@@ -26,6 +26,8 @@ def parse(argv: Sequence[str] | None = None) -> ServerConfig:
         value, least = getattr(config, setting.name), 0 if setting.name in ("port", "delay") else 1
         if setting.type in (int, float) and not value >= least:
             raise ConfigError(f"{setting.name}: must be at least {least}, got {value}")
+    if config.port > 65535:
+        raise ConfigError(f"port: must be at most 65535, got {config.port}")
     return config
 
 
@@ -37,7 +39,7 @@ def listen(config: ServerConfig, token: str | None) -> socket.socket:
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         return socket.create_server((config.host, config.port), family=family, backlog=1024)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error}") from error
 
 
