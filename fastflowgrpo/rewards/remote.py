@@ -186,7 +186,7 @@ class RemoteReward:
 
         # Daemons: an interrupted run does not wait for what is in flight.
         count = min(len(parts), self.concurrency * len(self.endpoints))
-        threads = [threading.Thread(target=work, daemon=True) for _ in range(count)]
+        threads = [threading.Thread(target=work, name=f"reward {self.name}", daemon=True) for _ in range(count)]
         try:
             for thread in threads:
                 thread.start()
