@@ -124,7 +124,9 @@ class EagerEpoch:
             with self.phase("rollout"), torch.no_grad():
                 embeds, pooled = self.encode([prompt.text for prompt in chosen])
                 seeds = [group_seed(config.seed, epoch, begin + i) for i in range(len(chosen) // size)]
-                noise = partial(philox_normal, sample_seeds(seeds, size).to(device), shape=(len(chosen), *trainer.shape))
+                noise = partial(
+                    philox_normal, sample_seeds(seeds, size).to(device), shape=(len(chosen), *trainer.shape)
+                )
                 latents = noise(offset=0).to(trainer.policy.dtype)
                 samples, next_samples, log_probs = [], [], []
                 for i, t in enumerate(scheduler.timesteps):

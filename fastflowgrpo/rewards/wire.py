@@ -122,7 +122,7 @@ def _vector(values: Any, count: int, name: str) -> torch.Tensor:
 
 
 def restricted_loads(data: bytes) -> Any:
-    """Read a pickle of dicts, lists, tuples, sets, numbers, strings, bytes and numpy arrays of numbers or strings.
+    """Read a pickle, of protocol 3 or later, of plain containers, numbers, strings, bytes, and numpy arrays of them.
 
     Nothing that the pickle names is imported or called. In place of numpy's constructors, which would take a dtype with
     fields that point anywhere in memory, stand those below, which check what they are given; other names are refused.
@@ -191,15 +191,6 @@ class _Scalar:
         return value
 
 
-class _Encode:
-    """In place of `_codecs.encode`, with which old pickle protocols write bytes."""
-
-    __slots__ = ()
-
-    def __call__(self, text: str, codec: str) -> bytes:
-        return text.encode("latin-1")
-
-
 # What a pickle may name, and what it gets; in numpy 1 the core was called numpy.core.
 _REPLACED = {
     "numpy.dtype": _DType,
@@ -207,7 +198,6 @@ _REPLACED = {
     "numpy._core.multiarray._reconstruct": _Reconstruct(),
     "numpy._core.multiarray.scalar": _Scalar(),
     "numpy._core.numeric._frombuffer": _FromBuffer(),
-    "_codecs.encode": _Encode(),
 }
 
 
