@@ -143,7 +143,7 @@ class Trainer:
             conditioning = self.embed([prompt.text for prompt in chosen])
             unconditional = self._unconditional(config.rollout.guidance_scale)
         parts: list[Trajectory] = []
-        scores: list[Scores] = []
+        scored: list[Scores] = []
         steps = config.rollout.num_steps * -(-len(chosen) // groups_at_once)
         with progress("rollout", steps) as sampling, progress("score", len(chosen) * size) as scoring:
             for begin in range(0, len(chosen), groups_at_once):
@@ -167,22 +167,27 @@ class Trainer:
                 with self.report.phase("decode"):
                     images = self.policy.decode(part.final)
                 with self.report.phase("score"):
-                    scores.append(self._score(images, chosen[groups], size))
+                    scored.append(self._score(images, chosen[groups], size))
                     scoring.update(len(images))
                 parts.append(part)
         trajectory = Trajectory(
             *(torch.cat([getattr(part, name) for part in parts]) for name in Trajectory.__dataclass_fields__)
         )
-        rewards = torch.cat([score.values for score in scores])
-        if rewards.isnan().all():
-            raise RuntimeError(f"not one of the {len(rewards)} images of epoch {epoch} could be scored")
+        scores = Scores.cat(scored)
+        rewards, missing = scores.values, int(scores.values.isnan().sum())
+        if missing == len(rewards) or missing > config.max_missing * len(rewards):
+            raise RuntimeError(
+                f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
+                f"max_missing allows a share of {config.max_missing:g}"
+            )
         group_ids = torch.arange(len(chosen)).repeat_interleave(size)
         advantages = group_advantages(rewards, group_ids, config.advantage.std)
         metrics = {
             "reward": rewards.nanmean().item(),
-            "missing": int(rewards.isnan().sum()),
+            "missing": missing,
             "images": len(rewards),
-            **{name: torch.cat([s.details[name] for s in scores]).nanmean().item() for name in scores[0].details},
+            **{name: value.nanmean().item() for name, value in scores.details.items()},
+            **{f"{name}/missing": int(scores.details[name].isnan().sum()) for name in self.rewards.rewards},
         }
         return Batch(trajectory, conditioning, advantages), metrics
 

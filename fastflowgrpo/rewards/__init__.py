@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from fastflowgrpo.config import did_you_mean
+from fastflowgrpo.config import ConfigError, did_you_mean
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards.contract import Reward, RewardBatch, Scores
 from fastflowgrpo.rewards.geneval import GenEval
 from fastflowgrpo.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from fastflowgrpo.rewards.ocr import OCR
+from fastflowgrpo.rewards.remote import RemoteReward
 
 __all__ = ["REWARDS", "Reward", "RewardBatch", "Scores", "WeightedRewards", "build_rewards"]
 
@@ -56,20 +57,33 @@ class WeightedRewards:
                     raise ValueError(f"rewards.{name}: {error}") from error
 
     def __call__(self, batch: RewardBatch) -> Scores:
-        size = len(batch.prompts)
-        total = torch.zeros(size)
+        total = torch.zeros(len(batch.prompts))
         details: dict[str, torch.Tensor] = {}
         for name, reward in self.rewards.items():
-            try:
-                output = reward(batch)
-            except Exception as error:
-                raise RuntimeError(f"reward {name}: {type(error).__name__}: {error}") from error
-            scores = output if isinstance(output, Scores) else Scores(output)
-            details[name] = _vector(scores.values, size, name)
+            scores = checked_scores(name, reward, batch)
             if self.weights[name]:
-                total += self.weights[name] * details[name]
-            details |= {f"{name}/{key}": _vector(value, size, f"{name}/{key}") for key, value in scores.details.items()}
+                total += self.weights[name] * scores.values
+            details |= {name: scores.values, **{f"{name}/{key}": value for key, value in scores.details.items()}}
         return Scores(total, details)
+
+
+def checked_scores(name: str, reward: Callable[[RewardBatch], Any], batch: RewardBatch) -> Scores:
+    """What a reward gives for a batch, as the contract has it.
+
+    Raises:
+        ConfigError: the reward raised one; now it names the reward.
+        RuntimeError: the reward raised anything else; names the reward and the error.
+        TypeError, ValueError: it returned something else than a finite number or NaN per image.
+    """
+    try:
+        output = reward(batch)
+    except ConfigError as error:
+        raise ConfigError(f"rewards.{name}: {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"reward {name}: {type(error).__name__}: {error}") from error
+    size, scores = len(batch.prompts), output if isinstance(output, Scores) else Scores(output)
+    details = {key: _vector(value, size, f"{name}/{key}") for key, value in scores.details.items()}
+    return Scores(_vector(scores.values, size, name), details)
 
 
 def _vector(values: Any, size: int, name: str) -> torch.Tensor:
@@ -93,7 +107,7 @@ def build_rewards(config: Mapping[str, Any]) -> WeightedRewards:
         config: for each reward its weight, or `{weight: 1.0, **settings}`. The name is one of REWARDS, or
             `my_module:my_reward` for a function of yours: it is called with a RewardBatch (and the settings as
             keywords) and returns Scores or a number per image. The current directory, appended to sys.path, is searched
-            too.
+            too. With a `url` among the settings, any name is scored there (`RemoteReward`).
 
     Raises:
         ValueError: names the reward and what is wrong with it.
@@ -109,8 +123,9 @@ def build_rewards(config: Mapping[str, Any]) -> WeightedRewards:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"rewards.{name}: the weight must be a finite number, got {weight!r}")
         weights[name] = float(weight)
-        if name in REWARDS:
-            factory = _with_settings(name, REWARDS[name], 0, settings)
+        if "url" in settings or name in REWARDS:
+            make = functools.partial(RemoteReward, name) if "url" in settings else REWARDS[name]
+            factory = _with_settings(name, make, 0, settings)
             try:
                 rewards[name] = factory()
             except (ValueError, ImportError) as error:

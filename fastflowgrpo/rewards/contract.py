@@ -1,6 +1,6 @@
 """What a reward gets and gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,16 @@ class Scores:
 
     values: torch.Tensor
     details: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def cat(cls, parts: Sequence["Scores"]) -> "Scores":
+        """The parts one after the other; a detail that only some of them have is NaN for the others' images."""
+        names = dict.fromkeys(name for part in parts for name in part.details)
+        details = {
+            name: torch.cat([part.details.get(name, torch.full_like(part.values, torch.nan)) for part in parts])
+            for name in names
+        }
+        return cls(torch.cat([part.values for part in parts]), details)
 
 
 Reward = Callable[[RewardBatch], Scores]
