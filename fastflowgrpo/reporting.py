@@ -68,10 +68,9 @@ class Evaluation:
     """(prompts, n) bool, if the prompts have tags."""
 
     @classmethod
-    def of(cls, prompts: list[Prompt], images: Tensor, scores: list[Scores], copies: int) -> "Evaluation":
+    def of(cls, prompts: list[Prompt], images: Tensor, scores: Scores, copies: int) -> "Evaluation":
         """Summarise `copies` images of each prompt: images (P * copies, 3, H, W), scores in the same order."""
-        joined = Scores.cat(scores)
-        values = {"reward": joined.values, **joined.details}
+        values = {"reward": scores.values, **scores.details}
         means = {name: value.nanmean().item() for name, value in values.items()}
         groups = images.unflatten(0, (-1, copies))
         tag_of = [prompt.metadata.get("tag") for prompt in prompts]
@@ -90,7 +89,7 @@ class Evaluation:
             scores=means,
             diversity=_diversity(groups) if copies > 1 else None,
             images=len(images),
-            missing=int(joined.values.isnan().sum()),
+            missing=int(scores.values.isnan().sum()),
             prompts=[prompts[i].text for i in shown],
             shown=groups[shown, :4],
             correct=None if strict is None else strict[shown, :4] == 1,

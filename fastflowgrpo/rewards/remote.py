@@ -170,7 +170,7 @@ class RemoteReward:
 
     def __call__(self, batch: RewardBatch) -> Scores:
         batch = replace(batch, images=batch.images.cpu())
-        parts = [_rows(batch, rows) for rows in _whole_groups(batch.group_ids.tolist(), self.batch_size)]
+        parts = [batch.rows(rows) for rows in batch.whole_groups(self.batch_size)]
         answers: dict[int, Answer] = {}
         errors: list[BaseException] = []
         stop = threading.Event()
@@ -309,25 +309,6 @@ def _is_http(url: Any) -> bool:
         return isinstance(url, str) and parse_url(url).scheme in ("http", "https") and bool(parse_url(url).host)
     except HTTPError:
         return False
-
-
-def _whole_groups(group_ids: list[int], size: int) -> list[slice]:
-    """Consecutive rows that hold whole groups, `size` at most where a group is not larger."""
-    ends = [
-        row for row in range(1, len(group_ids) + 1) if row == len(group_ids) or group_ids[row] != group_ids[row - 1]
-    ]
-    slices: list[slice] = []
-    begin = last = 0
-    for end in ends:
-        if end - begin > size and last > begin:
-            slices.append(slice(begin, last))
-            begin = last
-        last = end
-    return [*slices, slice(begin, last)] if last else []
-
-
-def _rows(batch: RewardBatch, rows: slice) -> RewardBatch:
-    return RewardBatch(batch.images[rows], batch.prompts[rows], batch.metadata[rows], batch.group_ids[rows])
 
 
 def _plain(error: Exception) -> str:

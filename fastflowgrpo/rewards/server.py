@@ -28,8 +28,7 @@ from starlette.requests import ClientDisconnect
 from fastflowgrpo import __version__
 from fastflowgrpo.config import ServerConfig, did_you_mean
 from fastflowgrpo.prompts import Prompt
-from fastflowgrpo.rewards import checked_scores
-from fastflowgrpo.rewards.contract import RewardBatch, Scores
+from fastflowgrpo.rewards.contract import RewardBatch, Scores, checked_scores
 from fastflowgrpo.rewards.wire import MEDIA_TYPES
 
 PILLOW_FORMATS = {MEDIA_TYPES["png"]: "PNG", MEDIA_TYPES["jpeg"]: "JPEG"}
