@@ -50,6 +50,14 @@ class CMakeBuild(build_ext):
 BUILD = ["cmake>=3.24", "ninja", "pybind11>=3"]  # as in pyproject.toml; the tests build a wheel without isolation
 TRITON = ["triton>=3.4; sys_platform == 'linux'"]
 OCR = ["rapidocr>=3.4", "onnxruntime>=1.20", "rapidfuzz>=3"]
+SERVE = [
+    "fastapi>=0.115",
+    "uvicorn>=0.30",
+    "httptools>=0.6",  # uvicorn's fast parser
+    "python-multipart>=0.0.18",
+    "prometheus_client>=0.20",
+    "anyio>=4",
+]
 
 setup(
     name="fastflowgrpo",
@@ -78,17 +86,18 @@ setup(
         "scipy>=1.11",
         "pillow>=10",
         "tqdm>=4.66",
+        "urllib3>=2",
         "jsonargparse[signatures]>=4.53",
         "pyyaml>=6",
         "tensorboard>=2.17",
     ],
     extras_require={
-        "test": ["pytest>=9", "hypothesis>=6.100", "ruff", "mypy>=2", *BUILD, *TRITON, *OCR],
+        "test": ["pytest>=9", "hypothesis>=6.100", "schemathesis>=4", "ruff", "mypy>=2", *BUILD, *TRITON, *OCR, *SERVE],
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.8"],
         "gpu": [*TRITON, "xformers; sys_platform == 'linux'"],
         "ocr": OCR,
         "track": ["wandb>=0.20"],
-        "serve": ["fastapi>=0.115", "uvicorn>=0.30"],
+        "serve": SERVE,
         "demo": ["matplotlib>=3.8"],
     },
 )

@@ -15,6 +15,8 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
+TOKEN = "FASTFLOWGRPO_TOKEN"  # environment variable: the bearer token of reward servers and of their clients
+
 
 class ConfigError(ValueError):
     """What the user can put right: a setting, a file, a model. A command prints it as one line and exits with 2."""
@@ -172,15 +174,44 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     rewards: dict[str, Any] = field(default_factory=lambda: {"geneval": {"weight": 1.0, "strict": 0.6}})
     """Weight of each reward, or an object with its weight and settings; my_module:my_reward for a function of yours."""
+    max_missing: float = 0.1
+    """Largest share of an epoch's images that may go without a score; more stop the run."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class ServerConfig:
+    """A reward server, `python -m fastflowgrpo.serve`."""
+
+    rewards: dict[str, Any] | str
+    """Names of the rewards to serve, separated by commas, or an object with the settings of each."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Beyond this machine only with a token, in the environment variable FASTFLOWGRPO_TOKEN."""
+    port: int = 18085
+    """Port to listen on; 0 takes a free one."""
+    batch_size: int = 64
+    """Images scored at once, from several requests where these are smaller."""
+    delay: float = 0.01
+    """Seconds that a request waits for others to fill the batch."""
+    timeout: float = 300.0
+    """Seconds to read a request, and to score it."""
+    queue: int = 128
+    """Requests held at once; more are told to come back."""
+    max_request_mib: int = 128
+    """Largest request, in MiB."""
+    max_images: int = 256
+    """Most images in a request."""
+    max_pixels: int = 2**26
+    """Most pixels of a request's images together."""
 
 
 _AT_LEAST = {
     0: (
         "seed",
         "save_every",
+        "max_missing",
         "policy.lora_rank",
         "policy.max_sequence_length",
         "rollout.guidance_scale",
@@ -218,6 +249,7 @@ _ABOVE_ZERO = (
     "update.max_grad_norm",
     "update.clip_range",
 )
+_AT_MOST_ONE = ("max_missing",)
 _BELOW_ONE = ("update.clip_range", "update.betas", "update.ema_decay")
 
 
@@ -242,6 +274,10 @@ def validate(config: Config) -> None:
         for value in values(name):
             if not value > 0:
                 raise ConfigError(f"{name}: must be above 0, got {value}")
+    for name in _AT_MOST_ONE:
+        for value in values(name):
+            if not value <= 1:
+                raise ConfigError(f"{name}: must be at most 1, got {value}")
     for name in _BELOW_ONE:
         for value in values(name):
             if not value < 1:

@@ -58,6 +58,8 @@ class Evaluation:
     diversity: float | None
     """Mean RMS pixel difference between two images of a prompt, as a share of the full range; None with one image."""
     images: int
+    missing: int
+    """Images without a score."""
     prompts: list[str]
     """The prompts of `shown`."""
     shown: Tensor
@@ -66,10 +68,9 @@ class Evaluation:
     """(prompts, n) bool, if the prompts have tags."""
 
     @classmethod
-    def of(cls, prompts: list[Prompt], images: Tensor, scores: list[Scores], copies: int) -> "Evaluation":
+    def of(cls, prompts: list[Prompt], images: Tensor, scores: Scores, copies: int) -> "Evaluation":
         """Summarise `copies` images of each prompt: images (P * copies, 3, H, W), scores in the same order."""
-        values = {"reward": torch.cat([s.values for s in scores])}
-        values |= {name: torch.cat([s.details[name] for s in scores]) for name in scores[0].details}
+        values = {"reward": scores.values, **scores.details}
         means = {name: value.nanmean().item() for name, value in values.items()}
         groups = images.unflatten(0, (-1, copies))
         tag_of = [prompt.metadata.get("tag") for prompt in prompts]
@@ -88,6 +89,7 @@ class Evaluation:
             scores=means,
             diversity=_diversity(groups) if copies > 1 else None,
             images=len(images),
+            missing=int(scores.values.isnan().sum()),
             prompts=[prompts[i].text for i in shown],
             shown=groups[shown, :4],
             correct=None if strict is None else strict[shown, :4] == 1,
@@ -100,6 +102,7 @@ class Evaluation:
             **self.tags,
             "diversity": self.diversity,
             "images": self.images,
+            "missing": self.missing,
             "scores": self.scores,
         }
 
@@ -218,7 +221,8 @@ class Report:
         self.evaluations.append((step, evaluation))
         self._log({"step": step, "eval": evaluation.row()})
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
-        tqdm.write(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}".rstrip())
+        missing = f"missing {evaluation.missing}" if evaluation.missing else ""
+        tqdm.write(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {missing}".rstrip())
         _grid([evaluation]).save(self.folder / "images" / f"step-{step:06d}.png")
 
     def checkpoint(self, step: int) -> Path:
@@ -305,7 +309,7 @@ def _table(first: Evaluation, last: Evaluation) -> str:
     pairs: dict[str, tuple[float | None, float | None]] = {
         **{tag: (first.tags[tag], last.tags[tag]) for tag in first.tags},
         "overall": (first.overall, last.overall),
-        **{name: (value, last.scores[name]) for name, value in first.scores.items()},
+        **{name: (value, last.scores.get(name)) for name, value in first.scores.items()},
         "diversity": (first.diversity, last.diversity),
     }
     lines = [f"{f'{last.images} images':24} before   after"]

@@ -22,7 +22,8 @@ from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.prompts import Prompt, epoch_prompts, load_prompts
 from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
-from fastflowgrpo.rewards import RewardBatch, Scores, build_rewards
+from fastflowgrpo.rewards import build_rewards
+from fastflowgrpo.rewards.scoring import Scoring
 from fastflowgrpo.rollout import (
     Trajectory,
     expand_row,
@@ -90,6 +91,7 @@ class Trainer:
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width)
         self.embed = EmbeddingCache(self.policy)
+        self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device)
         update, rollout = config.update, config.rollout
         self.parameters = self.policy.trainable_parameters()
         self.optimizer = torch.optim.AdamW(
@@ -143,9 +145,8 @@ class Trainer:
             conditioning = self.embed([prompt.text for prompt in chosen])
             unconditional = self._unconditional(config.rollout.guidance_scale)
         parts: list[Trajectory] = []
-        scores: list[Scores] = []
         steps = config.rollout.num_steps * -(-len(chosen) // groups_at_once)
-        with progress("rollout", steps) as sampling, progress("score", len(chosen) * size) as scoring:
+        with progress("rollout", steps) as sampling:
             for begin in range(0, len(chosen), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
                 with self.report.phase("rollout"):
@@ -165,24 +166,27 @@ class Trainer:
                         on_step=sampling.update,
                     )
                 with self.report.phase("decode"):
-                    images = self.policy.decode(part.final)
-                with self.report.phase("score"):
-                    scores.append(self._score(images, chosen[groups], size))
-                    scoring.update(len(images))
+                    self.scoring.submit(part.final, chosen[groups], size)
                 parts.append(part)
+            with self.report.phase("score"):
+                scores = self.scoring.finish(sampling.set_postfix_str)
         trajectory = Trajectory(
             *(torch.cat([getattr(part, name) for part in parts]) for name in Trajectory.__dataclass_fields__)
         )
-        rewards = torch.cat([score.values for score in scores])
-        if rewards.isnan().all():
-            raise RuntimeError(f"not one of the {len(rewards)} images of epoch {epoch} could be scored")
+        rewards, missing = scores.values, int(scores.values.isnan().sum())
+        if missing == len(rewards) or missing > config.max_missing * len(rewards):
+            raise RuntimeError(
+                f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
+                f"max_missing allows a share of {config.max_missing:g}"
+            )
         group_ids = torch.arange(len(chosen)).repeat_interleave(size)
         advantages = group_advantages(rewards, group_ids, config.advantage.std)
         metrics = {
             "reward": rewards.nanmean().item(),
-            "missing": int(rewards.isnan().sum()),
+            "missing": missing,
             "images": len(rewards),
-            **{name: torch.cat([s.details[name] for s in scores]).nanmean().item() for name in scores[0].details},
+            **{name: value.nanmean().item() for name, value in scores.details.items()},
+            **{f"{name}/missing": int(scores.details[name].isnan().sum()) for name in self.rewards.rewards},
         }
         return Batch(trajectory, conditioning, advantages), metrics
 
@@ -288,7 +292,6 @@ class Trainer:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
         config = self.config.evaluation
         images_of: list[Tensor] = []
-        scores: list[Scores] = []
         copies = config.images_per_prompt
         prompts_at_once = max(1, config.batch_size // copies)
         guidance = self.config.rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
@@ -309,9 +312,8 @@ class Trainer:
                     unconditional=unconditional,
                     guidance_scale=guidance,
                 )
-                images = self.policy.decode(latents)
-                scores.append(self._score(images, prompts, copies))
-                images_of.append(images.cpu())
+                images_of.append(self.scoring.submit(latents, prompts, copies))
+            scores = self.scoring.finish()
         evaluation = Evaluation.of(self.eval_prompts, torch.cat(images_of), scores, copies)
         self.report.evaluated(evaluation, self.step)
 
@@ -342,17 +344,6 @@ class Trainer:
     def _unconditional(self, guidance_scale: float) -> Conditioning | None:
         """The empty prompt's conditioning, one row, where guidance needs it."""
         return self.embed([""]) if guidance_scale != 1 else None
-
-    def _score(self, images: Tensor, prompts: list[Prompt], copies: int) -> Scores:
-        repeated = [prompt for prompt in prompts for _ in range(copies)]
-        return self.rewards(
-            RewardBatch(
-                images,
-                [prompt.text for prompt in repeated],
-                [prompt.metadata for prompt in repeated],
-                torch.arange(len(prompts)).repeat_interleave(copies),
-            )
-        )
 
 
 def _load_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:

@@ -166,8 +166,9 @@ def test_a_gradient_that_is_not_finite_and_an_epoch_without_a_score_stop_the_run
     with pytest.raises(FloatingPointError, match=r"lower update\.learning_rate"):
         trainer.update(batch)
     assert all(parameter.isfinite().all() for parameter in trainer.parameters)
-    trainer.rewards = lambda batch: Scores(torch.full((len(batch.prompts),), float("nan")))
-    with pytest.raises(RuntimeError, match="not one of the 8 images"):
+    for thread in trainer.scoring.threads.values():
+        thread.reward = lambda batch: Scores(torch.full((len(batch.prompts),), float("nan")))
+    with pytest.raises(RuntimeError, match="8 of the 8 images of epoch 1 have no score"):
         trainer.collect(1)
 
 

@@ -14,10 +14,12 @@ import torch
 
 from fastflowgrpo.config import did_you_mean
 from fastflowgrpo.prompts import Prompt
-from fastflowgrpo.rewards.contract import Reward, RewardBatch, Scores
+from fastflowgrpo.rewards.contract import Reward, RewardBatch, Scores, checked_scores
 from fastflowgrpo.rewards.geneval import GenEval
 from fastflowgrpo.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from fastflowgrpo.rewards.ocr import OCR
+from fastflowgrpo.rewards.remote import RemoteReward
+from fastflowgrpo.rewards.workers import TIMEOUT, WorkerReward
 
 __all__ = ["REWARDS", "Reward", "RewardBatch", "Scores", "WeightedRewards", "build_rewards"]
 
@@ -56,34 +58,17 @@ class WeightedRewards:
                     raise ValueError(f"rewards.{name}: {error}") from error
 
     def __call__(self, batch: RewardBatch) -> Scores:
-        size = len(batch.prompts)
-        total = torch.zeros(size)
+        return self.weighted({name: checked_scores(name, reward, batch) for name, reward in self.rewards.items()})
+
+    def weighted(self, scores: Mapping[str, Scores]) -> Scores:
+        """The sum of the rewards' own scores of the same images."""
+        total = torch.zeros(len(next(iter(scores.values())).values))
         details: dict[str, torch.Tensor] = {}
-        for name, reward in self.rewards.items():
-            try:
-                output = reward(batch)
-            except Exception as error:
-                raise RuntimeError(f"reward {name}: {type(error).__name__}: {error}") from error
-            scores = output if isinstance(output, Scores) else Scores(output)
-            details[name] = _vector(scores.values, size, name)
+        for name, own in scores.items():
             if self.weights[name]:
-                total += self.weights[name] * details[name]
-            details |= {f"{name}/{key}": _vector(value, size, f"{name}/{key}") for key, value in scores.details.items()}
+                total += self.weights[name] * own.values
+            details |= {name: own.values, **{f"{name}/{key}": value for key, value in own.details.items()}}
         return Scores(total, details)
-
-
-def _vector(values: Any, size: int, name: str) -> torch.Tensor:
-    """What a reward returned, as a float32 CPU tensor (size,)."""
-    try:
-        vector = torch.as_tensor(values).detach().to("cpu", torch.float32)
-    except (TypeError, ValueError, RuntimeError) as error:
-        kind = type(values).__name__
-        raise TypeError(f"reward {name}: expected {size} numbers, one per image, got {kind} ({error})") from error
-    if vector.shape != (size,):
-        raise ValueError(f"reward {name}: expected {size} numbers, one per image, got shape {tuple(vector.shape)}")
-    if vector.isinf().any():
-        raise ValueError(f"reward {name}: infinite for image {int(vector.isinf().nonzero()[0])}; NaN marks a failure")
-    return vector
 
 
 def build_rewards(config: Mapping[str, Any]) -> WeightedRewards:
@@ -93,7 +78,8 @@ def build_rewards(config: Mapping[str, Any]) -> WeightedRewards:
         config: for each reward its weight, or `{weight: 1.0, **settings}`. The name is one of REWARDS, or
             `my_module:my_reward` for a function of yours: it is called with a RewardBatch (and the settings as
             keywords) and returns Scores or a number per image. The current directory, appended to sys.path, is searched
-            too.
+            too. With a `url` among the settings, any name is scored there (`RemoteReward`); with `workers`, in so many
+            processes (`WorkerReward`).
 
     Raises:
         ValueError: names the reward and what is wrong with it.
@@ -109,8 +95,13 @@ def build_rewards(config: Mapping[str, Any]) -> WeightedRewards:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"rewards.{name}: the weight must be a finite number, got {weight!r}")
         weights[name] = float(weight)
-        if name in REWARDS:
-            factory = _with_settings(name, REWARDS[name], 0, settings)
+        if settings.get("workers") or "url" in settings or name in REWARDS:
+            if settings.get("workers"):
+                workers, timeout = settings.pop("workers"), settings.pop("timeout", TIMEOUT)
+                factory: Callable[[], Any] = functools.partial(WorkerReward, name, settings, workers, timeout)
+            else:
+                make = functools.partial(RemoteReward, name) if "url" in settings else REWARDS[name]
+                factory = _with_settings(name, make, 0, settings)
             try:
                 rewards[name] = factory()
             except (ValueError, ImportError) as error:

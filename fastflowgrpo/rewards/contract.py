@@ -1,10 +1,12 @@
 """What a reward gets and gives."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from fastflowgrpo.config import ConfigError
 
 
 @dataclass
@@ -23,6 +25,23 @@ class RewardBatch:
     metadata: list[dict[str, Any]]
     group_ids: torch.Tensor
 
+    def rows(self, rows: slice) -> "RewardBatch":
+        """Some of the images."""
+        return RewardBatch(self.images[rows], self.prompts[rows], self.metadata[rows], self.group_ids[rows])
+
+    def whole_groups(self, size: int) -> list[slice]:
+        """Consecutive rows that hold whole groups, `size` at most where a group is not larger."""
+        ids = self.group_ids.tolist()
+        ends = [row for row in range(1, len(ids) + 1) if row == len(ids) or ids[row] != ids[row - 1]]
+        slices: list[slice] = []
+        begin = last = 0
+        for end in ends:
+            if end - begin > size and last > begin:
+                slices.append(slice(begin, last))
+                begin = last
+            last = end
+        return [*slices, slice(begin, last)] if last else []
+
 
 @dataclass
 class Scores:
@@ -36,5 +55,50 @@ class Scores:
     values: torch.Tensor
     details: dict[str, torch.Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def cat(cls, parts: Sequence["Scores"]) -> "Scores":
+        """The parts one after the other; a detail that only some of them have is NaN for the others' images."""
+        names = dict.fromkeys(name for part in parts for name in part.details)
+        details = {
+            name: torch.cat([part.details.get(name, torch.full_like(part.values, torch.nan)) for part in parts])
+            for name in names
+        }
+        return cls(torch.cat([part.values for part in parts]), details)
+
 
 Reward = Callable[[RewardBatch], Scores]
+"""An attribute `pointwise` that is true says that each image's score depends on that image alone, so that several
+processes may share a group; an attribute `device`, a GPU, that the images are wanted there."""
+
+
+def checked_scores(name: str, reward: Callable[[RewardBatch], Any], batch: RewardBatch) -> Scores:
+    """What a reward gives for a batch, as the contract has it.
+
+    Raises:
+        ConfigError: the reward raised one; now it names the reward.
+        RuntimeError: the reward raised anything else; names the reward and the error.
+        TypeError, ValueError: it returned something else than a finite number or NaN per image.
+    """
+    try:
+        output = reward(batch)
+    except ConfigError as error:
+        raise ConfigError(f"rewards.{name}: {error}") from error
+    except Exception as error:
+        raise RuntimeError(f"reward {name}: {type(error).__name__}: {error}") from error
+    size, scores = len(batch.prompts), output if isinstance(output, Scores) else Scores(output)
+    details = {key: _vector(value, size, f"{name}/{key}") for key, value in scores.details.items()}
+    return Scores(_vector(scores.values, size, name), details)
+
+
+def _vector(values: Any, size: int, name: str) -> torch.Tensor:
+    """What a reward returned, as a float32 CPU tensor (size,)."""
+    try:
+        vector = torch.as_tensor(values).detach().to("cpu", torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(values).__name__
+        raise TypeError(f"reward {name}: expected {size} numbers, one per image, got {kind} ({error})") from error
+    if vector.shape != (size,):
+        raise ValueError(f"reward {name}: expected {size} numbers, one per image, got shape {tuple(vector.shape)}")
+    if vector.isinf().any():
+        raise ValueError(f"reward {name}: infinite for image {int(vector.isinf().nonzero()[0])}; NaN marks a failure")
+    return vector

@@ -142,6 +142,8 @@ class GenEval:
         ValueError: an unknown detector, or strict out of range.
     """
 
+    pointwise = True
+
     def __init__(self, detector: str | Detector = "shapes", strict: float = 0.0) -> None:
         if isinstance(strict, bool) or not isinstance(strict, int | float) or not 0 <= strict <= 1:
             raise ValueError(f"strict must be a number from 0 to 1, got {strict!r}")

@@ -19,6 +19,8 @@ class OCR:
         ImportError: the ocr extra is not installed.
     """
 
+    pointwise = True
+
     def __init__(self) -> None:
         self.engine = _engine()
 

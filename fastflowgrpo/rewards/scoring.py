@@ -1,0 +1,134 @@
+"""Scoring behind the rollout: while a batch is sampled, those before it are decoded, copied and scored."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.rewards import WeightedRewards
+from fastflowgrpo.rewards.contract import RewardBatch, Scores, checked_scores
+
+DEPTH = 2  # batches that may be under way before `submit` waits
+
+
+class Scoring:
+    """Scores batches of latents, all rewards of a batch at once, each reward in a thread of its own.
+
+    On a GPU the latents are decoded on a stream of their own and the images copied to pinned memory on another, so that
+    nothing of it waits for the rollout or holds it up. A reward whose attribute `device` is that GPU gets the images
+    there, and a stream of its own; the others get the copy.
+
+    Args:
+        rewards: what to score with.
+        decode: from latents (B, C, H, W) to uint8 images (B, 3, h, w) on the same device.
+        device: of the latents.
+    """
+
+    def __init__(self, rewards: WeightedRewards, decode: Callable[[Tensor], Tensor], device: torch.device):
+        self.rewards, self.decode = rewards, decode
+        self.threads = {name: _RewardThread(name, reward, device) for name, reward in rewards.rewards.items()}
+        self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None
+        self.under_way: deque[dict[str, Future[Scores]]] = deque()
+        self.done: list[Scores] = []
+
+    def submit(self, latents: Tensor, prompts: Sequence[Prompt], copies: int) -> Tensor:
+        """Begin to score `copies` images of each prompt, once at most DEPTH - 1 batches are still under way.
+
+        Returns:
+            The images on the CPU, complete when `finish` returns.
+        """
+        while len(self.under_way) >= DEPTH:
+            self._await()
+        images, host, events = self._decoded(latents)
+        repeated = [prompt for prompt in prompts for _ in range(copies)]
+        texts, metadata = [prompt.text for prompt in repeated], [prompt.metadata for prompt in repeated]
+        group_ids = torch.arange(len(prompts)).repeat_interleave(copies)
+        self.under_way.append(
+            {
+                name: thread.score(RewardBatch(images if thread.stream else host, texts, metadata, group_ids), events)
+                for name, thread in self.threads.items()
+            }
+        )
+        return host
+
+    def finish(self, show: Callable[[str], object] = lambda awaited: None) -> Scores:
+        """The scores of all images since the last call, in the order in which they were submitted.
+
+        Args:
+            show: is told which rewards are awaited.
+
+        Raises:
+            RuntimeError, ConfigError, TypeError, ValueError: a reward failed, see `checked_scores`.
+        """
+        while self.under_way:
+            show(", ".join(name for name, future in self.under_way[0].items() if not future.done()))
+            self._await()
+        scores, self.done = Scores.cat(self.done), []
+        return scores
+
+    def _await(self) -> None:
+        futures = self.under_way.popleft()
+        self.done.append(self.rewards.weighted({name: future.result() for name, future in futures.items()}))
+
+    def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor, "_Events | None"]:
+        """The images, their copy on the CPU, and when each is there."""
+        if self.streams is None:
+            images = self.decode(latents)
+            return images, images, None
+        decoding, copying = self.streams
+        decoding.wait_stream(torch.cuda.current_stream(latents.device))
+        with torch.cuda.stream(decoding):
+            images = self.decode(latents)
+            latents.record_stream(decoding)
+        decoded = decoding.record_event()
+        copying.wait_event(decoded)
+        host = torch.empty(images.shape, dtype=images.dtype, pin_memory=True)
+        with torch.cuda.stream(copying):
+            host.copy_(images, non_blocking=True)
+            images.record_stream(copying)
+        return images, host, (decoded, copying.record_event())
+
+
+_Events = tuple[torch.cuda.Event, torch.cuda.Event]
+
+
+class _RewardThread:
+    """Calls one reward, batch after batch. A daemon: a run that is interrupted does not wait for it."""
+
+    def __init__(self, name: str, reward: Callable[[RewardBatch], Any], device: torch.device):
+        self.name, self.reward = name, reward
+        on_gpu = device.type == "cuda" and getattr(reward, "device", None) == device
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
+        self.queue: SimpleQueue[tuple[Future[Scores], RewardBatch, _Events | None]] = SimpleQueue()
+        threading.Thread(target=self._work, name=f"reward {name}", daemon=True).start()
+
+    def score(self, batch: RewardBatch, events: _Events | None) -> "Future[Scores]":
+        future: Future[Scores] = Future()
+        self.queue.put((future, batch, events))
+        return future
+
+    @torch.no_grad()
+    def _work(self) -> None:
+        while True:
+            future, batch, events = self.queue.get()
+            try:
+                future.set_result(self._score(batch, events))
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _score(self, batch: RewardBatch, events: _Events | None) -> Scores:
+        if events is not None:
+            decoded, copied = events
+            if self.stream is not None:
+                self.stream.wait_event(decoded)
+                with torch.cuda.stream(self.stream):
+                    batch.images.record_stream(self.stream)
+                    return checked_scores(self.name, self.reward, batch)
+            copied.synchronize()
+        return checked_scores(self.name, self.reward, batch)
