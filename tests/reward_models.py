@@ -92,7 +92,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def mask2former_folder(folder: Path, classes: int = 80) -> str:
-    """A Mask2Former that finds several objects on any image: class scores and masks are spread widely."""
+    """A Mask2Former that finds objects of several classes, sizes and scores on any image."""
     config = Mask2FormerConfig(
         backbone_config=SwinConfig(
             embed_dim=8,
@@ -113,6 +113,19 @@ def mask2former_folder(folder: Path, classes: int = 80) -> str:
         num_labels=classes,
     )
     model = seeded(Mask2FormerForUniversalSegmentation(config))
-    model.class_predictor.weight.data *= 6
+    decoder = model.model.transformer_module.decoder
+    for weight, factor in {
+        model.model.transformer_module.queries_features.weight: 10,
+        model.class_predictor.weight: 12,
+        decoder.mask_predictor.mask_embedder.layers[2].layers[0].weight: 60,
+    }.items():
+        weight.data *= factor
+    project = model.model.pixel_level_module.decoder.mask_projection
+    features: list[torch.Tensor] = []
+    handle = project.register_forward_hook(lambda module, inputs, output: features.append(output))
+    with torch.no_grad():
+        model(pixel_values=(sample_images(64, 64) - 115) / 58)
+    handle.remove()
+    project.bias.data -= features[0].mean((0, 2, 3))  # around 0, so that masks are parts of the image
     model.save_pretrained(folder)
     return str(folder)

@@ -32,7 +32,7 @@ def published_weights() -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
 
     def add(name: str, *shape: int) -> None:
-        deviation = 0.1 if len(shape) == 1 else torch.Size(shape[1:]).numel() ** -0.5
+        deviation = 0.1 if len(shape) == 1 else 0.5 * torch.Size(shape[1:]).numel() ** -0.5
         state[name] = torch.empty(shape).normal_(0, deviation, generator=generator)
 
     def linear(name: str, out: int, width: int) -> None:
@@ -145,7 +145,7 @@ def batch(images: torch.Tensor, prompts: list[str] = PROMPTS) -> RewardBatch:
     return RewardBatch(images, prompts, [{}] * len(images), torch.arange(len(images)))
 
 
-@pytest.mark.parametrize("size", [(32, 32), (64, 64), (61, 100), (90, 40)], ids=str)
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (61, 100), (90, 50)], ids=str)
 def test_score_is_that_of_the_source(folders, size):
     images = sample_images(*size)
     reward = ImageReward(*folders)

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import Any
+from urllib.error import HTTPError
 
 import torch
 from PIL import Image
@@ -168,7 +169,7 @@ class DeQA(Judge):
     with the probabilities that it gives these words, made to sum to 1. Of a word that is not among the 20 most likely,
     the probability is taken as 0. It is a failure if something else is more likely than the five words together.
 
-    The server must continue a begun answer (`continue_final_message`, as vLLM and SGLang do) and return `logprobs`.
+    The server must continue a begun answer (`continue_final_message`, as vLLM does) and return `logprobs`.
     """
 
     model = "zhiyuanyou/DeQA-Score-Mix3"
@@ -216,8 +217,12 @@ def chat(url: str, request: dict[str, Any], timeout: float, key: str | None = No
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
     post = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(request).encode(), headers)
-    with urllib.request.urlopen(post, timeout=timeout) as response:
-        answer = json.load(response)
+    try:
+        with urllib.request.urlopen(post, timeout=timeout) as response:
+            answer = json.load(response)
+    except HTTPError as error:
+        with error:
+            raise OSError(f"HTTP status {error.code}: {error.read()[:200].decode(errors='replace')}") from None
     try:
         choice = answer["choices"][0]
         if isinstance(choice["message"]["content"], str):
