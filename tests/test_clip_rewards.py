@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reward_models import clip_folder, linear_head, sample_images, seeded, to_pil
+from reward_models import clip_folder, linear_head, sample_images, seeded, to_pil, write_json
 from safetensors.torch import save_file
 from transformers import BertConfig, BertModel, CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -80,6 +80,16 @@ def test_preprocessing_follows_the_processor(tmp_path, processing):
         expected = processor(to_pil(images), return_tensors="pt").pixel_values
         difference = (CLIP(clip).preprocess(images) - expected).abs()
         assert difference.max() < 2.5 / 255 / 0.2 and difference.mean() < 1e-3
+
+
+def test_the_layout_of_older_files(tmp_path):
+    folder = clip_folder(tmp_path)
+    expected = CLIP(folder).preprocess
+    (tmp_path / "processor_config.json").unlink()
+    older = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 56, "crop_size": 56, "resample": 3}
+    older |= {"do_resize": True, "do_center_crop": True, "do_normalize": True}
+    write_json(tmp_path / "preprocessor_config.json", older)
+    assert CLIP(folder, dtype="bfloat16").preprocess == expected
 
 
 def test_unusual_processors_are_refused(tmp_path):

@@ -21,6 +21,8 @@ from reward_models import sample_images, to_pil
 from fastflowgrpo.rewards import RewardBatch, build_rewards
 from fastflowgrpo.rewards.judges import DeQA, Judge, QwenVL, UnifiedReward
 
+CUT_OFF = b'{"choices": ['  # sent as if more were to come
+
 
 class Server(ThreadingHTTPServer):
     """Records requests as (path, headers, JSON), and answers with what `answer` makes of the JSON: (status, bytes), or
@@ -45,7 +47,7 @@ class Handler(BaseHTTPRequestHandler):
         answer = self.server.answer(request)
         if answer is not None:
             self.send_response(answer[0])
-            self.send_header("Content-Length", str(len(answer[1])))
+            self.send_header("Content-Length", str(len(answer[1]) + 9 * (answer[1] == CUT_OFF)))
             self.end_headers()
             self.wfile.write(answer[1])
 
@@ -150,6 +152,7 @@ FAILURES: list[tuple[type[Judge], tuple[int, bytes] | None, str]] = [
     (QwenVL, (500, b"out of memory"), "HTTP status 500: out of memory"),
     (QwenVL, (429, b""), "HTTP status 429: "),
     (QwenVL, None, "closed connection|reset"),
+    (QwenVL, (200, CUT_OFF), "IncompleteRead"),
     (QwenVL, (200, b"<html>"), "Expecting value"),
     (QwenVL, (200, b"[]"), r"expected a chat completion, got '\[\]'"),
     (QwenVL, (200, b'{"choices": []}'), "expected a chat completion, got"),

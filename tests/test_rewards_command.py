@@ -50,15 +50,15 @@ def test_settings_metadata_and_missing_scores(paths, capsys, tmp_path, monkeypat
     (tmp_path / "seen.py").write_text(
         "def tag(batch, power):\n"
         "    assert batch.prompts == ['two cats'] * len(batch.images) and batch.group_ids.sum() == 0\n"
-        "    wanted = batch.metadata[0]['include'][0]['count']\n"
-        "    return [wanted**power if image.shape[-1] == 30 else float('nan') for image in batch.images]\n"
+        "    score = batch.metadata[0]['include'][0]['count'] ** power + len(batch.images)\n"
+        "    return [score if image.shape[-1] == 30 else float('nan') for image in batch.images]\n"
     )
     metadata = {"tag": "counting", "include": [{"class": "cat", "count": 2}]}
     rewards = {"seen:tag": {"weight": 0.5, "power": 3}}
     options = ["--prompt", "two cats", "--rewards", json.dumps(rewards), "--metadata", json.dumps(metadata)]
     assert main([*paths, *options]) == 0
     rows = [[cell.strip() for cell in row[1:]] for row in table(capsys.readouterr().out)]
-    assert rows == [["seen:tag", "reward"], ["8.0000", "4.0000"], ["nan", "nan"], ["8.0000", "4.0000"]]
+    assert rows == [["seen:tag", "reward"], ["10.0000", "5.0000"], ["nan", "nan"], ["10.0000", "5.0000"]]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +80,14 @@ def test_errors_are_one_line(paths, capsys, options, message):
     output = capsys.readouterr()
     (line,) = output.err.splitlines()
     assert line.startswith("error: ") and message in line and output.out == ""
+
+
+def test_an_error_of_several_lines_is_one(paths, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_reward.py").write_text("raise ValueError('first\\nsecond')")
+    assert main([*paths, "--prompt", "a", "--rewards", "broken_reward:score"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("ValueError: first second")
 
 
 def test_files_that_are_no_images(paths, tmp_path, capsys):

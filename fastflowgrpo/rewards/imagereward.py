@@ -126,8 +126,7 @@ def _vision(state: dict[str, torch.Tensor]) -> Any:
 
 def _text(state: dict[str, torch.Tensor], published: Mapping[str, Any], vision_width: int) -> Any:
     """The text encoder with cross-attention to the image, by the published configuration of a BERT."""
-    from transformers import BlipTextConfig
-    from transformers.models.blip.modeling_blip_text import BlipTextModel
+    from transformers import BlipTextConfig, BlipTextModel
 
     names = (
         "vocab_size",

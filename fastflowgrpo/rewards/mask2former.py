@@ -52,8 +52,8 @@ class Mask2FormerDetector:
     Colours, only of classes that the prompt asks a colour of: the object on grey, cut to its box, is compared with the
     mean embedding of TEMPLATES for each of COLORS.
 
-    This is the definition of GenEval's own code, with mmdetection replaced by transformers. Flow-GRPO's server sends
-    JPEGs through it, and in RGB where mmdetection takes arrays for BGR.
+    This is what GenEval's own code does on files, with mmdetection replaced by transformers. Flow-GRPO's server runs
+    that code on arrays in RGB, which mmdetection takes for BGR.
 
     Args:
         model: hub id or local folder of a Mask2Former for COCO instances.
@@ -81,13 +81,13 @@ class Mask2FormerDetector:
     ) -> None:
         from transformers import Mask2FormerForUniversalSegmentation
 
-        self.clip = CLIP(clip, device, dtype)
-        self.device, self.dtype = self.clip.device, choose_dtype(dtype)
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if len(size) != 2 or not 32 <= size[0] <= size[1]:
             raise ValueError(f"size must be the shorter and the longer side, at least 32, got {size}")
         self.batch_size, self.size = batch_size, size
+        self.clip = CLIP(clip, device, dtype)
+        self.device, self.dtype = self.clip.device, choose_dtype(dtype)
         self.network = pretrained_model(Mask2FormerForUniversalSegmentation, model, self.device, self.dtype)
         if self.network.config.num_labels != len(CLASSES):
             found = self.network.config.num_labels
@@ -103,16 +103,13 @@ class Mask2FormerDetector:
             thresholds = [COUNTING_THRESHOLD if data["tag"] == "counting" else THRESHOLD for data in wanted]
             found = self._segment(batch, thresholds)
             colored = [{include["class"] for include in data["include"] if "color" in include} for data in wanted]
-            colors = iter(
-                self._classify(
-                    [
-                        (o.label, _cut_out(image, o))
-                        for image, objects, labels in zip(batch, found, colored, strict=True)
-                        for o in objects
-                        if o.label in labels
-                    ]
-                )
-            )
+            crops = [
+                (o.label, _cut_out(image, o))
+                for image, objects, labels in zip(batch, found, colored, strict=True)
+                for o in objects
+                if o.label in labels
+            ]
+            colors = iter(self._classify(crops))
             detections += [
                 [Detection(o.label, o.box, o.score, next(colors) if o.label in labels else None) for o in objects]
                 for objects, labels in zip(found, colored, strict=True)
