@@ -14,9 +14,12 @@ import torch
 
 from fastflowgrpo.config import did_you_mean
 from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.rewards.clip import aesthetic, clipscore, hpsv2, pickscore
 from fastflowgrpo.rewards.contract import Reward, RewardBatch, Scores, checked_scores
 from fastflowgrpo.rewards.geneval import GenEval
+from fastflowgrpo.rewards.imagereward import ImageReward
 from fastflowgrpo.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
+from fastflowgrpo.rewards.judges import DeQA, QwenVL, UnifiedReward
 from fastflowgrpo.rewards.ocr import OCR
 from fastflowgrpo.rewards.remote import RemoteReward
 from fastflowgrpo.rewards.workers import TIMEOUT, WorkerReward
@@ -29,6 +32,14 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "jpeg_compressibility": jpeg_compressibility,
     "jpeg_incompressibility": jpeg_incompressibility,
     "ocr": OCR,
+    "pickscore": pickscore,
+    "clipscore": clipscore,
+    "hpsv2": hpsv2,
+    "imagereward": ImageReward,
+    "aesthetic": aesthetic,
+    "deqa": DeQA,
+    "qwenvl": QwenVL,
+    "unifiedreward": UnifiedReward,
 }
 
 

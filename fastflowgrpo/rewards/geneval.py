@@ -1,5 +1,8 @@
 """GenEval (arXiv 2310.11513): are the objects that the prompt asks for there, in number, colour and position?"""
 
+import functools
+import importlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -119,14 +122,10 @@ def _terms(includes: list[dict[str, Any]], found: list[list[Detection]]) -> list
     return terms
 
 
-def _shapes() -> tuple[Detector, Sequence[str]]:
-    from fastflowgrpo.shapes.detector import detect_shapes
-    from fastflowgrpo.shapes.scenes import SHAPES
-
-    return detect_shapes, SHAPES
-
-
-DETECTORS = {"shapes": _shapes}  # name -> function that loads it: (detector, the classes it knows)
+DETECTORS = {
+    "shapes": "fastflowgrpo.shapes.detector:ShapesDetector",
+    "mask2former": "fastflowgrpo.rewards.mask2former:Mask2FormerDetector",
+}
 
 
 class GenEval:
@@ -134,31 +133,45 @@ class GenEval:
     score, strict and correct.
 
     Args:
-        detector: "shapes" for the bundled shapes world, or a function (images uint8 (B, 3, H, W), metadata of each)
-            -> detections of each.
+        detector: "shapes" for the bundled shapes world, "mask2former" for real images, or a function (images uint8
+            (B, 3, H, W), metadata of each) -> detections of each, which may have the attributes `classes` and `colors`,
+            the names it knows.
         strict: weight of the strict result against the partial score, 0 to 1.
+        settings: the detector's own, see `Mask2FormerDetector`.
 
     Raises:
-        ValueError: an unknown detector, or strict out of range.
+        ValueError: an unknown detector or setting, strict out of range, or the detector cannot be loaded.
     """
 
     pointwise = True
 
-    def __init__(self, detector: str | Detector = "shapes", strict: float = 0.0) -> None:
+    def __init__(self, detector: str | Detector = "shapes", strict: float = 0.0, **settings: Any) -> None:
         if isinstance(strict, bool) or not isinstance(strict, int | float) or not 0 <= strict <= 1:
             raise ValueError(f"strict must be a number from 0 to 1, got {strict!r}")
         self.strict = strict
-        self.classes: Sequence[str] | None = None
-        if callable(detector):
-            self.detector = detector
-        elif isinstance(detector, str) and detector in DETECTORS:
-            self.detector, self.classes = DETECTORS[detector]()
+        load: Callable[..., Detector]
+        if isinstance(detector, str) and detector in DETECTORS:
+            module, _, name = DETECTORS[detector].partition(":")
+            load = getattr(importlib.import_module(module), name)
+        elif callable(detector):
+            load = functools.partial(lambda given: given, detector)
         else:
             known = ", ".join(DETECTORS)
             raise ValueError(f"unknown detector {detector!r}{did_you_mean(str(detector), DETECTORS)}, known: {known}")
+        accepted = ["weight", "detector", "strict", *inspect.signature(load).parameters]
+        for key in settings:
+            if key not in accepted:
+                hint = did_you_mean(key, accepted)
+                raise ValueError(f"unknown setting {key!r}{hint}, known: {', '.join(accepted)}")
+        self.detector = load(**settings)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ValueError, naming the prompt, if one has no valid metadata or a class the detector does not know."""
+        """Raise ValueError, naming the prompt, if one has no valid metadata, or a class or colour that the detector
+        does not know."""
+        known = {
+            "class": getattr(self.detector, "classes", None),
+            "color": getattr(self.detector, "colors", None),
+        }
         for prompt in prompts:
             if not prompt.metadata:
                 raise ValueError(f"prompt {prompt.text!r} has no GenEval metadata: read prompts from a GenEval .jsonl")
@@ -167,9 +180,10 @@ class GenEval:
             except ValueError as error:
                 raise ValueError(f"prompt {prompt.text!r}: {error}") from None
             for clause in prompt.metadata["include"]:
-                if self.classes is not None and clause["class"] not in self.classes:
-                    known = ", ".join(self.classes)
-                    raise ValueError(f"prompt {prompt.text!r}: the detector knows {known}, not {clause['class']!r}")
+                for key, names in known.items():
+                    if names is not None and key in clause and clause[key] not in names:
+                        names = ", ".join(names)
+                        raise ValueError(f"prompt {prompt.text!r}: the detector knows {names}, not {clause[key]!r}")
 
     def __call__(self, batch: RewardBatch) -> Scores:
         detections = self.detector(batch.images, batch.metadata)

@@ -1,0 +1,211 @@
+"""Rewards on CLIP embeddings: CLIPScore, PickScore, HPSv2 and the LAION aesthetic predictor."""
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from fastflowgrpo.rewards.contract import Reward, RewardBatch, Scores
+from fastflowgrpo.rewards.models import (
+    LinearHead,
+    choose_device,
+    choose_dtype,
+    model_file,
+    pretrained,
+    pretrained_model,
+    read_weights,
+)
+
+CLIP_L = "openai/clip-vit-large-patch14"
+AESTHETIC = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"  # TRL's copy of the published file
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """CLIP's image preprocessing, on the images' own device: resize with antialiasing, centre crop, normalise.
+
+    Attributes:
+        size: side of the shorter edge after resizing, or (height, width).
+        crop: (height, width) cut from the centre, where the resized image must be as large; None to cut nothing.
+        mean, std: of each channel, of pixels in [0, 1].
+        mode: "bicubic" or "bilinear".
+    """
+
+    size: int | tuple[int, int] = 224
+    crop: tuple[int, int] | None = (224, 224)
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    mode: str = "bicubic"
+
+    @classmethod
+    def of(cls, processor: Any) -> "Preprocess":
+        """What a CLIP image processor of transformers is configured to do; ValueError if that is more than this."""
+        config = processor.to_dict()
+        modes = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
+        size, crop = dict(config["size"]), None
+        side = size.get("shortest_edge")
+        if config["do_center_crop"]:
+            crop = config["crop_size"]["height"], config["crop_size"]["width"]
+        fits = crop is None or all(c <= (side or size[key]) for c, key in zip(crop, ("height", "width"), strict=True))
+        if not (config["do_resize"] and config["do_normalize"] and config["resample"] in modes and fits):
+            raise ValueError("its image processor does not resize, crop and normalise as CLIP's does")
+        return cls(
+            side or (size["height"], size["width"]),
+            crop,
+            tuple(config["image_mean"]),
+            tuple(config["image_std"]),
+            modes[config["resample"]],
+        )
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 (B, 3, H, W) -> float32 (B, 3, h, w)."""
+        height, width = images.shape[-2:]
+        short = min(height, width)
+        if isinstance(self.size, int):
+            size = (int(self.size * height / short), int(self.size * width / short))
+        else:
+            size = self.size
+        pixels = images.float()
+        for step in ((height, size[1]), size):  # as PIL: the width, to bytes, then the height
+            if pixels.shape[-2:] != step:
+                pixels = F.interpolate(pixels, step, mode=self.mode, antialias=True).round().clamp(0, 255)
+        if self.crop is not None:
+            top, left = (size[0] - self.crop[0]) // 2, (size[1] - self.crop[1]) // 2
+            pixels = pixels[..., top : top + self.crop[0], left : left + self.crop[1]]
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels / 255 - mean) / std
+
+
+class CLIP:
+    """A CLIP model of transformers. Those of the same model, device and dtype share one copy of it.
+
+    Args:
+        model: hub id or local folder, with the model, the tokenizer and the image processor's configuration.
+        device: by default the GPU if there is one.
+        dtype: of the networks; embeddings are float32.
+        batch_size: images or prompts at once.
+
+    Raises:
+        ValueError: it cannot be loaded, or a setting is wrong.
+    """
+
+    def __init__(self, model: str, device: str | None = None, dtype: str = "float32", batch_size: int = 32) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.device, self.batch_size = choose_device(device), batch_size
+        self.network, self.tokenizer, self.preprocess = _load(model, self.device, choose_dtype(dtype))
+        self.scale = self.network.logit_scale.float().exp().item()
+
+    @torch.inference_mode()
+    def embed_images(self, images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+        """Unit embeddings float32 (B, D) of uint8 images: (B, 3, H, W), or B of any sizes (3, H, W)."""
+        vision, project = self.network.vision_model, self.network.visual_projection
+        embeddings = []
+        for part in _parts(images, self.batch_size):
+            batches = [part] if isinstance(part, torch.Tensor) else [image[None] for image in part]
+            pixels = torch.cat([self.preprocess(batch.to(self.device)) for batch in batches])
+            embeddings.append(project(vision(pixel_values=pixels.to(project.weight.dtype)).pooler_output))
+        return F.normalize(torch.cat(embeddings).float(), dim=-1)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Unit embeddings float32 (B, D) of texts; each distinct one is computed once. A text longer than the model's
+        context (77 tokens) is cut."""
+        encoder, project = self.network.text_model, self.network.text_projection
+        length = self.network.config.text_config.max_position_embeddings
+        distinct = list(dict.fromkeys(texts))
+        embeddings = []
+        for part in _parts(distinct, self.batch_size):
+            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=length, return_tensors="pt")
+            embeddings.append(project(encoder(**tokens.to(self.device)).pooler_output))
+        row = {text: i for i, text in enumerate(distinct)}
+        return F.normalize(torch.cat(embeddings).float(), dim=-1)[[row[text] for text in texts]]
+
+
+def _parts(items: Any, size: int) -> list[Any]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+@functools.cache
+def _load(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Preprocess]:
+    """A CLIP model, its tokenizer and its image preprocessing."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    processor = pretrained(CLIPProcessor, model)
+    try:
+        preprocess = Preprocess.of(processor.image_processor)
+    except ValueError as error:
+        raise ValueError(f"{model!r}: {error}") from None
+    return pretrained_model(CLIPModel, model, device, dtype), processor.tokenizer, preprocess
+
+
+def clipscore(model: str = CLIP_L, device: str | None = None, dtype: str = "float32", batch_size: int = 32) -> Reward:
+    """CLIPScore as Flow-GRPO has it (arXiv 2505.05470): scale * cos(text, image) / 30, with CLIP ViT-L/14's own scale,
+    100. About 0.5 to 1.2 for photographs and their captions. Settings: see `CLIP`.
+
+    Flow-GRPO's code resizes images bilinearly; here it is done as the model was trained, bicubically.
+    """
+    clip = CLIP(model, device, dtype, batch_size)
+    return functools.partial(_similarity, clip, clip.scale / 30)
+
+
+def pickscore(
+    model: str = "yuvalkirstain/PickScore_v1", device: str | None = None, dtype: str = "float32", batch_size: int = 32
+) -> Reward:
+    """PickScore (arXiv 2305.01569), a CLIP ViT-H/14 trained on people's choices between images, divided by 26 as in
+    Flow-GRPO: scale * cos(text, image) / 26, about 0.6 to 1. Settings: see `CLIP`."""
+    clip = CLIP(model, device, dtype, batch_size)
+    return functools.partial(_similarity, clip, clip.scale / 26)
+
+
+def hpsv2(
+    model: str = "adams-story/HPSv2-hf", device: str | None = None, dtype: str = "float32", batch_size: int = 32
+) -> Reward:
+    """Human Preference Score v2 (arXiv 2306.09341), a CLIP ViT-H/14 trained on rankings by people: cos(text, image),
+    about 0.2 to 0.35. The default is the published v2.0 in the format of transformers. Settings: see `CLIP`."""
+    return functools.partial(_similarity, CLIP(model, device, dtype, batch_size), 1.0)
+
+
+def _similarity(clip: CLIP, factor: float, batch: RewardBatch) -> Scores:
+    cosine = (clip.embed_texts(batch.prompts) * clip.embed_images(batch.images)).sum(-1)
+    return Scores(factor * cosine.cpu())
+
+
+def aesthetic(
+    model: str = CLIP_L,
+    weights: str = AESTHETIC,
+    device: str | None = None,
+    dtype: str = "float32",
+    batch_size: int = 32,
+) -> Reward:
+    """LAION's improved aesthetic predictor: a linear head on the unit embedding of CLIP ViT-L/14, trained on ratings of
+    1 to 10 (github.com/christophschuhmann/improved-aesthetic-predictor). The prompt plays no part.
+
+    Args:
+        weights: the published file sac+logos+ava1-l14-linearMSE.pth, or hub_owner/repository/file.
+        model, device, dtype, batch_size: see `CLIP`.
+
+    Raises:
+        ValueError: something cannot be loaded, or the head is of another embedding's width.
+    """
+    clip = CLIP(model, device, dtype, batch_size)
+    path = Path(weights) if os.path.isfile(weights) else model_file(*_hub_file(weights))
+    head = LinearHead(read_weights(path)).to(clip.device)
+    width, expected = clip.network.config.projection_dim, head.layers["0"].in_features
+    if width != expected:
+        raise ValueError(f"{weights!r} is for embeddings of width {expected}, those of {model!r} have {width}")
+
+    return lambda batch: Scores(head(clip.embed_images(batch.images)).cpu())
+
+
+def _hub_file(weights: str) -> tuple[str, str]:
+    """hub_owner/repository and file."""
+    parts = weights.split("/", 2)
+    if len(parts) < 3 or not all(parts):
+        raise ValueError(f"weights {weights!r}: no such file, and no hub_owner/repository/file")
+    return f"{parts[0]}/{parts[1]}", parts[2]
