@@ -127,11 +127,11 @@ def test_a_batch_is_cut_between_groups():
         sizes.append(len(brightness_of(body)))
         return scores_of(brightness_of(body))
 
-    values = list(range(10))
+    values = list(range(11))
     with scripted(answer) as url:
         reward = RemoteReward("r", url, encoding="png", batch_size=3, concurrency=1)
-        scores = reward(batch_of(values, groups=[1, 1, 2, 5, 5, 5, 5, 3, 4, 4]))
-    assert sizes == [3, 4, 3], "the group of 4 is sent whole"
+        scores = reward(batch_of(values, groups=[1, 1, 2, 2, 5, 5, 5, 5, 3, 4, 4]))
+    assert sizes == [2, 2, 4, 3], "the group of 4 is sent whole"
     assert scores.values.tolist() == values
 
 
@@ -147,7 +147,10 @@ def test_an_endpoint_that_answers_sooner_gets_more():
         return scripted(answer)
 
     with server("quick", 0.01) as quick, server("slow", 1.0) as slow:
-        scores = RemoteReward("r", [slow, quick], encoding="png", batch_size=1, concurrency=1)(batch_of(range(30)))
+        reward = RemoteReward("r", [slow, quick], encoding="png", batch_size=1, concurrency=2)
+        scores, before = reward(batch_of(range(30))), dict(counts)
+        reward(batch_of([1, 2]))
+    assert counts["slow"] == before["slow"], "what the quick one can take at once"
     assert scores.values.tolist() == list(range(30))
     assert counts["slow"] >= 1 and counts["quick"] > counts["slow"]
     seconds = {url: scores.details[f"seconds/{url.removeprefix('http://')}"] for url in (quick, slow)}
@@ -289,7 +292,12 @@ def test_pauses_double_and_what_fails_together_counts_once():
     assert endpoint.failures == 8 and endpoint.down
     for pause, longest in zip(pauses, [1, 2, 4, 8, 10, 10, 10, 10], strict=True):
         assert longest / 2 <= pause <= longest
+    endpoint.retry_at = 0.0
+    assert endpoint.ready(concurrency=2)
+    endpoint.in_flight = 1
+    assert not endpoint.ready(concurrency=2), "one request finds out whether it is back"
     endpoint.succeeded(2.0)
+    assert endpoint.ready(concurrency=2)
     endpoint.succeeded(4.0)
     assert endpoint.failures == 0 and endpoint.seconds == pytest.approx(2.4)
 

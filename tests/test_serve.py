@@ -120,9 +120,11 @@ def test_groups_stay_whole_and_those_of_different_requests_apart():
         return batch.images.float().mean((1, 2, 3))
 
     groups = [7, 7, 2**40], [7, -3, -3]
-    with hosted({"r": reward}, delay=2.0, batch_size=6) as url, ThreadPoolExecutor(2) as pool:
-        batches = batch_of([1, 2, 3], groups[0]), batch_of([4, 5, 6], groups[1])
-        answers = list(pool.map(RemoteReward("r", url), batches))
+    with hosted({"r": reward}, delay=60.0, batch_size=6) as url, ThreadPoolExecutor(2) as pool:
+        client = RemoteReward("r", url)
+        first = pool.submit(client, batch_of([1, 2, 3], groups[0]))
+        time.sleep(0.5)
+        answers = [pool.submit(client, batch_of([4, 5, 6], groups[1])).result(), first.result()][::-1]
     assert [answer.values.tolist() for answer in answers] == [[1, 2, 3], [4, 5, 6]]
     assert sorted(seen) in ([[0, 0, 1, 2, 3, 3]], [[0, 1, 1, 2, 2, 3]]), "one batch of both"
 
@@ -134,7 +136,7 @@ def test_images_of_different_sizes_do_not_share_a_batch():
         seen.append(tuple(batch.images.shape))
         return batch.images.float().mean((1, 2, 3))
 
-    with hosted({"r": reward}, delay=1.0, batch_size=4) as url, ThreadPoolExecutor(3) as pool:
+    with hosted({"r": reward}, delay=1.0, batch_size=8) as url, ThreadPoolExecutor(3) as pool:
         batches = [batch_of([v, v + 1], side=side) for v, side in ((1, 8), (3, 16), (5, 8))]
         answers = list(pool.map(RemoteReward("r", url), batches))
     assert [answer.values.tolist() for answer in answers] == [[1, 2], [3, 4], [5, 6]]

@@ -213,7 +213,8 @@ class RemoteReward:
             try:
                 answer = self._decode(self._request(endpoint, path, body, content_type), count)
                 seconds = time.monotonic() - sent
-                endpoint.succeeded(seconds)
+                with self.lock:
+                    endpoint.succeeded(seconds)
                 answer.scores.details[f"seconds/{parse_url(endpoint.url).netloc}"] = torch.full((count,), seconds)
                 return answer
             except _BusyError as error:
@@ -265,7 +266,6 @@ class RemoteReward:
                 data = response.read(MAX_ANSWER)
                 if response.read(1):
                     raise _FailedError(f"the answer is longer than {MAX_ANSWER} bytes")
-                response.release_conn()
         except (HTTPError, OSError) as error:
             raise _NotAnsweredError(_plain(error)) from error
         if response.status == 200:
