@@ -138,7 +138,7 @@ def test_deqa(server):
         ]
     )
     server.answer = lambda request: next(answers)
-    scores = DeQA(server.url, workers=1)(batch(2))
+    scores = DeQA(server.url, concurrency=1)(batch(2))
     expected = (5 * 0.1 + 4 * 0.4 + 3 * 0.2 + 2 * 0.06 + 1 * 0.04) / 0.8 / 5
     assert scores.values.tolist() == pytest.approx([expected, 1.0])
     for _, _, request in server.requests:
@@ -182,7 +182,7 @@ def test_a_failure_is_missing_counted_and_logged(server, caplog, judge, failure,
     }[judge]
     answers = iter([good, failure, good])
     server.answer = lambda request: next(answers)
-    scores = judge(server.url, workers=1)(batch(3))
+    scores = judge(server.url, concurrency=1)(batch(3))
     assert scores.values.isnan().tolist() == [False, True, False]
     assert scores.values[[0, 2]].tolist() == pytest.approx([0.6, 0.6])
     assert scores.details["failed"].tolist() == [0, 1, 0]
@@ -213,7 +213,7 @@ def test_a_server_that_hangs(server, caplog):
 def test_requests_run_side_by_side(server):
     together = threading.Barrier(6, timeout=10)
     server.answer = lambda request: completion("<Score>5</Score>") if together.wait() >= 0 else None
-    assert QwenVL(server.url, workers=6)(batch(6)).values.tolist() == [1] * 6
+    assert QwenVL(server.url, concurrency=6)(batch(6)).values.tolist() == [1] * 6
 
 
 def test_the_key_comes_from_the_environment(server, monkeypatch):
@@ -226,13 +226,13 @@ def test_the_key_comes_from_the_environment(server, monkeypatch):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"url": "127.0.0.1:8000"}, "url must begin with http:// or https://, got '127.0.0.1:8000'"),
-        ({"url": "file:///etc/passwd"}, "url must begin with http:// or https://"),
+        ({"base_url": "127.0.0.1:8000"}, "base_url must begin with http:// or https://, got '127.0.0.1:8000'"),
+        ({"base_url": "file:///etc/passwd"}, "base_url must begin with http:// or https://"),
         ({"timeout": 0}, "timeout must be a number of seconds above 0, got 0"),
         ({"timeout": math.nan}, "timeout must be a number of seconds above 0, got nan"),
-        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
         ({"api_key_env": "NOT_SET"}, "the environment variable NOT_SET is not set"),
-        ({"uri": "x"}, r"unknown setting 'uri' \(did you mean 'url'\?\), known: weight, url, model, timeout, workers"),
+        ({"uri": "x"}, r"unknown setting 'uri'"),
     ],
 )
 @pytest.mark.parametrize("name", ["deqa", "qwenvl", "unifiedreward"])
@@ -243,7 +243,9 @@ def test_settings_errors(name, settings, message):
 
 def test_in_a_weighted_sum(server):
     server.answer = lambda request: completion("<Score>4</Score> Final Score: 5")
-    rewards = build_rewards({"qwenvl": {"weight": 0.5, "url": server.url}, "unifiedreward": {"url": server.url}})
+    rewards = build_rewards(
+        {"qwenvl": {"weight": 0.5, "base_url": server.url}, "unifiedreward": {"base_url": server.url}}
+    )
     scores = rewards(batch(2))
     assert scores.values.tolist() == pytest.approx([1.4, 1.4])
     assert scores.details["qwenvl"].tolist() == pytest.approx([0.8, 0.8])

@@ -63,38 +63,38 @@ class Judge(ABC):
     `failed`; the first reason is logged.
 
     Args:
-        url: of the API, such as http://localhost:8000/v1; by default the class's.
+        base_url: of the API, such as http://localhost:8000/v1; by default the class's.
         model: its name on the server; by default the class's.
         timeout: seconds to wait for the server.
-        workers: requests at once.
+        concurrency: requests at once.
         api_key_env: environment variable with the key, if the server wants one.
 
     Raises:
         ValueError: a setting is wrong, or the environment variable is not set.
     """
 
-    url = "http://127.0.0.1:8000/v1"
+    base_url = "http://127.0.0.1:8000/v1"
     model = ""
     size: int | None = None  # side in pixels to which images are resized first
 
     def __init__(
         self,
-        url: str | None = None,
+        base_url: str | None = None,
         model: str | None = None,
         timeout: float = 120.0,
-        workers: int = 32,
+        concurrency: int = 32,
         api_key_env: str | None = None,
     ) -> None:
-        self.url, self.model = url or self.url, model or self.model
-        if not self.url.startswith(("http://", "https://")):
-            raise ValueError(f"url must begin with http:// or https://, got {self.url!r}")
+        self.base_url, self.model = base_url or self.base_url, model or self.model
+        if not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(f"base_url must begin with http:// or https://, got {self.base_url!r}")
         if not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout}")
-        if workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers}")
+        if concurrency < 1:
+            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
         if api_key_env is not None and not os.environ.get(api_key_env):
             raise ValueError(f"the environment variable {api_key_env} is not set")
-        self.timeout, self.workers, self.api_key_env = timeout, workers, api_key_env
+        self.timeout, self.concurrency, self.api_key_env = timeout, concurrency, api_key_env
 
     @abstractmethod
     def request(self, image: dict[str, Any], prompt: str) -> dict[str, Any]:
@@ -106,12 +106,12 @@ class Judge(ABC):
 
     def __call__(self, batch: RewardBatch) -> Scores:
         images = [Image.fromarray(pixels) for pixels in batch.images.permute(0, 2, 3, 1).cpu().numpy()]
-        with ThreadPoolExecutor(self.workers) as pool:
+        with ThreadPoolExecutor(self.concurrency) as pool:
             answers = list(pool.map(self._score, images, batch.prompts))
         failures = [answer for answer in answers if isinstance(answer, Exception)]
         if failures:
             count = f"{len(failures)} of {len(answers)}"
-            log.warning("%s: %s images have no score; the first because: %s", self.url, count, failures[0])
+            log.warning("%s: %s images have no score; the first because: %s", self.base_url, count, failures[0])
         values = torch.tensor([math.nan if isinstance(answer, Exception) else answer for answer in answers])
         return Scores(values, {"failed": values.isnan().float()})
 
@@ -125,7 +125,9 @@ class Judge(ABC):
         request = self.request({"type": "image_url", "image_url": {"url": data_url}}, prompt)
         key = os.environ[self.api_key_env] if self.api_key_env else None
         try:
-            return self.parse(chat(self.url, {"model": self.model, "temperature": 0, **request}, self.timeout, key))
+            return self.parse(
+                chat(self.base_url, {"model": self.model, "temperature": 0, **request}, self.timeout, key)
+            )
         except (OSError, HTTPException, ValueError) as error:
             return error
 
@@ -136,7 +138,7 @@ class UnifiedReward(Judge):
     The question is Flow-GRPO's, and as there the image is resized to 512 x 512 pixels.
     """
 
-    url = "http://127.0.0.1:17140/v1"
+    base_url = "http://127.0.0.1:17140/v1"
     model = "UnifiedReward-7b-v1.5"
     size = 512
 
@@ -199,11 +201,11 @@ class DeQA(Judge):
         return sum(DEQA_LEVELS[word] * p for word, p in probabilities.items()) / total / 5
 
 
-def chat(url: str, request: dict[str, Any], timeout: float, key: str | None = None) -> dict[str, Any]:
+def chat(base_url: str, request: dict[str, Any], timeout: float, key: str | None = None) -> dict[str, Any]:
     """Post a chat completion request, once.
 
     Args:
-        url: of the API, such as http://localhost:8000/v1.
+        base_url: of the API, such as http://localhost:8000/v1.
         request: its JSON fields.
         timeout: seconds to wait for the server to go on.
         key: bearer token.
@@ -216,7 +218,7 @@ def chat(url: str, request: dict[str, Any], timeout: float, key: str | None = No
         ValueError: the answer is no chat completion.
     """
     headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    post = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(request).encode(), headers)
+    post = urllib.request.Request(f"{base_url.rstrip('/')}/chat/completions", json.dumps(request).encode(), headers)
     try:
         with urllib.request.urlopen(post, timeout=timeout) as response:
             answer = json.load(response)
