@@ -137,12 +137,11 @@ def test_every_step_has_noise_of_its_own():
     policy = TinyPolicy()
     policy.velocity = lambda latents, sigma, conditioning: torch.zeros_like(latents)
     coefficients = step_coefficients(policy.sigmas(NUM_STEPS), "dance_sde", 0.7)
-    trajectory = sample(policy, starts=(1, 1), coefficients=coefficients, group_size=50)
+    trajectory = sample(policy, starts=(0, 0), coefficients=coefficients, group_size=50)
     at = coefficients.at(trajectory.steps)
     c_x, std = (value[..., None, None, None] for value in (at.c_x, at.std))
     noise = (trajectory.latents[:, 1:] - c_x * trajectory.latents[:, :-1]) / std
-    initial = trajectory.latents[:, :1]  # the ODE step before it moves nothing without a velocity
-    drawn = torch.cat([initial, noise], 1).transpose(0, 1).flatten(1)
+    drawn = torch.cat([trajectory.latents[:, :1], noise], 1).transpose(0, 1).flatten(1)
     torch.testing.assert_close(drawn @ drawn.T / drawn.shape[1], torch.eye(4), atol=0.1, rtol=0)
 
 

@@ -34,7 +34,7 @@ class Scoring:
         self.rewards, self.decode = rewards, decode
         self.threads = {name: _RewardThread(name, reward, device) for name, reward in rewards.rewards.items()}
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None
-        self.under_way: deque[dict[str, Future[Scores]]] = deque()
+        self.under_way: deque[tuple[dict[str, Future[Scores]], _Events | None]] = deque()
         self.done: list[Scores] = []
 
     def submit(self, latents: Tensor, prompts: Sequence[Prompt], copies: int) -> Tensor:
@@ -49,12 +49,11 @@ class Scoring:
         repeated = [prompt for prompt in prompts for _ in range(copies)]
         texts, metadata = [prompt.text for prompt in repeated], [prompt.metadata for prompt in repeated]
         group_ids = torch.arange(len(prompts)).repeat_interleave(copies)
-        self.under_way.append(
-            {
-                name: thread.score(RewardBatch(images if thread.stream else host, texts, metadata, group_ids), events)
-                for name, thread in self.threads.items()
-            }
-        )
+        futures = {
+            name: thread.score(RewardBatch(images if thread.stream else host, texts, metadata, group_ids), events)
+            for name, thread in self.threads.items()
+        }
+        self.under_way.append((futures, events))
         return host
 
     def finish(self, show: Callable[[str], object] = lambda awaited: None) -> Scores:
@@ -67,13 +66,15 @@ class Scoring:
             RuntimeError, ConfigError, TypeError, ValueError: a reward failed, see `checked_scores`.
         """
         while self.under_way:
-            show(", ".join(name for name, future in self.under_way[0].items() if not future.done()))
+            show(", ".join(name for name, future in self.under_way[0][0].items() if not future.done()))
             self._await()
         scores, self.done = Scores.cat(self.done), []
         return scores
 
     def _await(self) -> None:
-        futures = self.under_way.popleft()
+        futures, events = self.under_way.popleft()
+        if events is not None:
+            events[1].synchronize()  # no reward waits for the copy if all are on the GPU
         self.done.append(self.rewards.weighted({name: future.result() for name, future in futures.items()}))
 
     def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor, "_Events | None"]:

@@ -68,7 +68,11 @@ class WorkerReward:
         Raises:
             ValueError: it cannot.
         """
-        if problem := self.workers[0].ask(list(prompts), self.timeout):
+        try:
+            problem = self.workers[0].ask(list(prompts), self.timeout)
+        except (OSError, EOFError) as error:
+            raise ValueError("a process died or hung while it checked the prompts") from error
+        if problem:
             raise ValueError(problem)
 
     def __call__(self, batch: RewardBatch) -> Scores:
@@ -220,7 +224,7 @@ def _work(connection: Connection, name: str, settings: dict[str, Any]) -> None:
             else:
                 connection.send(_score(name, reward, *request))
         except Exception as error:
-            connection.send(str(error))
+            connection.send(str(error) or type(error).__name__)
 
 
 def _check(reward: Any, prompts: list[Prompt]) -> None:

@@ -1,8 +1,8 @@
 """Train the bundled shapes pipeline from nothing: `python -m fastflowgrpo.shapes.pretrain --output DIR`.
 
-A VAE, then a flow-matching transformer with its text encoders: ten minutes. The flow is stopped early on purpose, and
-some of its captions are wrong, so that the base model draws good objects but is unsure of counts, positions and colour
-binding, as SD3.5-M is. An interrupted run continues where its last checkpoint stands.
+A VAE, then a flow-matching transformer with its text encoders: a quarter of an hour. The flow is stopped early on
+purpose, and some of its captions are wrong, so that the base model draws good objects but is unsure of counts,
+positions and colour binding, as SD3.5-M is. An interrupted run continues where its last checkpoint stands.
 """
 
 import argparse
