@@ -143,10 +143,14 @@ def test_what_is_awaited_is_shown():
     assert "slow" in shown[0]
 
 
-def test_scores_carry_no_gradient():
-    def differentiable(batch):
-        return level(batch) * torch.ones((), requires_grad=True)
+def test_rewards_build_no_graph():
+    enabled: list[bool] = []
 
-    scorer = scoring(differentiable=differentiable)
+    def reward(batch):
+        enabled.append(torch.is_grad_enabled())
+        return level(batch)
+
+    scorer = scoring(reward=reward)
     scorer.submit(latents(1), PROMPTS, COPIES)
-    assert not scorer.finish().values.requires_grad
+    scorer.finish()
+    assert enabled == [False]

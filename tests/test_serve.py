@@ -23,10 +23,10 @@ from reward_server import PASSWORD, Server, batch_of, hosted
 from urllib3.filepost import encode_multipart_formdata
 from urllib3.util import parse_url
 
-from fastflowgrpo.config import TOKEN
+from fastflowgrpo.config import TOKEN, ServerConfig
 from fastflowgrpo.rewards import RewardBatch, Scores
 from fastflowgrpo.rewards.remote import RemoteReward
-from fastflowgrpo.serve import main
+from fastflowgrpo.serve import listen, main
 
 RAW, PNG, JPEG = "application/octet-stream", "image/png", "image/jpeg"
 
@@ -434,3 +434,8 @@ def test_without_its_extra_the_command_names_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "fastflowgrpo.rewards.server", None)
     assert main(["--rewards", "geneval"]) == 2
     assert 'pip install "fastflowgrpo[serve]"' in capsys.readouterr().err
+
+
+def test_answers_are_not_held_back_until_the_client_acknowledges_their_header():
+    with listen(ServerConfig(rewards="", port=0), None) as listener:
+        assert listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

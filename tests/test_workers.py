@@ -49,6 +49,16 @@ def test_processes_share_a_batch(tmp_path):
         reward.close()
 
 
+def test_scores_are_in_order_whichever_part_is_done_first(tmp_path):
+    settings = {"workers": 2, "marks": str(tmp_path), "timeout": 60}
+    reward = build_rewards({"worker_rewards:second_first": settings}).rewards["worker_rewards:second_first"]
+    batch = batch_of(["first", "second"])
+    try:
+        torch.testing.assert_close(reward(batch).values, worker_rewards.brightness(batch).values)
+    finally:
+        reward.close()
+
+
 @pytest.mark.parametrize("reward", [("group_size", {"workers": 2})], indirect=True)
 def test_a_reward_sees_whole_groups_unless_it_is_pointwise(reward):
     assert reward(batch_of(list("abcdefgh"))).values.tolist() == [GROUP] * GROUP * 8

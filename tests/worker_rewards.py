@@ -23,6 +23,17 @@ def meet(batch: RewardBatch, marks: str) -> torch.Tensor:
     return torch.ones(len(batch.prompts))
 
 
+def second_first(batch: RewardBatch, marks: str) -> Scores:
+    """The images of "first" are scored after all those of "second"."""
+    if "second" in batch.prompts:
+        Path(marks, "second").touch()
+    while not Path(marks, "second").exists():
+        time.sleep(0.01)
+    if "first" in batch.prompts:
+        time.sleep(0.5)
+    return brightness(batch)
+
+
 def group_size(batch: RewardBatch) -> list[int]:
     return [int((batch.group_ids == group).sum()) for group in batch.group_ids]
 
