@@ -260,9 +260,6 @@ _BELOW_ONE = ("update.clip_range", "update.betas", "update.ema_decay")
 # What may be another from one start of a run to the next: it changes nothing that is computed but its rounding, or is
 # what a run that stopped asks for.
 MAY_CHANGE = (
-    "output_dir",
-    "overwrite",
-    "resume",
     "epochs",
     "save_every",
     "checkpoints_total_limit",

@@ -137,9 +137,11 @@ class Trainer:
             try:
                 self._run()
             except BaseException:
-                if self.step == self.rest_step:
-                    self.save()
-                self.report.stopped()
+                try:
+                    if self.step == self.rest_step:
+                        self.save()
+                finally:
+                    self.report.stopped()
                 raise
             self.report.finish(self.eval_prompts)
 
