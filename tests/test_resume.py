@@ -116,8 +116,8 @@ def whole(model, tmp_path_factory):
 
 @pytest.mark.parametrize(("rank", "shares", "others"), [(4, (0.1, 0.3, 0.3, 0.6, 0.9), 2), (0, (0.3, 0.3, 0.6), 1)])
 def test_a_run_killed_at_any_moment_and_resumed_is_the_unbroken_one(model, whole, tmp_path, rank, shares, others):
-    """Killed where it touches one of its files, most of which it does while it saves, in the given share of those that a
-    whole run touches, and some more times at moments that nothing marks."""
+    """Killed where it touches one of its files, mostly while it saves, within the given share of those that a whole run
+    touches, and some more times at moments that nothing marks."""
     run, touches = tmp_path / "run", tmp_path / "touches"
     arguments = command(model, run, **{"policy.lora_rank": rank})
     assert end(start(command(model, tmp_path / "count"), tmp_path / "count", count=str(touches))) == 0
