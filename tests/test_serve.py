@@ -136,11 +136,11 @@ def test_images_of_different_sizes_do_not_share_a_batch():
         seen.append(tuple(batch.images.shape))
         return batch.images.float().mean((1, 2, 3))
 
-    with hosted({"r": reward}, delay=1.0, batch_size=8) as url, ThreadPoolExecutor(3) as pool:
-        batches = [batch_of([v, v + 1], side=side) for v, side in ((1, 8), (3, 16), (5, 8))]
-        answers = list(pool.map(RemoteReward("r", url), batches))
-    assert [answer.values.tolist() for answer in answers] == [[1, 2], [3, 4], [5, 6]]
-    assert sorted(seen) == [(2, 3, 16, 16), (4, 3, 8, 8)]
+    with hosted({"r": reward}, delay=60.0, batch_size=4) as url, ThreadPoolExecutor(4) as pool:
+        batches = [batch_of([v, v + 1], side=side) for v, side in ((1, 8), (3, 16), (5, 8), (7, 16))]
+        answers = list(pool.map(RemoteReward("r", url, concurrency=4), batches))
+    assert [answer.values.tolist() for answer in answers] == [[1, 2], [3, 4], [5, 6], [7, 8]]
+    assert sorted(seen) == [(4, 3, 8, 8), (4, 3, 16, 16)]
 
 
 def test_a_scorer_that_fails_costs_only_the_request_that_it_fails_for(capsys):
@@ -156,7 +156,7 @@ def test_a_scorer_that_fails_costs_only_the_request_that_it_fails_for(capsys):
         return Scores(torch.where(values == 15, torch.nan, values))
 
     batches = batch_of([1, 2]), batch_of([13, 3]), batch_of([14, 4]), batch_of([15, 5])
-    with hosted({"r": reward}, delay=2.0, batch_size=8) as url, ThreadPoolExecutor(4) as pool:
+    with hosted({"r": reward}, delay=60.0, batch_size=8) as url, ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(RemoteReward("r", url), batches))
     assert sizes == [8, 2, 2, 2, 2], "together, then each alone"
     expected = torch.tensor([[1, 2], [torch.nan] * 2, [torch.nan] * 2, [torch.nan, 5]])
