@@ -372,11 +372,10 @@ def _check_unread(config: Config) -> None:
     for (chooser, readers), names in _READ_BY.items():
         choice = attrgetter(chooser)(config)
         if choice not in readers:
-            defaults = {name: attrgetter(name)(default) for name in names}
-            unread = [name for name in names if attrgetter(name)(config) not in (None, defaults[name])]
+            values = {name: (attrgetter(name)(config), attrgetter(name)(default)) for name in names}
+            unread = [f"{name} (default {was})" for name, (value, was) in values.items() if value not in (None, was)]
             if unread:
-                remedy = " ".join(f"--{name} {defaults[name]}" for name in unread)
-                raise ConfigError(f"{chooser}: {choice} does not use {', '.join(unread)}; their defaults are {remedy}")
+                raise ConfigError(f"{chooser}: {choice} does not use {', '.join(unread)}: leave at the default")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
