@@ -20,6 +20,7 @@ The velocity there is the conditional one: guidance shapes the samples, not the 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,14 @@ def sample_weights(algorithm: str, rewards: Tensor, group_size: int, temperature
             weights.scatter_(1, low.argmin(1, keepdim=True), -1.0)
         weights *= high.amax(1, keepdim=True) > low.amin(1, keepdim=True)
     return weights.masked_fill(missing, math.nan).flatten()
+
+
+def noise_draw(seeds: Tensor, slots: Tensor, num_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Noise, standard normal of `shape`, and level (N,), uniform on [0, 1], of the draws `slots` of samples with these
+    seeds, (N,) int64 each. They are independent of the rollout's noise, of `num_steps` steps."""
+    offset = num_steps + 1 + 2 * slots
+    level = torch.special.ndtr(philox_normal(seeds, offset + 1, (len(seeds), 1)))[:, 0]
+    return philox_normal(seeds, offset, shape), level
 
 
 class Objective:
@@ -161,24 +170,18 @@ class Objective:
         both, noise, slots = torch.cat([best, worst]), torch.cat([best, best]), torch.cat([slots, slots])
         with torch.no_grad(), self.policy.reference():
             reference = self._error(batch, both, noise, slots)
-        gain = reference - self._error(batch, both, noise, slots)
-        of_best, of_worst = gain.chunk(2)
-        margin = of_best - of_worst
+        fall_best, fall_worst = (reference - self._error(batch, both, noise, slots)).chunk(2)
+        margin = fall_best - fall_worst
         loss = -F.logsigmoid(self.config.update.dpo_beta / 2 * margin)
-        margin = margin.detach()
-        stats = {"loss": loss.detach(), "dpo_margin": margin, "dpo_accuracy": (margin > 0).float()}
-        return loss, stats | {"gain_best": of_best.detach(), "gain_worst": of_worst.detach()}
+        stats = {"loss": loss, "dpo_accuracy": margin > 0, "dpo_fall_best": fall_best, "dpo_fall_worst": fall_worst}
+        return loss, {name: value.detach().float() for name, value in stats.items()}
 
     def _error(self, batch: Batch, rows: Tensor, noise_of: Tensor, slots: Tensor) -> Tensor:
         """Flow-matching errors (N,) of the clean latents of `rows`, at the draws `slots` of the samples `noise_of`."""
         policy, trajectory = self.policy, batch.trajectory
         rows, noise_of, slots = (index.to(policy.device, non_blocking=True) for index in (rows, noise_of, slots))
-        seeds = trajectory.seeds[noise_of]
-        # The rollout has used the offsets up to num_steps.
-        offset = self.config.rollout.num_steps + 1 + 2 * slots
         clean = trajectory.final[rows].float()
-        noise = philox_normal(seeds, offset, clean.shape)
-        level = torch.special.ndtr(philox_normal(seeds, offset + 1, (len(rows), 1)))[:, 0]
+        noise, level = noise_draw(trajectory.seeds[noise_of], slots, self.config.rollout.num_steps, clean.shape)
         mix = level.view(-1, *[1] * (clean.ndim - 1))
         conditioning = repeat_rows(batch.conditioning, rows // self.config.rollout.group_size)
         velocity = policy.velocity(((1 - mix) * clean + mix * noise).to(policy.dtype), level, conditioning)

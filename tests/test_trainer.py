@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -281,6 +282,31 @@ def test_the_command_trains_a_pipeline_folder_on_a_users_own_prompts(folder, tmp
     )
     assert main([*command, "--overwrite", "true", "--epochs", "1"]) == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "reported"),
+    [
+        ("--update.algorithm grpo_guard --rollout.window_stride 1 --rollout.same_noise true", "ratio_max"),
+        ("--update.algorithm dpo --rollout.dynamics ode --rollout.guidance_scale 3", "dpo_accuracy"),
+        ("--update.algorithm sft --update.data offline --update.noise_draws 2", "flow_matching_error"),
+        ("--update.algorithm rwr --rollout.dynamics flow_cps --update.rwr_temperature 0.1", "flow_matching_error"),
+    ],
+)
+def test_every_algorithm_is_a_setting_of_the_command(folder, tmp_path, capsys, settings, reported):
+    run = tmp_path / "run"
+    command = (
+        f"--model {folder} --prompts.train {folder / 'prompts.txt'} --output_dir {run} --policy.max_sequence_length 8 "
+        "--policy.lora_rank 4 --epochs 2 --prompts.per_epoch 2 --rollout.group_size 4 --rollout.batch_size 8 "
+        "--rollout.num_steps 9 --evaluation.num_steps 2 --evaluation.images_per_prompt 1"
+    )
+    assert main([*command.split(), *settings.split(), "--rewards", '{"jpeg_compressibility": 1}']) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in (row for row in rows if "epoch" in row):
+        assert row["grad_norm"] > 0
+        assert row["trained_pairs"] > 0
+        assert math.isfinite(row[reported])
+    assert capsys.readouterr().out.count("epoch ") == 2
 
 
 @pytest.mark.parametrize(
