@@ -216,7 +216,7 @@ def run_ours(trainer: Trainer, epoch: int) -> dict[str, float]:
     trainer.report.seconds.clear()
     batch, _ = trainer.collect(epoch)
     with trainer.report.phase("update"):
-        trainer.accumulate(batch, trainer.pairs(batch, 0, len(batch.advantages)))
+        trainer.accumulate(batch, trainer.objective.units(batch, 0, len(batch.advantages)))
     return dict(trainer.report.seconds)
 
 

@@ -73,8 +73,8 @@ class RolloutConfig:
     """Images per prompt: the group that rewards are compared within."""
     num_steps: int = 10
     """Denoising steps in training (evaluation has its own)."""
-    dynamics: Literal["flow_sde", "flow_cps", "dance_sde"] = "flow_sde"
-    """Stochastic sampler of the trained steps."""
+    dynamics: Literal["flow_sde", "flow_cps", "dance_sde", "ode"] = "flow_sde"
+    """Sampler of the steps in the window; ode has no noise and no log-prob, so it is for dpo, sft and rwr alone."""
     noise_level: float = 0.7
     """Noise level a (eta for dance_sde) of the stochastic steps."""
     log_prob: Literal["auto", "normalised", "unnormalised"] = "auto"
@@ -82,7 +82,11 @@ class RolloutConfig:
     window_size: int | None = 3
     """Steps that are stochastic and trained; the others follow the ODE. null: all steps but the last."""
     window_start: tuple[int, int] = (0, 6)
-    """The window's first step is drawn from [low, high) once per group."""
+    """The window's first step is drawn from [low, high) once per group, or moves through it (window_stride)."""
+    window_stride: int = 0
+    """Steps by which the window moves, from low on and up to high - 1, in all groups at once; 0: it is drawn."""
+    window_epochs: int = 1
+    """Epochs between two moves of the window."""
     guidance_scale: float = 1.0
     """Classifier-free guidance in training; 1 runs the conditional branch alone."""
     same_noise: bool = False
@@ -99,6 +103,8 @@ class RolloutConfig:
 class AdvantageConfig:
     """How rewards become advantages."""
 
+    mode: Literal["sum", "gdpo"] = "sum"
+    """Normalise the weighted sum of the rewards, or each of them before they are weighted and summed (GDPO)."""
     std: Literal["global", "group", "none"] = "global"
     """What the centred rewards are divided by: the batch's standard deviation, the group's, or nothing."""
     clip: float = 5.0
@@ -107,12 +113,23 @@ class AdvantageConfig:
 
 @dataclass
 class UpdateConfig:
-    """The policy-gradient update."""
+    """What is learned from an epoch's images, and how."""
 
+    algorithm: Literal["grpo", "grpo_guard", "dpo", "sft", "rwr"] = "grpo"
+    """Policy gradient on the sampled steps (grpo, grpo_guard), or flow matching to the images: dpo the best of a group
+    against the worst, sft the best, rwr all by weight."""
+    data: Literal["online", "offline"] = "online"
+    """Images of the policy under training or, for dpo, sft and rwr, of the model as it was loaded."""
+    noise_draws: int = 1
+    """Random noise levels at which dpo, sft and rwr learn an image."""
+    dpo_beta: float = 100.0
+    """How strongly dpo is held to the reference; lower lets it go further."""
+    rwr_temperature: float = 1.0
+    """The weights of rwr are softmax(reward / rwr_temperature) within a group."""
     per_epoch: int = 2
     """Optimiser updates per epoch; the groups of an epoch are split evenly among them."""
     batch_size: int = 288
-    """(image, step) pairs per forward and backward pass."""
+    """(image, step) or (image, noise draw) pairs per forward and backward pass."""
     learning_rate: float = 3e-4
     """AdamW learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -221,6 +238,7 @@ _AT_LEAST = {
         "update.betas",
         "update.ema_decay",
         "rollout.window_start",
+        "rollout.window_stride",
         "evaluation.every",
         "evaluation.guidance_scale",
     ),
@@ -230,10 +248,12 @@ _AT_LEAST = {
         "policy.decode_batch_size",
         "prompts.per_epoch",
         "rollout.window_size",
+        "rollout.window_epochs",
         "rollout.height",
         "rollout.width",
         "rollout.batch_size",
         "update.per_epoch",
+        "update.noise_draws",
         "update.batch_size",
         "update.ema_every",
         "evaluation.num_steps",
@@ -244,6 +264,8 @@ _AT_LEAST = {
 }
 _ABOVE_ZERO = (
     "update.replay_tolerance",
+    "update.dpo_beta",
+    "update.rwr_temperature",
     "rollout.noise_level",
     "advantage.clip",
     "update.max_grad_norm",
@@ -251,6 +273,31 @@ _ABOVE_ZERO = (
 )
 _AT_MOST_ONE = ("max_missing",)
 _BELOW_ONE = ("update.clip_range", "update.betas", "update.ema_decay")
+
+POLICY_GRADIENTS = ("grpo", "grpo_guard")
+# What only some choices read: (setting, the choices that do) -> settings that must stay at their defaults elsewhere.
+_READ_BY: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
+    ("update.algorithm", POLICY_GRADIENTS): (
+        "rollout.log_prob",
+        "advantage.mode",
+        "advantage.std",
+        "advantage.clip",
+        "update.clip_range",
+        "update.replay_tolerance",
+        "update.kl",
+        "update.kl_weight",
+    ),
+    ("update.algorithm", ("dpo", "sft", "rwr")): ("update.data", "update.noise_draws"),
+    ("update.algorithm", ("dpo",)): ("update.dpo_beta",),
+    ("update.algorithm", ("rwr",)): ("update.rwr_temperature",),
+    ("rollout.dynamics", ("flow_sde", "flow_cps", "dance_sde")): (
+        "rollout.noise_level",
+        "rollout.window_size",
+        "rollout.window_start",
+        "rollout.window_stride",
+        "rollout.same_noise",
+    ),
+}
 
 
 def validate(config: Config) -> None:
@@ -284,6 +331,7 @@ def validate(config: Config) -> None:
                 raise ConfigError(f"{name}: must be below 1, got {value}")
 
     policy, prompts, rollout, update = config.policy, config.prompts, config.rollout, config.update
+    advantage = config.advantage
     if policy.lora_rank != 0 and not policy.lora_targets:
         raise ConfigError("policy.lora_targets: is empty; set policy.lora_rank to 0 to train the whole transformer")
     if rollout.dynamics == "flow_cps" and rollout.noise_level > 1:
@@ -294,7 +342,19 @@ def validate(config: Config) -> None:
     if prompts.per_epoch % update.per_epoch:
         division = _division(prompts.per_epoch, update.per_epoch)
         raise ConfigError(f"prompts.per_epoch: must be a multiple of update.per_epoch, but {division}")
-    if rollout.window_size is not None:
+    if update.algorithm in POLICY_GRADIENTS and rollout.dynamics == "ode":
+        raise ConfigError(
+            f"rollout.dynamics: update.algorithm {update.algorithm} learns from log-probs, and ode has none; "
+            "choose flow_sde, flow_cps or dance_sde, or update.algorithm dpo, sft or rwr"
+        )
+    _check_unread(config)
+    if advantage.mode == "gdpo" and len(config.rewards) < 2:
+        raise ConfigError("advantage.mode: gdpo normalises each of several rewards, and there is one")
+    if rollout.window_epochs != 1 and not rollout.window_stride:
+        raise ConfigError("rollout.window_epochs: the window does not move unless rollout.window_stride is above 0")
+    if rollout.window_size is None and rollout.window_stride:
+        raise ConfigError("rollout.window_stride: all steps but the last are the window; set rollout.window_size")
+    if rollout.window_size is not None and rollout.dynamics != "ode":
         low, high = rollout.window_start
         if low >= high:
             raise ConfigError(f"rollout.window_start: low must be below high, got [{low}, {high})")
@@ -304,6 +364,18 @@ def validate(config: Config) -> None:
                 f"rollout.window_start: a window of {rollout.window_size} steps from step {high - 1} on needs {needed} "
                 f"steps, but rollout.num_steps = {rollout.num_steps} has {trained}: the last is never trained"
             )
+
+
+def _check_unread(config: Config) -> None:
+    """Raises ConfigError for a setting that was changed though nothing reads it beside the others."""
+    default = Config()
+    for (chooser, readers), names in _READ_BY.items():
+        choice = attrgetter(chooser)(config)
+        if choice not in readers:
+            values = {name: (attrgetter(name)(config), attrgetter(name)(default)) for name in names}
+            unread = [f"{name} (default {was})" for name, (value, was) in values.items() if value not in (None, was)]
+            if unread:
+                raise ConfigError(f"{chooser}: {choice} does not use {', '.join(unread)}: leave at the default")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -207,7 +207,7 @@ class Report:
             parts.append(f"accuracy {metrics['geneval/strict']:.3f}")
         if metrics["missing"]:
             parts.append(f"missing {metrics['missing']}")
-        if metrics["trained_pairs"]:
+        if "ratio" in metrics:
             parts.append(f"ratio 1{metrics['ratio_min'] - 1:+.1e}..{metrics['ratio_max'] - 1:+.1e}")
             parts.append(f"clipped {metrics['clipped_above'] + metrics['clipped_below']:.0%}")
         if "kl" in metrics:

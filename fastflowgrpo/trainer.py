@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -14,10 +13,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from fastflowgrpo.advantages import group_advantages
-from fastflowgrpo.config import Config, ConfigError, validate
-from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
+from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError, validate
 from fastflowgrpo.kernels.philox import philox_normal
-from fastflowgrpo.kernels.sde_step import guided_velocity
+from fastflowgrpo.objective import Batch, Objective, sample_weights
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.prompts import Prompt, epoch_prompts, load_prompts
@@ -26,30 +24,19 @@ from fastflowgrpo.rewards import build_rewards
 from fastflowgrpo.rewards.scoring import Scoring
 from fastflowgrpo.rollout import (
     Trajectory,
-    expand_row,
     repeat_rows,
     sample_groups,
     sample_ode,
     sample_seeds,
+    sliding_start,
     window_starts,
 )
-from fastflowgrpo.sde import resolve_log_prob, step_coefficients
+from fastflowgrpo.sde import step_coefficients
 
 # Without evaluation prompts of its own, a run shows what becomes of its first training prompts.
 EVAL_PROMPTS = 16
 # The paper trains GenEval with this mix of tags.
 TAG_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
-
-
-@dataclass
-class Batch:
-    """The groups of an epoch, or of one update of it: G groups of `group_size` samples, in order."""
-
-    trajectory: Trajectory
-    conditioning: Conditioning
-    """A row per group."""
-    advantages: Tensor
-    """(B,): NaN where the score is missing."""
 
 
 class Trainer:
@@ -102,10 +89,10 @@ class Trainer:
         self.coefficients = step_coefficients(
             self.policy.sigmas(rollout.num_steps), rollout.dynamics, rollout.noise_level
         )
-        self.log_prob = resolve_log_prob(rollout.log_prob, rollout.dynamics)
         # The last step is sampled but never trained on.
         self.window_size = rollout.window_size or rollout.num_steps - 1
         self.window_start = rollout.window_start if rollout.window_size else (0, 1)
+        self.objective = Objective(config, self.policy, self.coefficients, self.window_size)
         self.step = 0
         self.report = Report(config, self.accelerator, sum(p.numel() for p in self.parameters))
 
@@ -123,7 +110,7 @@ class Trainer:
         self.evaluate()
         for epoch in range(config.epochs):
             batch, metrics = self.collect(epoch)
-            if epoch == 0:
+            if epoch == 0 and config.update.algorithm in POLICY_GRADIENTS:
                 self.check_replay(batch)
             with self.report.phase("update"):
                 metrics |= self.update(batch)
@@ -144,17 +131,18 @@ class Trainer:
         with self.report.phase("encode"):
             conditioning = self.embed([prompt.text for prompt in chosen])
             unconditional = self._unconditional(config.rollout.guidance_scale)
+        offline = config.update.data == "offline"
         parts: list[Trajectory] = []
         steps = config.rollout.num_steps * -(-len(chosen) // groups_at_once)
         with progress("rollout", steps) as sampling:
             for begin in range(0, len(chosen), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
-                with self.report.phase("rollout"):
+                with self.report.phase("rollout"), self.policy.reference() if offline else nullcontext():
                     part = sample_groups(
                         self.policy,
                         {name: tensor[groups] for name, tensor in conditioning.items()},
                         self.coefficients,
-                        window_starts(*self.window_start, seeds[groups]),
+                        self.starts(epoch, seeds[groups]),
                         self.window_size,
                         size,
                         seeds[groups],
@@ -162,7 +150,9 @@ class Trainer:
                         unconditional=unconditional,
                         guidance_scale=config.rollout.guidance_scale,
                         same_noise=config.rollout.same_noise,
-                        log_prob=self.log_prob,
+                        log_prob=self.objective.log_prob,
+                        keep_steps=config.update.algorithm in POLICY_GRADIENTS,
+                        keep_velocities=config.update.algorithm == "grpo_guard",
                         on_step=sampling.update,
                     )
                 with self.report.phase("decode"):
@@ -179,8 +169,17 @@ class Trainer:
                 f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
                 f"max_missing allows a share of {config.max_missing:g}"
             )
-        group_ids = torch.arange(len(chosen)).repeat_interleave(size)
-        advantages = group_advantages(rewards, group_ids, config.advantage.std)
+        if config.update.algorithm in POLICY_GRADIENTS:
+            weights = self.rewards.weights
+            advantages = group_advantages(
+                torch.stack([scores.details[name] for name in weights], 1),
+                torch.arange(len(chosen)).repeat_interleave(size),
+                config.advantage.std,
+                weights=list(weights.values()),
+                mode=config.advantage.mode,
+            )
+        else:
+            advantages = sample_weights(config.update.algorithm, rewards, size, config.update.rwr_temperature)
         metrics = {
             "reward": rewards.nanmean().item(),
             "missing": missing,
@@ -188,7 +187,7 @@ class Trainer:
             **{name: value.nanmean().item() for name, value in scores.details.items()},
             **{f"{name}/missing": int(scores.details[name].isnan().sum()) for name in self.rewards.rewards},
         }
-        return Batch(trajectory, conditioning, advantages), metrics
+        return Batch(trajectory, conditioning, unconditional, advantages), metrics
 
     def update(self, batch: Batch) -> dict[str, float]:
         """The optimiser updates of an epoch, on equal shares of its groups."""
@@ -196,7 +195,7 @@ class Trainer:
         share = len(batch.advantages) // config.per_epoch
         statistics: list[dict[str, Tensor]] = []
         for begin in range(0, len(batch.advantages), share):
-            found = self.accumulate(batch, self.pairs(batch, begin, share))
+            found = self.accumulate(batch, self.objective.units(batch, begin, share))
             if found:
                 norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
                 found[-1]["grad_norm"] = norm.reshape(1)
@@ -212,24 +211,14 @@ class Trainer:
                 self.ema.step(self.parameters)
         return _flush(statistics)
 
-    def pairs(self, batch: Batch, begin: int, count: int) -> list[tuple[Tensor, Tensor]]:
-        """Micro-batches (rows, slots) of the (sample, step) pairs of `count` samples, less those whose advantage is 0
-        or missing. Step after step, in the order of the rollout: with equal batch sizes the replay is the rollout's
-        own batch, bit for bit."""
-        advantages = batch.advantages[begin : begin + count]
-        rows = begin + torch.nonzero((advantages != 0) & ~advantages.isnan())[:, 0]
-        slots = torch.arange(self.window_size).repeat_interleave(len(rows))
-        size = self.config.update.batch_size
-        return list(zip(rows.repeat(self.window_size).split(size), slots.split(size), strict=True)) if len(rows) else []
-
     def accumulate(self, batch: Batch, micro_batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Tensor]]:
-        """Leave the gradient of the mean loss over the micro-batches; the statistics of each stay on the device."""
+        """Leave the gradient of the units' mean loss; the statistics of each micro-batch stay on the device."""
         count = sum(len(rows) for rows, _ in micro_batches)
-        # A log-prob is a mean over a sample's elements; float16 would round the gradient of each to 0.
+        # A log-prob, as an error, is a mean over a sample's elements; float16 would round the gradient of each to 0.
         scale = batch.trajectory.final[0].numel()
         statistics = []
         for rows, slots in progress("update", micro_batches):
-            loss, stats = self.loss(batch, rows, slots)
+            loss, stats = self.objective.loss(batch, rows, slots)
             self.accelerator.backward(scale * loss.sum())
             statistics.append(stats)
         for parameter in self.parameters:
@@ -237,55 +226,15 @@ class Trainer:
                 parameter.grad /= scale * count
         return statistics
 
-    def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and statistics of (sample, step) pairs, (N,) each: sample rows[i] at its trained step slots[i]."""
-        config, guidance = self.config.update, self.config.rollout.guidance_scale
-        trajectory, policy = batch.trajectory, self.policy
-        at = self.coefficients.at(trajectory.steps[rows, slots], policy.device)
-        advantages = batch.advantages[rows].float().to(policy.device, non_blocking=True)
-        rows, slots = (index.to(policy.device, non_blocking=True) for index in (rows, slots))
-        sample = trajectory.latents[rows, slots]
-        conditioning = repeat_rows(batch.conditioning, rows // self.config.rollout.group_size)
-        unconditional = expand_row(self._unconditional(guidance), len(rows))
-
-        velocity_ref = velocity_uncond = None
-        with torch.no_grad():
-            if unconditional is not None:
-                velocity_uncond = policy.velocity(sample, at.sigma, unconditional)
-            if config.kl_weight:
-                with policy.reference():
-                    velocity_ref = policy.velocity(sample, at.sigma, conditioning)
-                    uncond_ref = policy.velocity(sample, at.sigma, unconditional) if unconditional is not None else None
-                velocity_ref = guided_velocity(velocity_ref, uncond_ref, guidance)
-        return grpo_step_loss(
-            policy.velocity(sample, at.sigma, conditioning),
-            sample,
-            trajectory.latents[rows, slots + 1],
-            at.c_x,
-            at.c_v,
-            at.std,
-            at.dt,
-            trajectory.log_probs[rows, slots],
-            advantages,
-            clip_range=config.clip_range,
-            advantage_clip=self.config.advantage.clip,
-            velocity_ref=velocity_ref,
-            velocity_uncond=velocity_uncond,
-            guidance_scale=guidance,
-            kl=config.kl,
-            kl_weight=config.kl_weight,
-            log_prob=self.log_prob,
-        )
-
     def check_replay(self, batch: Batch) -> None:
         """Replay some of the update's micro-batches with the weights that sampled them: they must find the log-probs of
         the rollout. Every trained step takes part, and the last micro-batch, which may be smaller than the others."""
-        micro_batches = self.pairs(batch, 0, len(batch.advantages))
+        micro_batches = self.objective.units(batch, 0, len(batch.advantages))
         if not micro_batches:
             return
         first = micro_batches[0][0]
         for rows, slots in ((first, torch.arange(len(first)) % self.window_size), micro_batches[-1]):
-            _, stats = self.loss(batch, rows, slots)
+            _, stats = self.objective.loss(batch, rows, slots)
             self.report.replay(batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu())
 
     def evaluate(self) -> None:
@@ -334,6 +283,13 @@ class Trainer:
         finally:
             self.ema.restore(self.parameters)
 
+    def starts(self, epoch: int, seeds: list[int]) -> list[int]:
+        """The first trained step of each group."""
+        rollout, (low, high) = self.config.rollout, self.window_start
+        if rollout.window_stride:
+            return [sliding_start(low, high, rollout.window_stride, rollout.window_epochs, epoch)] * len(seeds)
+        return window_starts(low, high, seeds)
+
     def choose(self, epoch: int) -> list[Prompt]:
         """The prompts of an epoch's groups."""
         tags = {prompt.metadata.get("tag") for prompt in self.train_prompts}
@@ -370,21 +326,24 @@ def group_seed(seed: int, epoch: int, group: int) -> int:
 
 
 def _flush(statistics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over an epoch's pairs, and the ratio's extremes: the only wait for the device in an update."""
+    """Means over an epoch's units, and the ratio's extremes: the only wait for the device in an update."""
     if not statistics:
         return {"trained_pairs": 0}
     joined = {
         name: torch.cat([stats[name] for stats in statistics if name in stats])
         for name in dict.fromkeys(name for stats in statistics for name in stats)
     }
-    ratio, difference = joined["ratio"], joined.pop("log_prob_difference")
+    units = len(next(iter(joined.values())))
+    difference = joined.pop("log_prob_difference", None)
     values = {name: tensor.mean() for name, tensor in joined.items()}
-    values |= {
-        "ratio_min": ratio.min(),
-        "ratio_max": ratio.max(),
-        "approx_kl": (ratio - 1 - difference).mean(),
-    }
+    if difference is not None:
+        ratio = joined["ratio"]
+        values |= {
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
+            "approx_kl": (ratio - 1 - difference).mean(),
+        }
     flat = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
     if not math.isfinite(flat["grad_norm"]):
         raise FloatingPointError("the gradient is not finite: lower update.learning_rate or use another policy.dtype")
-    return {"trained_pairs": len(ratio), **flat}
+    return {"trained_pairs": units, **flat}
