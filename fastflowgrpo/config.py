@@ -177,13 +177,17 @@ class Config:
     output_dir: str = "runs/shapes"
     """Run directory: config, metrics, images, checkpoints."""
     overwrite: bool = False
-    """Replace the run that output_dir already holds."""
+    """Replace the run that output_dir already holds, unless it is resumed."""
+    resume: str | None = None
+    """Go on with the run in output_dir: from its "latest" checkpoint (anew if there is none), or from this folder."""
     seed: int = 0
     """Seed of everything random."""
     epochs: int = 120
     """Epochs: rollout, scoring, update."""
-    save_every: int = 0
-    """Epochs between two saved checkpoints; 0 saves only the last."""
+    save_every: int = 20
+    """Epochs between two checkpoints; 0 saves one only when the run ends or is interrupted."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints kept, the newest; by default all."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Experiment trackers, by accelerate's names: tensorboard, wandb, ..."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -244,6 +248,7 @@ _AT_LEAST = {
     ),
     1: (
         "epochs",
+        "checkpoints_total_limit",
         "policy.lora_alpha",
         "policy.decode_batch_size",
         "prompts.per_epoch",
@@ -298,6 +303,25 @@ _READ_BY: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
         "rollout.same_noise",
     ),
 }
+# What may be another from one start of a run to the next: it changes nothing that is computed but its rounding, or is
+# what a run that stopped asks for.
+MAY_CHANGE = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "epochs",
+    "save_every",
+    "checkpoints_total_limit",
+    "trackers",
+    "max_missing",
+    "policy.decode_batch_size",
+    "rollout.batch_size",
+    "update.batch_size",
+    "update.learning_rate",
+    "update.replay_tolerance",
+    "evaluation.every",
+    "evaluation.batch_size",
+)
 
 
 def validate(config: Config) -> None:

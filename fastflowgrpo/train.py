@@ -1,5 +1,7 @@
 """``python -m fastflowgrpo.train``: trains a flow-matching image model with Flow-GRPO."""
 
+import errno
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command line without the program; by default the process's.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can put right, 130 when interrupted.
+        The exit code: 0, 2 after an error that the user can put right, 130 after Ctrl+C, 143 after SIGTERM.
     """
     try:
         config = parse(argv)
@@ -24,9 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("error:", f"{config.output_dir}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
     return 0
 
 

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from fastflowgrpo import checkpoint
 from fastflowgrpo.advantages import group_advantages
 from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError, validate
 from fastflowgrpo.kernels.philox import philox_normal
@@ -20,7 +22,7 @@ from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.prompts import Prompt, epoch_prompts, load_prompts
 from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
-from fastflowgrpo.rewards import build_rewards
+from fastflowgrpo.rewards import Scores, build_rewards
 from fastflowgrpo.rewards.scoring import Scoring
 from fastflowgrpo.rollout import (
     Trajectory,
@@ -32,6 +34,7 @@ from fastflowgrpo.rollout import (
     window_starts,
 )
 from fastflowgrpo.sde import step_coefficients
+from fastflowgrpo.signals import Signals
 
 # Without evaluation prompts of its own, a run shows what becomes of its first training prompts.
 EVAL_PROMPTS = 16
@@ -48,10 +51,17 @@ class Trainer:
 
     def __init__(self, config: Config):
         validate(config)
-        check_output(config)
+        resumed = checkpoint.find(config)
+        check_output(config, resumed)
         set_seed(config.seed)
         self.config = config
         self.train_prompts, self.eval_prompts = _load_prompts(config)
+        self.prompt_digests = {
+            "prompts.train": checkpoint.digest(self.train_prompts),
+            "prompts.eval": checkpoint.digest(self.eval_prompts),
+        }
+        if resumed:
+            resumed.check_prompts(self.prompt_digests)
         available = [tracker.value for tracker in get_available_trackers()]
         for tracker in config.trackers:
             if tracker not in available:
@@ -93,39 +103,94 @@ class Trainer:
         self.window_size = rollout.window_size or rollout.num_steps - 1
         self.window_start = rollout.window_start if rollout.window_size else (0, 1)
         self.objective = Objective(config, self.policy, self.coefficients, self.window_size)
-        self.step = 0
-        self.report = Report(config, self.accelerator, sum(p.numel() for p in self.parameters))
+        self.signals = Signals()
+        self.epoch = self.step = 0
+        if resumed:
+            checkpoint.load_training(resumed, self.named_parameters(), self.optimizer, self.ema)
+            checkpoint.load_rng(resumed, self.accelerator.process_index, self.accelerator.device)
+            self.epoch, self.step = resumed.epoch, resumed.step
+        self.saved_step = self.step
+        self.at_rest()
+        self.report = Report(config, self.accelerator, sum(p.numel() for p in self.parameters), resumed)
 
     def run(self) -> None:
-        """All epochs, with an evaluation before and after. However it ends, the weights of the last epoch are saved."""
-        try:
-            self._run()
-        finally:
-            if self.step:
-                self.save()
-        self.report.finish()
+        """The epochs that are left, with an evaluation before the first and after the last. However it ends, the state
+        after the last whole epoch is saved, unless an update of the next has changed it already.
+
+        Raises:
+            Interrupted: on SIGTERM or Ctrl+C, once an update under way is finished.
+        """
+        with self.signals:
+            try:
+                self._run()
+            except BaseException:
+                if self.step == self.rest_step:
+                    self.save()
+                self.report.stopped()
+                raise
+            self.report.finish(self.eval_prompts)
 
     def _run(self) -> None:
         config = self.config
-        self.evaluate()
-        for epoch in range(config.epochs):
-            batch, metrics = self.collect(epoch)
-            if epoch == 0 and config.update.algorithm in POLICY_GRADIENTS:
+        first = self.epoch
+        while True:
+            last = self.epoch == config.epochs
+            due = self.epoch == 0 or last or (config.evaluation.every and self.epoch % config.evaluation.every == 0)
+            if due and self.report.evaluated_at != self.step:
+                self.evaluate()
+                self.at_rest()
+            if last or (config.save_every and self.epoch % config.save_every == 0):
+                self.save()
+            if last:
+                return
+            batch, metrics = self.collect(self.epoch)
+            if self.epoch == first and config.update.algorithm in POLICY_GRADIENTS:
                 self.check_replay(batch)
             with self.report.phase("update"):
                 metrics |= self.update(batch)
-            self.report.epoch(epoch, self.step, metrics)
-            if epoch + 1 < config.epochs:
-                if config.evaluation.every and (epoch + 1) % config.evaluation.every == 0:
-                    self.evaluate()
-                if config.save_every and (epoch + 1) % config.save_every == 0:
-                    self.save()
-        self.evaluate()
+            self.report.epoch(self.epoch, self.step, metrics)
+            self.epoch += 1
+            self.at_rest()
+
+    def at_rest(self) -> None:
+        """Between two epochs. Until the next update only the random numbers change, and these are kept."""
+        self.rest_step = self.step
+        self.rng = checkpoint.rng_state(self.accelerator.device)
 
     def collect(self, epoch: int) -> tuple[Batch, dict[str, float]]:
         """Sample and score the groups of an epoch."""
         config, size = self.config, self.config.rollout.group_size
         chosen = self.choose(epoch)
+        trajectory, conditioning, unconditional, scores = self.signals.interruptible(self.sample, epoch, chosen)
+        rewards, missing = scores.values, int(scores.values.isnan().sum())
+        if missing == len(rewards) or missing > config.max_missing * len(rewards):
+            raise RuntimeError(
+                f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
+                f"max_missing allows a share of {config.max_missing:g}"
+            )
+        if config.update.algorithm in POLICY_GRADIENTS:
+            weights = self.rewards.weights
+            advantages = group_advantages(
+                torch.stack([scores.details[name] for name in weights], 1),
+                torch.arange(len(chosen)).repeat_interleave(size),
+                config.advantage.std,
+                weights=list(weights.values()),
+                mode=config.advantage.mode,
+            )
+        else:
+            advantages = sample_weights(config.update.algorithm, rewards, size, config.update.rwr_temperature)
+        metrics = {
+            "reward": rewards.nanmean().item(),
+            "missing": missing,
+            "images": len(rewards),
+            **{name: value.nanmean().item() for name, value in scores.details.items()},
+            **{f"{name}/missing": int(scores.details[name].isnan().sum()) for name in self.rewards.rewards},
+        }
+        return Batch(trajectory, conditioning, unconditional, advantages), metrics
+
+    def sample(self, epoch: int, chosen: list[Prompt]) -> tuple[Trajectory, Conditioning, Conditioning | None, Scores]:
+        """The trajectories of an epoch's groups, the conditioning of each group and the unconditional, the scores."""
+        config, size = self.config, self.config.rollout.group_size
         groups_at_once = config.rollout.batch_size // size
         seeds = [group_seed(config.seed, epoch, group) for group in range(len(chosen))]
         with self.report.phase("encode"):
@@ -163,31 +228,7 @@ class Trainer:
         trajectory = Trajectory(
             *(torch.cat([getattr(part, name) for part in parts]) for name in Trajectory.__dataclass_fields__)
         )
-        rewards, missing = scores.values, int(scores.values.isnan().sum())
-        if missing == len(rewards) or missing > config.max_missing * len(rewards):
-            raise RuntimeError(
-                f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
-                f"max_missing allows a share of {config.max_missing:g}"
-            )
-        if config.update.algorithm in POLICY_GRADIENTS:
-            weights = self.rewards.weights
-            advantages = group_advantages(
-                torch.stack([scores.details[name] for name in weights], 1),
-                torch.arange(len(chosen)).repeat_interleave(size),
-                config.advantage.std,
-                weights=list(weights.values()),
-                mode=config.advantage.mode,
-            )
-        else:
-            advantages = sample_weights(config.update.algorithm, rewards, size, config.update.rwr_temperature)
-        metrics = {
-            "reward": rewards.nanmean().item(),
-            "missing": missing,
-            "images": len(rewards),
-            **{name: value.nanmean().item() for name, value in scores.details.items()},
-            **{f"{name}/missing": int(scores.details[name].isnan().sum()) for name in self.rewards.rewards},
-        }
-        return Batch(trajectory, conditioning, unconditional, advantages), metrics
+        return trajectory, conditioning, unconditional, scores
 
     def update(self, batch: Batch) -> dict[str, float]:
         """The optimiser updates of an epoch, on equal shares of its groups."""
@@ -198,15 +239,15 @@ class Trainer:
             found = self.accumulate(batch, self.objective.units(batch, begin, share))
             if found:
                 norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                if not math.isfinite(norm):
+                    raise FloatingPointError(
+                        "the gradient is not finite: lower update.learning_rate or use another policy.dtype"
+                    )
                 found[-1]["grad_norm"] = norm.reshape(1)
-                for parameter in self.parameters:
-                    # What is not finite must not spoil the weights before `_flush` sees it and stops the run.
-                    if parameter.grad is not None:
-                        parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
+            self.step += 1  # first: from here on the state is that of no whole epoch
+            self.optimizer.step()  # does nothing without a gradient
+            self.optimizer.zero_grad()
             statistics += found
-            self.step += 1
             if self.ema is not None and self.step % config.ema_every == 0:
                 self.ema.step(self.parameters)
         return _flush(statistics)
@@ -239,36 +280,69 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
+        with self.report.phase("evaluate"), self.averaged_weights():
+            images, scores = self.signals.interruptible(self.sample_evaluation)
+        evaluation = Evaluation.of(self.eval_prompts, images, scores, self.config.evaluation.images_per_prompt)
+        self.report.evaluated(evaluation, self.step)
+
+    @torch.no_grad()
+    def sample_evaluation(self) -> tuple[Tensor, Scores]:
+        """The evaluation's images, and their scores."""
         config = self.config.evaluation
         images_of: list[Tensor] = []
         copies = config.images_per_prompt
         prompts_at_once = max(1, config.batch_size // copies)
         guidance = self.config.rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
         unconditional = self._unconditional(guidance)
-        with self.report.phase("evaluate"), self.averaged_weights(), torch.no_grad():
-            for begin in progress("evaluation", range(0, len(self.eval_prompts), prompts_at_once)):
-                prompts = self.eval_prompts[begin : begin + prompts_at_once]
-                conditioning = self.embed([prompt.text for prompt in prompts])
-                rows = torch.arange(len(prompts), device=self.policy.device).repeat_interleave(copies)
-                # The same noise in every run and at every step: images are compared, not their luck.
-                seeds = sample_seeds(range(begin, begin + len(prompts)), copies).to(self.policy.device)
-                noise = philox_normal(seeds, 0, (len(seeds), *self.shape))
-                latents = sample_ode(
-                    self.policy,
-                    repeat_rows(conditioning, rows),
-                    config.num_steps,
-                    noise,
-                    unconditional=unconditional,
-                    guidance_scale=guidance,
-                )
-                images_of.append(self.scoring.submit(latents, prompts, copies))
-            scores = self.scoring.finish()
-        evaluation = Evaluation.of(self.eval_prompts, torch.cat(images_of), scores, copies)
-        self.report.evaluated(evaluation, self.step)
+        for begin in progress("evaluation", range(0, len(self.eval_prompts), prompts_at_once)):
+            prompts = self.eval_prompts[begin : begin + prompts_at_once]
+            conditioning = self.embed([prompt.text for prompt in prompts])
+            rows = torch.arange(len(prompts), device=self.policy.device).repeat_interleave(copies)
+            # The same noise in every run and at every step: images are compared, not their luck.
+            seeds = sample_seeds(range(begin, begin + len(prompts)), copies).to(self.policy.device)
+            noise = philox_normal(seeds, 0, (len(seeds), *self.shape))
+            latents = sample_ode(
+                self.policy,
+                repeat_rows(conditioning, rows),
+                config.num_steps,
+                noise,
+                unconditional=unconditional,
+                guidance_scale=guidance,
+            )
+            images_of.append(self.scoring.submit(latents, prompts, copies))
+        scores = self.scoring.finish()  # the images are complete once it returns
+        return torch.cat(images_of), scores
 
     def save(self) -> None:
-        with self.averaged_weights():
-            self.policy.save(self.report.checkpoint(self.step))
+        """Make a checkpoint of the state after the last epoch, unless there is one or nothing was trained."""
+        if self.step == self.saved_step:
+            return
+        rngs = gather_object([self.rng])
+
+        def write(folder: Path) -> None:
+            with self.averaged_weights():
+                self.policy.save(folder)
+            training = folder / "training"
+            checkpoint.save_training(
+                training, self.named_parameters(), self.optimizer, self.ema, rngs, self.report.rows
+            )
+
+        if self.accelerator.is_main_process:
+            manifest = {
+                "epoch": self.epoch,
+                "wall_s": self.report.wall(),
+                "config": checkpoint.plain(self.config),
+                "prompts": self.prompt_digests,
+            }
+            checkpoint.save(self.config.output_dir, self.config.checkpoints_total_limit, write, manifest, self.step)
+        self.accelerator.wait_for_everyone()
+        self.saved_step = self.step
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by their name in the model."""
+        module = self.accelerator.unwrap_model(self.policy.transformer)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        return {names[id(parameter)]: parameter for parameter in self.parameters}
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -344,6 +418,4 @@ def _flush(statistics: list[dict[str, Tensor]]) -> dict[str, float]:
             "approx_kl": (ratio - 1 - difference).mean(),
         }
     flat = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
-    if not math.isfinite(flat["grad_norm"]):
-        raise FloatingPointError("the gradient is not finite: lower update.learning_rate or use another policy.dtype")
     return {"trained_pairs": units, **flat}

@@ -227,7 +227,7 @@ def test_evaluation_and_checkpoint_use_the_averaged_weights(folder, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(average, trainer.parameters, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(raw, trainer.parameters, strict=True))
     trainer.save()
-    (saved,) = (tmp_path / "run/checkpoints/checkpoint-3").iterdir()
+    saved = tmp_path / "run/checkpoints/checkpoint-3/pytorch_lora_weights.safetensors"
     names = [name for name, p in trainer.policy.module.named_parameters() if p.requires_grad]
     tensors = load_file(saved)
     for name, tensor in zip(names, average, strict=True):
@@ -278,7 +278,8 @@ def test_the_command_trains_a_pipeline_folder_on_a_users_own_prompts(folder, tmp
 
     assert main(command) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: output_dir {run} holds a run already: give another, or --overwrite true to replace it"
+        f"error: output_dir {run} holds a run already: give another, --resume latest to go on with it, "
+        "or --overwrite true to replace it"
     )
     assert main([*command, "--overwrite", "true", "--epochs", "1"]) == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3

@@ -16,14 +16,12 @@ class EmbeddingCache:
         self.rows: OrderedDict[str, Conditioning] = OrderedDict()
 
     def __call__(self, prompts: list[str]) -> Conditioning:
-        """Embeddings with a row per prompt; prompts not in memory are encoded in one batch."""
+        """Embeddings with a row per prompt."""
         distinct = dict.fromkeys(prompts)
         missing = [prompt for prompt in distinct if prompt not in self.rows]
-        if missing:
-            encoded = self.policy.encode(missing)
-            for i, prompt in enumerate(missing):
-                # clone: a view would keep the whole batch alive
-                self.rows[prompt] = {name: tensor[i].clone() for name, tensor in encoded.items()}
+        for prompt in missing:
+            # Each alone: the bits of a row can depend on the batch's size, and a resumed run asks for other batches.
+            self.rows[prompt] = {name: tensor[0] for name, tensor in self.policy.encode([prompt]).items()}
         for prompt in distinct:
             self.rows.move_to_end(prompt)
         rows = [self.rows[prompt] for prompt in prompts]

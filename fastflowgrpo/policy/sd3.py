@@ -122,10 +122,12 @@ class SD3Policy:
 
     def save(self, folder: Path) -> None:
         if self._reference_module is None:
+            metadata = self.module.peft_config["default"].to_dict()  # carries lora_alpha
+            metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, whose order changes by process
             self.pipeline.save_lora_weights(
                 folder,
                 transformer_lora_layers=get_peft_model_state_dict(self.module),
-                transformer_lora_adapter_metadata=self.module.peft_config["default"].to_dict(),  # carries lora_alpha
+                transformer_lora_adapter_metadata=metadata,
             )
         else:
             self.module.save_pretrained(folder / "transformer")

@@ -106,8 +106,8 @@ class _RewardThread:
         self.name, self.reward = name, reward
         on_gpu = device.type == "cuda" and getattr(reward, "device", None) == device
         self.stream = torch.cuda.Stream(device) if on_gpu else None
-        # Beside a rollout on the CPU a reward has one thread: where there are more OpenMP threads than cores, those of the
-        # rollout sleep at every barrier. To ask for the number settles that of the caller.
+        # Beside a rollout on the CPU a reward has one thread: where there are more OpenMP threads than cores, those of
+        # the rollout sleep at every barrier. To ask for the number settles that of the caller.
         num_threads = torch.get_num_threads()
         self.num_threads = 1 if device.type == "cpu" else num_threads
         self.queue: SimpleQueue[tuple[Future[Scores], RewardBatch, _Events | None]] = SimpleQueue()
