@@ -188,7 +188,8 @@ def test_a_failure_is_missing_counted_and_logged(server, caplog, judge, failure,
     assert scores.details["failed"].tolist() == [0, 1, 0]
     (record,) = caplog.records
     assert f"{server.url}: 1 of 3 images have no score; the first because: " in record.getMessage()
-    assert re.search(reason, record.getMessage())
+    assert re.search(reason, record.getMessage()) and re.search(reason, scores.error)
+    assert judge.pointwise
 
 
 def test_a_server_that_is_not_there(caplog):

@@ -73,6 +73,7 @@ class Judge(ABC):
         ValueError: a setting is wrong, or the environment variable is not set.
     """
 
+    pointwise = True
     base_url = "http://127.0.0.1:8000/v1"
     model = ""
     size: int | None = None  # side in pixels to which images are resized first
@@ -109,11 +110,13 @@ class Judge(ABC):
         with ThreadPoolExecutor(self.concurrency) as pool:
             answers = list(pool.map(self._score, images, batch.prompts))
         failures = [answer for answer in answers if isinstance(answer, Exception)]
+        error = ""
         if failures:
+            error = f"{self.base_url}: {failures[0]}"
             count = f"{len(failures)} of {len(answers)}"
             log.warning("%s: %s images have no score; the first because: %s", self.base_url, count, failures[0])
         values = torch.tensor([math.nan if isinstance(answer, Exception) else answer for answer in answers])
-        return Scores(values, {"failed": values.isnan().float()})
+        return Scores(values, {"failed": values.isnan().float()}, error)
 
     def _score(self, image: Image.Image, prompt: str) -> float | Exception:
         """The score, or why there is none."""

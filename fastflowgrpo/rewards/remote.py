@@ -20,7 +20,7 @@ from urllib3.util import parse_url
 from fastflowgrpo.config import TOKEN, ConfigError, did_you_mean
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards.contract import RewardBatch, Scores
-from fastflowgrpo.rewards.wire import FORMATS, MEDIA_TYPES, Answer
+from fastflowgrpo.rewards.wire import FORMATS, MEDIA_TYPES
 
 DOWN = 3  # failures in a row from which on an endpoint counts as down
 ATTEMPTS = 5  # times that images are sent before their scores count as missing
@@ -171,7 +171,7 @@ class RemoteReward:
     def __call__(self, batch: RewardBatch) -> Scores:
         batch = replace(batch, images=batch.images.cpu())
         parts = [batch.rows(rows) for rows in batch.whole_groups(self.batch_size)]
-        answers: dict[int, Answer] = {}
+        answers: dict[int, Scores] = {}
         errors: list[BaseException] = []
         stop = threading.Event()
         todo = iter(range(len(parts)))
@@ -198,25 +198,25 @@ class RemoteReward:
             stop.set()
         if errors:
             raise errors[0]
-        scores = Scores.cat([answers[index].scores for index in range(len(parts))])
+        scores = Scores.cat([answers[index] for index in range(len(parts))])
         if missing := int(scores.values.isnan().sum()):
-            reason = next((answer.error for answer in answers.values() if answer.error), "the server gives no reason")
-            self._tell(f"{missing} of {len(scores.values)} images not scored: {reason}")
+            scores.error = scores.error or "the server gives no reason"
+            self._tell(f"{missing} of {len(scores.values)} images not scored: {scores.error}")
         return scores
 
-    def _score(self, batch: RewardBatch, stop: threading.Event) -> Answer:
+    def _score(self, batch: RewardBatch, stop: threading.Event) -> Scores:
         """The scores of one request's images, or none after too many failures, or when `stop` is set."""
         path, body, content_type = FORMATS[self.format].encode(self.name, batch, self.encoding, self.timeout)
         count, failures = len(batch.prompts), 0
         while (endpoint := self._acquire(stop)) is not None:
             sent = time.monotonic()
             try:
-                answer = self._decode(self._request(endpoint, path, body, content_type), count)
+                scores = self._decode(self._request(endpoint, path, body, content_type), count)
                 seconds = time.monotonic() - sent
                 with self.lock:
                     endpoint.succeeded(seconds)
-                answer.scores.details[f"seconds/{parse_url(endpoint.url).netloc}"] = torch.full((count,), seconds)
-                return answer
+                scores.details[f"seconds/{parse_url(endpoint.url).netloc}"] = torch.full((count,), seconds)
+                return scores
             except _BusyError as error:
                 endpoint.retry_at = time.monotonic() + error.seconds * random.uniform(1, 1.5)
             except (_NotAnsweredError, _FailedError) as error:
@@ -229,7 +229,7 @@ class RemoteReward:
                 with self.lock:
                     endpoint.in_flight -= 1
         reason = "; ".join(f"{endpoint.url}: {endpoint.reason}" for endpoint in self.endpoints if endpoint.reason)
-        return Answer(Scores(torch.full((count,), torch.nan)), reason)
+        return Scores.missing(count, reason)
 
     def _acquire(self, stop: threading.Event) -> Endpoint | None:
         """The endpoint that should answer first, once there is one; None when there is nothing to wait for."""
@@ -279,7 +279,7 @@ class RemoteReward:
             raise _FailedError(said)
         raise ConfigError(f"{endpoint.url} refuses: {said}")
 
-    def _decode(self, body: bytes, count: int) -> Answer:
+    def _decode(self, body: bytes, count: int) -> Scores:
         try:
             return FORMATS[self.format].decode(body, count)
         except ValueError as error:

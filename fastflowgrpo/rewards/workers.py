@@ -126,10 +126,11 @@ class WorkerReward:
             if isinstance(answer, str):
                 reason = answer
                 break
-            values, details = answer
-            return Scores(torch.from_numpy(values), {name: torch.from_numpy(value) for name, value in details.items()})
+            values, details, reason = answer
+            details = {name: torch.from_numpy(value) for name, value in details.items()}
+            return Scores(torch.from_numpy(values), details, reason)
         self._tell(f"{count} images not scored: {reason}")
-        return Scores(torch.full((count,), torch.nan))
+        return Scores.missing(count, reason)
 
     def _tell(self, message: str) -> None:
         tqdm.write(f"reward {self.name}: {message}")
@@ -162,7 +163,7 @@ class _Worker:
         return bool(answer)
 
     def ask(self, request: Any, timeout: float) -> Any:
-        """Its answer to a request: a part's (values, details), or what went wrong as a string.
+        """Its answer to a request: a part's (values, details, error), or what went wrong as a string.
 
         Raises:
             OSError, EOFError: it died, or takes too long (TimeoutError).
@@ -224,7 +225,7 @@ def _work(connection: Connection, name: str, settings: dict[str, Any]) -> None:
             else:
                 connection.send(_score(name, reward, *request))
         except Exception as error:
-            connection.send(str(error) or type(error).__name__)
+            connection.send(str(error).removeprefix(f"reward {name}: ") or type(error).__name__)
 
 
 def _check(reward: Any, prompts: list[Prompt]) -> None:
@@ -241,10 +242,11 @@ def _score(
     prompts: list[str],
     metadata: list[dict[str, Any]],
     group_ids: np.ndarray,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+) -> tuple[np.ndarray, dict[str, np.ndarray], str]:
     memory = SharedMemory(memory_name)
     images = np.ndarray(shape, np.uint8, memory.buf)[rows].copy()
     memory.close()
     batch = RewardBatch(torch.from_numpy(images), prompts, metadata, torch.from_numpy(group_ids))
     scores = checked_scores(name, reward, batch)
-    return scores.values.numpy(), {key: value.numpy() for key, value in scores.details.items()}
+    details = {key: value.numpy() for key, value in scores.details.items()}
+    return scores.values.numpy(), details, scores.error
