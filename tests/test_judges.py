@@ -203,16 +203,16 @@ def test_a_server_that_is_not_there(caplog):
 
 def test_a_server_that_hangs(server, caplog):
     released = threading.Event()
-    server.answer = lambda request: released.wait(10) and None
+    server.answer = lambda request: released.wait(120) and None
     start = time.monotonic()
     scores = QwenVL(server.url, timeout=0.3)(batch(3))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60
     released.set()
     assert scores.values.isnan().all() and "timed out" in caplog.text
 
 
 def test_requests_run_side_by_side(server):
-    together = threading.Barrier(6, timeout=10)
+    together = threading.Barrier(6, timeout=60)
     server.answer = lambda request: completion("<Score>5</Score>") if together.wait() >= 0 else None
     assert QwenVL(server.url, concurrency=6)(batch(6)).values.tolist() == [1] * 6
 

@@ -269,3 +269,21 @@ def test_rewards_build_no_graph():
     scorer.submit(latents(1), PROMPTS, COPIES)
     scorer.finish()
     assert enabled == [False]
+
+
+def test_a_reward_beside_a_rollout_on_the_cpu_has_one_thread_and_the_rollout_keeps_its_own():
+    seen = []
+
+    def reward(batch):
+        seen.append(torch.get_num_threads())
+        return level(batch)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run = scoring(one=reward)
+        run.submit(latents(1), PROMPTS, COPIES)
+        run.finish()
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(before)

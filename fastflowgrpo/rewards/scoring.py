@@ -131,6 +131,10 @@ class _RewardThread:
             raise ConfigError(f"rewards.{name}: its attribute device is {wanted!r}, not a device") from error
         self.stream = torch.cuda.Stream(device) if self.on_device and device.type == "cuda" else None
         self.told: set[str] = set()
+        # Beside a rollout on the CPU a reward has one thread: where there are more OpenMP threads than cores, those of the
+        # rollout sleep at every barrier. To ask for the number settles that of the caller.
+        num_threads = torch.get_num_threads()
+        self.num_threads = 1 if device.type == "cpu" else num_threads
         self.queue: SimpleQueue[tuple[Future[Scores], RewardBatch, _Events | None]] = SimpleQueue()
         threading.Thread(target=self._work, name=f"reward {name}", daemon=True).start()
 
@@ -141,6 +145,7 @@ class _RewardThread:
 
     @torch.no_grad()
     def _work(self) -> None:
+        torch.set_num_threads(self.num_threads)  # of this thread alone
         while True:
             future, batch, events = self.queue.get()
             try:
