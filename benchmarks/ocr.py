@@ -71,7 +71,7 @@ def rendered(count: int, fonts: Sequence[Font], seed: int = 0) -> Iterator[Rende
 def _render(kind: str, random: Random, fonts: Sequence[Font]) -> Rendered:
     paper, ink = _colors(random, *((12, 24) if kind == "faint" else (80, 255)))
     image = Image.new("RGB", (SIDE, SIDE), paper)
-    font = fonts[random.integers(len(fonts))]
+    font = fonts[int(random.integers(len(fonts)))]
     words = _words(random, 1, 4)
     text = " ".join(words)
     middle = SIDE // 2
@@ -100,7 +100,7 @@ def _render(kind: str, random: Random, fonts: Sequence[Font]) -> Rendered:
         places = random.permutation([quarter, 2 * quarter, 3 * quarter]).tolist()
         _write(image, random, text, font, random.integers(20, 50), ink, place=(middle, places[0]))
         for y in places[1:]:
-            other, font = " ".join(_words(random, 1, 3)), fonts[random.integers(len(fonts))]
+            other, font = " ".join(_words(random, 1, 3)), fonts[int(random.integers(len(fonts)))]
             _write(image, random, other, font, random.integers(12, 40), ink, place=(middle, y))
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
     return Rendered(pixels, f'A picture with the text "{text}"', kind)
@@ -161,7 +161,7 @@ def default_reader() -> Callable[[np.ndarray], str]:
     """RapidOCR as it comes, but for the one thread."""
     from rapidocr import RapidOCR
 
-    engine = RapidOCR(params={"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1})
+    engine: Any = RapidOCR(params={"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1})
     return lambda pixels: "".join(engine(pixels).txts or ())
 
 

@@ -1,4 +1,4 @@
-"""A reward that is scored by servers: which server gets what, and what happens when one fails."""
+"""Rewards that are scored by servers: which server gets what, and what happens when one fails."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import urllib3
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, NewConnectionError
 from urllib3.util import parse_url
 
 from fastflowgrpo.config import TOKEN, ConfigError, did_you_mean
@@ -43,6 +44,10 @@ class _BusyError(_NotAnsweredError):
 
 class _FailedError(Exception):
     """The server tried and failed, or its answer makes no sense."""
+
+
+class _UnscorableError(Exception):
+    """The server takes no such request, whatever else it takes."""
 
 
 @dataclass
@@ -91,59 +96,29 @@ class Endpoint:
             self.down_since = now
 
 
-class RemoteReward:
-    """A reward with the given name on one or several servers, between which each batch is spread.
+class Served(ABC):
+    """A reward on one or several servers that score alike, between which each batch is spread.
 
-    A batch is cut into requests of whole groups. An image's score is missing (NaN) if the server says so, or if its
-    request failed ATTEMPTS times; while no server answers at all, a reward that is `required` waits, so that the run
-    pauses and goes on by itself, and the scores of another are missing at once. Whatever is missing or waited for is
-    printed. The details are the server's, and per URL the seconds that an image's request took.
-
-    Args:
-        url: of the server, or of several that score alike.
-        timeout: seconds for an answer.
-        required: whether the run waits while no server answers.
-        format: "fastflowgrpo" for this package's server, "flow_grpo" for Flow-GRPO's (GenEval, DeQA, UnifiedReward).
-        encoding: of the images: "raw" or "png" without loss, or "jpeg", in which flow_grpo always sends them.
-        batch_size: images per request; a larger group is sent whole.
-        concurrency: requests in flight per URL.
-
-    The environment variable FASTFLOWGRPO_TOKEN is the bearer token that this package's server asks for.
+    An image's score is missing (NaN) if the server says so, or if its request failed ATTEMPTS times; while no server
+    answers at all, a reward that is `required` waits, so that the run pauses and goes on by itself, and the scores of
+    another are missing at once. Whatever is missing or waited for is printed. The details are the server's, and per URL
+    the seconds that an image's request took.
 
     Raises:
         ValueError: a setting is out of range.
         ConfigError: when called, if a server says that a request is wrong: no retry would put that right.
     """
 
-    def __init__(
-        self,
-        name: str,
-        url: str | Sequence[str],
-        timeout: float = 60.0,
-        required: bool = True,
-        format: str = "fastflowgrpo",
-        encoding: str = "raw",
-        batch_size: int = 32,
-        concurrency: int = 4,
-    ) -> None:
-        urls = [url] if isinstance(url, str) else url
-        if not isinstance(urls, list | tuple) or not urls or not all(_is_http(url) for url in urls):
-            raise ValueError(f"url must be http://HOST:PORT or a list of such, got {url!r}")
-        for setting, value, known in (("format", format, FORMATS), ("encoding", encoding, MEDIA_TYPES)):
-            if value not in known:
-                raise ValueError(
-                    f"unknown {setting} {value!r}{did_you_mean(str(value), known)}, known: {', '.join(known)}"
-                )
-        for setting, number in (("batch_size", batch_size), ("concurrency", concurrency)):
-            if type(number) is not int or number < 1:
-                raise ValueError(f"{setting} must be an integer of at least 1, got {number!r}")
+    unscorable: tuple[int, ...] = ()  # HTTP statuses by which a server refuses one request and not the user's settings
+
+    def __init__(self, name: str, urls: Sequence[str], timeout: float, required: bool, concurrency: int) -> None:
+        if type(concurrency) is not int or concurrency < 1:
+            raise ValueError(f"concurrency must be an integer of at least 1, got {concurrency!r}")
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         if not isinstance(required, bool):
             raise ValueError(f"required must be true or false, got {required!r}")
-        self.name, self.timeout, self.required = name, timeout, required
-        self.format, self.encoding = format, encoding
-        self.batch_size, self.concurrency = batch_size, concurrency
+        self.name, self.timeout, self.required, self.concurrency = name, timeout, required, concurrency
         self.endpoints = [Endpoint(url.rstrip("/")) for url in urls]
         self.lock = threading.Lock()
         self.http = urllib3.PoolManager(
@@ -153,24 +128,25 @@ class RemoteReward:
             retries=False,
         )
 
-    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Ask each server of this package's format whether it has the reward and can score these prompts.
+    @abstractmethod
+    def _parts(self, batch: RewardBatch) -> list[RewardBatch]:
+        """What is sent in a request each."""
 
-        Raises:
-            ValueError: one says no.
-        """
-        if self.format != "fastflowgrpo":
-            return
-        body = [{"text": prompt.text, "metadata": prompt.metadata} for prompt in prompts]
-        for endpoint in self.endpoints:
-            try:
-                self._request(endpoint, f"/check/{self.name}", json.dumps(body).encode(), "application/json")
-            except (_NotAnsweredError, _FailedError) as error:
-                self._tell(f"{endpoint.url} does not answer yet: {error}")
+    @abstractmethod
+    def _encode(self, part: RewardBatch) -> tuple[str, bytes, str]:
+        """(path to append to the URL, body, content type) of a request."""
+
+    @abstractmethod
+    def _decode(self, body: bytes, count: int) -> Scores:
+        """The scores of so many images in an answer; ValueError if it makes no sense."""
+
+    @abstractmethod
+    def _headers(self) -> dict[str, str]:
+        """Headers of each request."""
 
     def __call__(self, batch: RewardBatch) -> Scores:
         batch = replace(batch, images=batch.images.cpu())
-        parts = [batch.rows(rows) for rows in batch.whole_groups(self.batch_size)]
+        parts = self._parts(batch)
         answers: dict[int, Scores] = {}
         errors: list[BaseException] = []
         stop = threading.Event()
@@ -206,12 +182,15 @@ class RemoteReward:
 
     def _score(self, batch: RewardBatch, stop: threading.Event) -> Scores:
         """The scores of one request's images, or none after too many failures, or when `stop` is set."""
-        path, body, content_type = FORMATS[self.format].encode(self.name, batch, self.encoding, self.timeout)
+        path, body, content_type = self._encode(batch)
         count, failures = len(batch.prompts), 0
         while (endpoint := self._acquire(stop)) is not None:
             sent = time.monotonic()
             try:
-                scores = self._decode(self._request(endpoint, path, body, content_type), count)
+                try:
+                    scores = self._read(self._request(endpoint, path, body, content_type), count)
+                except _UnscorableError as error:
+                    scores = Scores.missing(count, str(error))
                 seconds = time.monotonic() - sent
                 with self.lock:
                     endpoint.succeeded(seconds)
@@ -251,12 +230,10 @@ class RemoteReward:
         """The body of the answer.
 
         Raises:
-            _NotAnsweredError, _FailedError: there is none.
+            _NotAnsweredError, _FailedError, _UnscorableError: there is none.
             ConfigError: the server refuses the request.
         """
-        headers = {"Content-Type": content_type}
-        if TOKEN in os.environ and self.format == "fastflowgrpo":
-            headers["Authorization"] = f"Bearer {os.environ[TOKEN]}"
+        headers = {"Content-Type": content_type, **self._headers()}
         try:
             # Not decoded: an answer that was compressed could be of any size.
             response = self.http.request(
@@ -277,11 +254,13 @@ class RemoteReward:
             raise _NotAnsweredError(said)
         if response.status >= 500:
             raise _FailedError(said)
+        if response.status in self.unscorable:
+            raise _UnscorableError(said)
         raise ConfigError(f"{endpoint.url} refuses: {said}")
 
-    def _decode(self, body: bytes, count: int) -> Scores:
+    def _read(self, body: bytes, count: int) -> Scores:
         try:
-            return FORMATS[self.format].decode(body, count)
+            return self._decode(body, count)
         except ValueError as error:
             raise _FailedError(f"unreadable answer: {error}") from error
 
@@ -304,7 +283,82 @@ class RemoteReward:
         tqdm.write(f"reward {self.name}: {message}")
 
 
-def _is_http(url: Any) -> bool:
+class RemoteReward(Served):
+    """A reward with the given name on one or several servers, between which each batch is spread.
+
+    A batch is cut into requests of whole groups; see `Served`.
+
+    Args:
+        url: of the server, or of several that score alike.
+        timeout: seconds for an answer.
+        required: whether the run waits while no server answers.
+        format: "fastflowgrpo" for this package's server, "flow_grpo" for Flow-GRPO's (GenEval, DeQA, UnifiedReward).
+        encoding: of the images: "raw" or "png" without loss, or "jpeg", in which flow_grpo always sends them.
+        batch_size: images per request; a larger group is sent whole.
+        concurrency: requests in flight per URL.
+
+    The environment variable FASTFLOWGRPO_TOKEN is the bearer token that this package's server asks for.
+
+    Raises:
+        ValueError: a setting is out of range.
+        ConfigError: when called, if a server says that a request is wrong: no retry would put that right.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        url: str | Sequence[str],
+        timeout: float = 60.0,
+        required: bool = True,
+        format: str = "fastflowgrpo",
+        encoding: str = "raw",
+        batch_size: int = 32,
+        concurrency: int = 4,
+    ) -> None:
+        urls = [url] if isinstance(url, str) else url
+        if not isinstance(urls, list | tuple) or not urls or not all(is_http(url) for url in urls):
+            raise ValueError(f"url must be http://HOST:PORT or a list of such, got {url!r}")
+        for setting, value, known in (("format", format, FORMATS), ("encoding", encoding, MEDIA_TYPES)):
+            if value not in known:
+                raise ValueError(
+                    f"unknown {setting} {value!r}{did_you_mean(str(value), known)}, known: {', '.join(known)}"
+                )
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        super().__init__(name, urls, timeout, required, concurrency)
+        self.format, self.encoding, self.batch_size = format, encoding, batch_size
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Ask each server of this package's format whether it has the reward and can score these prompts.
+
+        Raises:
+            ValueError: one says no.
+        """
+        if self.format != "fastflowgrpo":
+            return
+        body = [{"text": prompt.text, "metadata": prompt.metadata} for prompt in prompts]
+        for endpoint in self.endpoints:
+            try:
+                self._request(endpoint, f"/check/{self.name}", json.dumps(body).encode(), "application/json")
+            except (_NotAnsweredError, _FailedError) as error:
+                self._tell(f"{endpoint.url} does not answer yet: {error}")
+
+    def _parts(self, batch: RewardBatch) -> list[RewardBatch]:
+        return [batch.rows(rows) for rows in batch.whole_groups(self.batch_size)]
+
+    def _encode(self, part: RewardBatch) -> tuple[str, bytes, str]:
+        return FORMATS[self.format].encode(self.name, part, self.encoding, self.timeout)
+
+    def _decode(self, body: bytes, count: int) -> Scores:
+        return FORMATS[self.format].decode(body, count)
+
+    def _headers(self) -> dict[str, str]:
+        if TOKEN in os.environ and self.format == "fastflowgrpo":
+            return {"Authorization": f"Bearer {os.environ[TOKEN]}"}
+        return {}
+
+
+def is_http(url: Any) -> bool:
     try:
         return isinstance(url, str) and parse_url(url).scheme in ("http", "https") and bool(parse_url(url).host)
     except HTTPError:
@@ -313,7 +367,8 @@ def _is_http(url: Any) -> bool:
 
 def _plain(error: Exception) -> str:
     """What went wrong with a connection, in few words."""
-    if isinstance(error, TimeoutError | urllib3.exceptions.TimeoutError):
+    refused = isinstance(error, NewConnectionError)  # which urllib3 counts among the time-outs
+    if isinstance(error, TimeoutError | urllib3.exceptions.TimeoutError) and not refused:
         return "no answer in time"
     return str(error.__cause__ or error).rpartition(": ")[2]
 

@@ -131,8 +131,8 @@ class _RewardThread:
             raise ConfigError(f"rewards.{name}: its attribute device is {wanted!r}, not a device") from error
         self.stream = torch.cuda.Stream(device) if self.on_device and device.type == "cuda" else None
         self.told: set[str] = set()
-        # Beside a rollout on the CPU a reward has one thread: where there are more OpenMP threads than cores, those of the
-        # rollout sleep at every barrier. To ask for the number settles that of the caller.
+        # Beside a rollout on the CPU a reward has one thread: where there are more OpenMP threads than cores, those of
+        # the rollout sleep at every barrier. To ask for the number settles that of the caller.
         num_threads = torch.get_num_threads()
         self.num_threads = 1 if device.type == "cpu" else num_threads
         self.queue: SimpleQueue[tuple[Future[Scores], RewardBatch, _Events | None]] = SimpleQueue()
