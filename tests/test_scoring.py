@@ -7,7 +7,7 @@ import torch
 
 from fastflowgrpo.config import ConfigError
 from fastflowgrpo.prompts import Prompt
-from fastflowgrpo.rewards import RewardBatch, WeightedRewards
+from fastflowgrpo.rewards import RewardBatch, Scores, WeightedRewards
 from fastflowgrpo.rewards import scoring as module
 from fastflowgrpo.rewards.contract import same_device
 from fastflowgrpo.rewards.scoring import DEPTH, Scoring
@@ -28,6 +28,13 @@ def latents(value: int) -> torch.Tensor:
 def scoring(**rewards) -> Scoring:
     weighted = WeightedRewards(rewards, {name: 1.0 + i for i, name in enumerate(rewards)})
     return Scoring(weighted, to_images, torch.device("cpu"))
+
+
+def finished(scorer: Scoring, *show) -> Scores:
+    """The scores; what a reward of these tests raises would only be missing."""
+    scores = scorer.finish(*show)
+    assert not scores.values.isnan().any(), scores.error
+    return scores
 
 
 def level(batch: RewardBatch) -> torch.Tensor:
@@ -67,7 +74,7 @@ def test_the_next_batch_can_be_sampled_while_one_is_scored():
     for value in range(DEPTH):
         scorer.submit(latents(value), PROMPTS, COPIES)
     go_on.set()
-    assert len(scorer.finish().values) == DEPTH * COPIES * len(PROMPTS)
+    assert len(finished(scorer).values) == DEPTH * COPIES * len(PROMPTS)
 
 
 def test_no_more_than_a_few_batches_wait():
@@ -92,7 +99,7 @@ def test_no_more_than_a_few_batches_wait():
     go_on.set()
     assert submitted.wait(TIMEOUT)
     thread.join()
-    assert len(scorer.finish().values) == (DEPTH + 1) * COPIES * len(PROMPTS)
+    assert len(finished(scorer).values) == (DEPTH + 1) * COPIES * len(PROMPTS)
 
 
 def test_the_rewards_of_a_batch_are_called_at_once():
@@ -108,7 +115,7 @@ def test_the_rewards_of_a_batch_are_called_at_once():
 
     scorer = scoring(one=one, other=other)
     scorer.submit(latents(1), PROMPTS, COPIES)
-    scorer.finish()
+    finished(scorer)
 
 
 def lost(batch: RewardBatch) -> torch.Tensor:
@@ -150,10 +157,11 @@ def test_a_reward_that_returns_nan_is_named():
 
 @pytest.mark.parametrize("error", [ConfigError("set the token"), KeyboardInterrupt("now"), SystemExit(3)])
 def test_what_ends_a_run_does_so_at_once(error):
-    go_on = threading.Event()
+    go_on, over = threading.Event(), threading.Event()
 
     def slow(batch):
-        assert go_on.wait(TIMEOUT)
+        go_on.wait(TIMEOUT)
+        over.set()
         return level(batch)
 
     def ends(batch):
@@ -163,7 +171,7 @@ def test_what_ends_a_run_does_so_at_once(error):
     scorer.submit(latents(1), PROMPTS, COPIES)
     with pytest.raises(type(error), match=str(error.args[0])):
         scorer.finish()
-    assert not go_on.is_set()
+    assert not over.is_set(), "without the others"
     go_on.set()
 
 
@@ -183,7 +191,7 @@ def test_a_reward_that_hangs_is_named(monkeypatch):
     monkeypatch.setattr(module.tqdm, "write", write)
     scorer = scoring(level=level, hang=hang)
     scorer.submit(latents(1), PROMPTS, COPIES)
-    scorer.finish()
+    finished(scorer)
     assert said[0].startswith("waiting for the reward ") and "hang" in said[0]
 
 
@@ -254,7 +262,7 @@ def test_what_is_awaited_is_shown():
     scorer = scoring(quick=quick, slow=slow)
     scorer.submit(latents(1), PROMPTS, COPIES)
     assert quick_done.wait(TIMEOUT)
-    scorer.finish(show)
+    finished(scorer, show)
     assert "slow" in shown[0]
 
 
