@@ -166,7 +166,7 @@ class Trainer:
         if missing == len(rewards) or missing > config.max_missing * len(rewards):
             raise RuntimeError(
                 f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
-                f"max_missing allows a share of {config.max_missing:g}"
+                f"max_missing allows a share of {config.max_missing:g}; the last error: {scores.error}"
             )
         if config.update.algorithm in POLICY_GRADIENTS:
             weights = self.rewards.weights

@@ -162,6 +162,8 @@ def test_as_a_reward(folders, detector):
     assert scores.values.tolist() == pytest.approx([(r.score + r.strict) / 2 for r in results])
     assert scores.details["geneval/correct"].tolist() == [r.correct for r in results]
     assert scores.values[0] == 1 and scores.values.min() < 1
+    reward = rewards.rewards["geneval"]
+    assert reward.pointwise and reward.device == next(reward.detector.network.parameters()).device
 
 
 def test_prompts_beyond_the_detector(detector):

@@ -170,7 +170,33 @@ def test_a_gradient_that_is_not_finite_and_an_epoch_without_a_score_stop_the_run
     assert all(parameter.isfinite().all() for parameter in trainer.parameters)
     for thread in trainer.scoring.threads.values():
         thread.reward = lambda batch: Scores(torch.full((len(batch.prompts),), float("nan")))
-    with pytest.raises(RuntimeError, match="8 of the 8 images of epoch 1 have no score"):
+    with pytest.raises(RuntimeError, match=r"8 of the 8 images of epoch 1 have no score.*: it returned NaN$"):
+        trainer.collect(1)
+
+
+def test_a_reward_that_raises_costs_its_images_and_too_many_of_them_stop_the_run(folder, tmp_path, capsys):
+    trainer = Trainer(config_of(folder, tmp_path, batch_size=4, max_missing=0.5))
+    (thread,) = trainer.scoring.threads.values()
+    score, failing = thread.reward, {trainer.choose(0)[1].text}
+
+    def reward(batch):
+        if failing & set(batch.prompts):
+            raise KeyError("lost")
+        return score(batch)
+
+    thread.reward = reward
+    batch, metrics = trainer.collect(0)
+    assert batch.advantages.isnan().tolist() == [False] * 4 + [True] * 4
+    assert metrics["missing"] == metrics["jpeg_compressibility/missing"] == 4
+    assert metrics["reward"] == pytest.approx(float(metrics["jpeg_compressibility"]), abs=1e-6) != 0
+    assert trainer.update(batch)["trained_pairs"] == 4 * 2
+    assert "reward jpeg_compressibility: 4 images not scored: KeyError: 'lost'" in capsys.readouterr().out
+    failing.update(prompt.text for prompt in trainer.choose(1))
+    message = (
+        "^8 of the 8 images of epoch 1 have no score; max_missing allows a share of 0.5; "
+        "the last error: reward jpeg_compressibility: KeyError: 'lost'$"
+    )
+    with pytest.raises(RuntimeError, match=message):
         trainer.collect(1)
 
 

@@ -182,7 +182,6 @@ class Scorer:
         return sum(images) >= self.config.batch_size
 
     def _score(self, jobs: list[Job], batch: RewardBatch) -> None:
-        error = None
         begin = time.monotonic()
         try:
             scores = checked_scores(self.name, self.reward, batch)
@@ -191,7 +190,7 @@ class Scorer:
                 for job in jobs:
                     self._score([job], job.batch)
                 return
-            scores, error = Scores(torch.full((len(jobs[0].batch.prompts),), torch.nan)), str(raised)
+            scores = Scores.missing(len(jobs[0].batch.prompts), str(raised))
         self.metrics.batch_size.labels(self.name).observe(len(scores.values))
         self.metrics.seconds.labels(self.name).observe(time.monotonic() - begin)
         self.metrics.images.labels(self.name).inc(len(scores.values))
@@ -200,8 +199,10 @@ class Scorer:
         for job in jobs:
             rows = slice(begin_row, begin_row := begin_row + len(job.batch.prompts))
             details = {name: _json(values[rows]) for name, values in scores.details.items()}
+            values = _json(scores.values[rows])
+            error = scores.error or None if None in values else None
             if not job.answer.cancelled():
-                job.answer.set_result(ScoreAnswer(scores=_json(scores.values[rows]), details=details, error=error))
+                job.answer.set_result(ScoreAnswer(scores=values, details=details, error=error))
 
 
 def _joined(batches: list[RewardBatch]) -> RewardBatch:
