@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastflowgrpo.config import Config, ConfigError, save
+from fastflowgrpo.plan import Plan
 from fastflowgrpo.prompts import TAGS, Prompt
 from fastflowgrpo.rewards import Scores
 
@@ -138,7 +139,7 @@ def check_output(config: Config) -> None:
 class Report:
     """Writes a run directory and prints its progress."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, num_parameters: int):
+    def __init__(self, config: Config, accelerator: Accelerator, plan: Plan, num_parameters: int):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
         for name in WRITTEN:
@@ -155,14 +156,8 @@ class Report:
         self.sampling_seconds = 0.0
         self.evaluations: list[tuple[int, Evaluation]] = []
         self.start = time.perf_counter()
-        rollout, prompts, update = config.rollout, config.prompts, config.update
-        images = prompts.per_epoch * rollout.group_size
-        steps = rollout.window_size or rollout.num_steps - 1
-        print(
-            f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}\n"
-            f"an epoch: {prompts.per_epoch} groups x {rollout.group_size} = {images} images, "
-            f"{images * steps} (image, step) pairs in {update.per_epoch} updates"
-        )
+        print(f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}")
+        print(*plan.lines(), sep="\n")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
