@@ -9,7 +9,7 @@ rounds differently on the way to the images and their rewards.
 Settings are those of `fastflowgrpo.train`, by default for the bundled model. At SD3.5-M's size, with random weights:
 
     python -m benchmarks.random_sd35 FOLDER
-    python -m benchmarks.epoch --config configs/sd35_medium.yaml --config benchmarks/sd35_medium.yaml --model FOLDER
+    python -m benchmarks.epoch --config configs/sd35_ocr.yaml --config benchmarks/sd35_medium.yaml --model FOLDER
 """
 
 import argparse

@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -56,9 +57,9 @@ class PromptsConfig:
     """Where prompts come from."""
 
     train: str = "shapes"
-    """Training prompts: a .txt file (one prompt a line), a GenEval .jsonl file, or "shapes"."""
+    """A .txt file (one prompt a line), a GenEval .jsonl file, or bundled ones: shapes, geneval, ocr, general."""
     eval: str | None = None
-    """Evaluation prompts, as for train; by default the bundled held-out prompts for "shapes", else none."""
+    """Evaluation prompts, as for train; by default held-out ones where train's are bundled, else some of train's."""
     per_epoch: int = 24
     """Groups (distinct prompts) per epoch."""
     mix: dict[str, float] | None = None
@@ -95,6 +96,8 @@ class RolloutConfig:
     """Image height in pixels; by default the model's own."""
     width: int | None = None
     """Image width in pixels; by default the model's own."""
+    num_frames: int | None = None
+    """Frames of a video; by default the model's own. Only for models of videos."""
     batch_size: int = 288
     """Images sampled at once; a multiple of group_size."""
 
@@ -188,6 +191,10 @@ class Config:
     """Epochs between two checkpoints; 0 saves one only when the run ends or is interrupted."""
     checkpoints_total_limit: int | None = None
     """Checkpoints kept, the newest; by default all."""
+    dry_run: bool = False
+    """Print the batches, the memory and the FLOPs of such a run, and stop; no weights are loaded."""
+    num_processes: int | None = None
+    """Processes that dry_run reckons with; by default those of this launch."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Experiment trackers, by accelerate's names: tensorboard, wandb, ..."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -249,6 +256,7 @@ _AT_LEAST = {
     1: (
         "epochs",
         "checkpoints_total_limit",
+        "num_processes",
         "policy.lora_alpha",
         "policy.decode_batch_size",
         "prompts.per_epoch",
@@ -256,6 +264,7 @@ _AT_LEAST = {
         "rollout.window_epochs",
         "rollout.height",
         "rollout.width",
+        "rollout.num_frames",
         "rollout.batch_size",
         "update.per_epoch",
         "update.noise_draws",
@@ -309,6 +318,8 @@ MAY_CHANGE = (
     "output_dir",
     "overwrite",
     "resume",
+    "dry_run",
+    "num_processes",
     "epochs",
     "save_every",
     "checkpoints_total_limit",
@@ -432,9 +443,18 @@ def parse(argv: Sequence[str] | None = None) -> Config:
             if name in groups:
                 raise ConfigError(f"{name}: is a group of settings; set one of them, as in --{name}.NAME VALUE")
             _check_name(name, options)
-    config = _build(Config, _parser().parse_args(argv).as_dict())
+    config = _build(Config, _parser().parse_args(_bare_switches(argv, types)).as_dict())
     validate(config)
     return config
+
+
+def _bare_switches(argv: list[str], types: dict[str, Any]) -> list[str]:
+    """A switch without a value, such as --dry_run, is true."""
+    switches = {f"--{name}" for name, hint in types.items() if hint is bool}
+    return [
+        f"{argument}=true" if argument in switches and following.startswith("--") else argument
+        for argument, following in zip_longest(argv, argv[1:], fillvalue="--")
+    ]
 
 
 def save(config: Config, path: str | Path) -> None:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from fastflowgrpo import checkpoint
 from fastflowgrpo.checkpoint import Checkpoint
 from fastflowgrpo.config import Config, ConfigError, save
+from fastflowgrpo.plan import Plan
 from fastflowgrpo.prompts import TAGS, Prompt
 from fastflowgrpo.rewards import Scores
 
@@ -153,18 +154,17 @@ class Report:
     """Writes a run directory and prints its progress."""
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, num_parameters: int, resumed: Checkpoint | None = None
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        plan: Plan,
+        num_parameters: int,
+        resumed: Checkpoint | None = None,
     ):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
-        rollout, prompts, update = config.rollout, config.prompts, config.update
-        images = prompts.per_epoch * rollout.group_size
-        steps = rollout.window_size or rollout.num_steps - 1
-        print(
-            f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}\n"
-            f"an epoch: {prompts.per_epoch} groups x {rollout.group_size} = {images} images, "
-            f"{images * steps} (image, step) pairs in {update.per_epoch} updates"
-        )
+        print(f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}")
+        print(*plan.lines(), sep="\n")
         self.rows: list[dict[str, Any]] = []
         """Those of metrics.jsonl."""
         trackers: dict[str, dict[str, Any]] = {}

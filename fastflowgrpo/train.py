@@ -20,6 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse(argv)
         # Only now, so that --help and a wrong setting do not wait for torch.
+        if config.dry_run:
+            from fastflowgrpo.estimate import estimate
+            from fastflowgrpo.plan import launched_processes
+
+            print(estimate(config, config.num_processes or launched_processes()))
+            return 0
         from fastflowgrpo.trainer import Trainer
 
         Trainer(config).run()

@@ -18,9 +18,12 @@ from fastflowgrpo.advantages import group_advantages
 from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError, validate
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.objective import Batch, Objective, sample_weights
+from fastflowgrpo.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
-from fastflowgrpo.prompts import Prompt, epoch_prompts, load_prompts
+from fastflowgrpo.prompts import Prompt, epoch_prompts
+from fastflowgrpo.prompts.geneval import MIX
+from fastflowgrpo.prompts.sources import run_prompts
 from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
 from fastflowgrpo.rewards import Scores, build_rewards
 from fastflowgrpo.rewards.scoring import Scoring
@@ -36,11 +39,6 @@ from fastflowgrpo.rollout import (
 from fastflowgrpo.sde import step_coefficients
 from fastflowgrpo.signals import Signals
 
-# Without evaluation prompts of its own, a run shows what becomes of its first training prompts.
-EVAL_PROMPTS = 16
-# The paper trains GenEval with this mix of tags.
-TAG_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
-
 
 class Trainer:
     """Trains `config.model` as `config` says; `run` does all of it.
@@ -55,7 +53,7 @@ class Trainer:
         check_output(config, resumed)
         set_seed(config.seed)
         self.config = config
-        self.train_prompts, self.eval_prompts = _load_prompts(config)
+        self.train_prompts, self.eval_prompts = run_prompts(config)
         self.prompt_digests = {
             "prompts.train": checkpoint.digest(self.train_prompts),
             "prompts.eval": checkpoint.digest(self.eval_prompts),
@@ -85,6 +83,7 @@ class Trainer:
             raise ConfigError(
                 f"training runs in one process so far, and this one is of {self.accelerator.num_processes}"
             )
+        self.plan = batch_plan(config, self.accelerator.num_processes)
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width)
         self.embed = EmbeddingCache(self.policy)
@@ -111,7 +110,7 @@ class Trainer:
             self.epoch, self.step = resumed.epoch, resumed.step
         self.saved_step = self.step
         self.at_rest()
-        self.report = Report(config, self.accelerator, sum(p.numel() for p in self.parameters), resumed)
+        self.report = Report(config, self.accelerator, self.plan, sum(p.numel() for p in self.parameters), resumed)
 
     def run(self) -> None:
         """The epochs that are left, with an evaluation before the first and after the last. However it ends, the state
@@ -249,6 +248,8 @@ class Trainer:
             self.optimizer.zero_grad()
             statistics += found
             if self.ema is not None and self.step % config.ema_every == 0:
+                # Its decay grows to ema_decay with the number of updates, as the paper's: (1 + s) / (10 + s).
+                self.ema.optimization_step = self.step - 1
                 self.ema.step(self.parameters)
         return _flush(statistics)
 
@@ -367,31 +368,13 @@ class Trainer:
     def choose(self, epoch: int) -> list[Prompt]:
         """The prompts of an epoch's groups."""
         tags = {prompt.metadata.get("tag") for prompt in self.train_prompts}
-        mix = self.config.prompts.mix or {tag: weight for tag, weight in TAG_MIX.items() if tag in tags} or None
+        mix = self.config.prompts.mix or {tag: weight for tag, weight in MIX.items() if tag in tags} or None
         count = self.config.prompts.per_epoch
         return [self.train_prompts[i] for i in epoch_prompts(self.train_prompts, count, self.config.seed, epoch, mix)]
 
     def _unconditional(self, guidance_scale: float) -> Conditioning | None:
         """The empty prompt's conditioning, one row, where guidance needs it."""
         return self.embed([""]) if guidance_scale != 1 else None
-
-
-def _load_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, evaluation) prompts."""
-    from fastflowgrpo.shapes import scenes
-
-    def load(setting: str, source: str, bundled: list[Prompt]) -> list[Prompt]:
-        if source == "shapes":
-            return bundled
-        try:
-            return load_prompts(source)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"prompts.{setting}: {error}") from error
-
-    train = load("train", config.prompts.train, scenes.train_prompts())
-    if config.prompts.eval is None:
-        return train, scenes.eval_prompts() if config.prompts.train == "shapes" else train[:EVAL_PROMPTS]
-    return train, load("eval", config.prompts.eval, scenes.eval_prompts())
 
 
 def group_seed(seed: int, epoch: int, group: int) -> int:

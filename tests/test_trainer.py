@@ -260,6 +260,23 @@ def test_evaluation_and_checkpoint_use_the_averaged_weights(folder, tmp_path):
         assert torch.equal(tensors["transformer." + name.replace(".default", "")], tensor)
 
 
+def test_the_average_warms_up_with_the_number_of_updates(folder, tmp_path):
+    trainer = Trainer(config_of(folder, tmp_path, ema_decay=0.5, ema_every=4, learning_rate=1e-2))
+    expected = [p.detach().clone() for p in trainer.parameters]
+    batch, _ = trainer.collect(0)
+    decays = []
+    for step in range(12):
+        trainer.update(batch)
+        if step in (3, 7, 11):
+            decays.append(min((1 + step) / (10 + step), 0.5))  # arXiv 2505.05470's code
+            expected = [
+                a + (1 - decays[-1]) * (p.detach() - a) for a, p in zip(expected, trainer.parameters, strict=True)
+            ]
+        for average, tensor in zip(trainer.ema.shadow_params, expected, strict=True):
+            torch.testing.assert_close(average, tensor)
+    assert decays == [4 / 13, 8 / 17, 0.5]
+
+
 def test_the_command_trains_a_pipeline_folder_on_a_users_own_prompts(folder, tmp_path, capsys):
     run = tmp_path / "run"
     command = (
