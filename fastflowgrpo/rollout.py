@@ -18,13 +18,13 @@ class Trajectory:
     """The trained steps of B samples, S each. Step j of a sample goes from latents[:, j] to latents[:, j + 1]."""
 
     latents: Tensor
-    """(B, S + 1, C, H, W) in the policy's dtype."""
+    """(B, S + 1, ...) in the policy's dtype."""
     log_probs: Tensor
     """(B, S) float32: log-prob of each step when it was sampled."""
     steps: Tensor
     """(B, S) int64 on the CPU: index of each step in the schedule."""
     final: Tensor
-    """(B, C, H, W): the clean latents, to be decoded."""
+    """(B, ...): the clean latents, to be decoded."""
 
 
 def window_starts(low: int, high: int, seeds: Sequence[int]) -> list[int]:
@@ -124,8 +124,8 @@ def sample_ode(
     unconditional: Conditioning | None = None,
     guidance_scale: float = 1.0,
 ) -> Tensor:
-    """Clean latents (B, C, H, W) by the ODE from given noise; a conditioning row per sample."""
-    coefficients = step_coefficients(policy.sigmas(num_steps), "ode")
+    """Clean latents (B, ...) by the ODE from given noise; a conditioning row per sample."""
+    coefficients = step_coefficients(policy.sigmas(num_steps, tuple(noise.shape[1:])), "ode")
     batch_size, sample = len(noise), noise.to(policy.device, policy.dtype)
     sigma = coefficients.sigma.to(policy.device, torch.float32)
     unconditional = expand_row(unconditional, batch_size)

@@ -89,7 +89,7 @@ class Trainer:
                 f"training runs in one process so far, and this one is of {self.accelerator.num_processes}"
             )
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
-        self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width)
+        self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width, config.rollout.num_frames)
         self.embed = EmbeddingCache(self.policy)
         self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device)
         update, rollout = config.update, config.rollout
@@ -100,7 +100,7 @@ class Trainer:
         self.policy.transformer, self.optimizer = self.accelerator.prepare(self.policy.transformer, self.optimizer)
         self.ema = EMAModel(self.parameters, decay=update.ema_decay) if update.ema_decay else None
         self.coefficients = step_coefficients(
-            self.policy.sigmas(rollout.num_steps), rollout.dynamics, rollout.noise_level
+            self.policy.sigmas(rollout.num_steps, self.shape), rollout.dynamics, rollout.noise_level
         )
         self.log_prob = resolve_log_prob(rollout.log_prob, rollout.dynamics)
         # The last step is sampled but never trained on.
