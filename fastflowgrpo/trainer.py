@@ -90,8 +90,10 @@ class Trainer:
             )
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width, config.rollout.num_frames)
-        self.embed = EmbeddingCache(self.policy)
-        self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device)
+        self.embed = EmbeddingCache(self.policy, config.policy.embeddings_dir)
+        if config.policy.embeddings_dir is not None:
+            self.embed.prepare(["", *(prompt.text for prompt in [*self.train_prompts, *self.eval_prompts])])
+        self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device, config.reward_frames)
         update, rollout = config.update, config.rollout
         self.parameters = self.policy.trainable_parameters()
         self.optimizer = torch.optim.AdamW(
@@ -318,8 +320,11 @@ class Trainer:
         self.report.evaluated(evaluation, self.step)
 
     def save(self) -> None:
+        folder = self.report.checkpoint(self.step)
         with self.averaged_weights():
-            self.policy.save(self.report.checkpoint(self.step))
+            self.policy.save(folder)
+        if self.ema is not None:
+            self.policy.save(folder / "raw")
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """What the training loop needs of a model, one small file per family over its diffusers pipeline."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from fastflowgrpo.shapes import PIPELINE
 Conditioning = dict[str, Tensor]
 """Prompt embeddings as the transformer takes them, one row per prompt in every tensor."""
 
-FAMILIES = {
+FAMILIES: dict[str, Callable[[DiffusionPipeline, PolicyConfig], "Policy"]] = {
     "StableDiffusion3Pipeline": SD3Policy,
     "FluxPipeline": FluxPolicy,
     "QwenImagePipeline": QwenImagePolicy,

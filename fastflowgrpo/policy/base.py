@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class DiffusersPolicy:
             self._set_attention(config.attention)
         if config.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
-        self._reference_module: nn.Module | None = None
+        self._reference_module: ModelMixin | None = None
         if config.lora is not None:
             load_lora(pipeline, config.lora, config.lora_rank)
         elif config.lora_rank:
@@ -64,6 +64,9 @@ class DiffusersPolicy:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
             for module in (self.module, self._reference_module):
                 if module is not None:
+                    module._repeated_blocks = (
+                        module._repeated_blocks or module._no_split_modules
+                    )  # SD3's has no such list
                     module.compile_repeated_blocks(fullgraph=True)
         self.transformer = self.module
 
@@ -127,7 +130,7 @@ class DiffusersPolicy:
         """A hash of what an embedding depends on besides its prompt: model, encoders' weights, length and dtype."""
         weights = {
             # a sum of the bits: exact on every device, and quick
-            f"{name}.{key}": int(tensor.view(torch.uint8).sum(dtype=torch.int64))
+            f"{name}.{key}": int(tensor.flatten().view(torch.uint8).sum(dtype=torch.int64))
             for name, encoder in self._encoders().items()
             for key, tensor in encoder.state_dict().items()
         }

@@ -5,9 +5,9 @@ from copy import deepcopy
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan, DiffusionPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastflowgrpo.config import ConfigError
 
@@ -67,7 +67,7 @@ def packed_sigmas(pipeline: DiffusionPipeline, num_steps: int, shape: tuple[int,
     return scheduler.sigmas.cpu()
 
 
-def latent_statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
+def latent_statistics(vae: AutoencoderKLWan | AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents of Wan's VAE, and of Qwen-Image's, which is made like it."""
     mean, std = (
         torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)

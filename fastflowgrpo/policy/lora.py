@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -14,7 +14,7 @@ from fastflowgrpo.config import ConfigError
 ADAPTER = "default"
 
 
-def add_lora(module: nn.Module, targets: Sequence[str], rank: int, alpha: int) -> None:
+def add_lora(module: ModelMixin, targets: Sequence[str], rank: int, alpha: int) -> None:
     """A new adapter, which changes nothing yet, on the linear layers whose names end with one of the targets.
 
     Raises:
@@ -37,11 +37,11 @@ def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> Non
     """
     module, trouble = pipeline.transformer, f"policy.lora: {source}"
     try:
-        weights = pipeline.lora_state_dict(source)
+        weights, metadata = pipeline.lora_state_dict(source, return_lora_metadata=True)
         others = sorted({name.split(".")[0] for name in weights} - {"transformer"})
         if others:
             raise ConfigError(f"{trouble} has weights for {', '.join(others)}, of which this model trains none")
-        pipeline.load_lora_weights(source, adapter_name=ADAPTER)
+        module.load_lora_adapter(weights, prefix="transformer", adapter_name=ADAPTER, metadata=metadata)
     except ConfigError:
         raise
     except Exception as error:

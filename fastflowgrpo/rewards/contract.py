@@ -14,7 +14,8 @@ class RewardBatch:
     """Images to score; the other fields have one entry per image.
 
     Attributes:
-        images: uint8 (B, 3, H, W), on any device.
+        images: uint8 (B, 3, H, W), on any device; (B, F, 3, H, W), the scored frames of videos, for a reward whose
+            attribute `videos` is true.
         prompts: the text each image was made from.
         metadata: each prompt's GenEval metadata, {} if it has none.
         group_ids: int64 (B,); images of one group share their prompt.
@@ -68,7 +69,8 @@ class Scores:
 
 Reward = Callable[[RewardBatch], Scores]
 """An attribute `pointwise` that is true says that each image's score depends on that image alone, so that several
-processes may share a group; an attribute `device`, a GPU, that the images are wanted there."""
+processes may share a group; an attribute `device`, a GPU, that the images are wanted there; an attribute `videos` that
+is true, that it takes the frames of videos together, where others are called for one frame of each after another."""
 
 
 def checked_scores(name: str, reward: Callable[[RewardBatch], Any], batch: RewardBatch) -> Scores:
