@@ -475,9 +475,7 @@ def test_compiled_blocks_are_the_same_in_rollout_and_update(folders, tmp_path, n
 
     monkeypatch.setattr(ModelMixin, "compile_repeated_blocks", quickly)
     torch._dynamo.reset()
-    config = config_of(folders(name), tmp_path, name, compile=True, dtype="bfloat16", guidance=4.5)
-    config.update.kl_weight = 0.1
-    found = ratios(config)
+    found = ratios(config_of(folders(name), tmp_path, name, compile=True, dtype="bfloat16"))
     assert with_graph
     assert all(with_graph)
     assert (found == 1).all()
