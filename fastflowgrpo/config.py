@@ -33,23 +33,25 @@ class PolicyConfig:
     """Rank of the LoRA adapter; 0 trains the whole transformer. By default 32, and 0 for the bundled model."""
     lora_alpha: int = 64
     """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
-    lora_targets: list[str] = field(
-        default_factory=lambda: [
-            "attn.to_q",
-            "attn.to_k",
-            "attn.to_v",
-            "attn.to_out.0",
-            "attn.add_q_proj",
-            "attn.add_k_proj",
-            "attn.add_v_proj",
-            "attn.to_add_out",
-        ]
-    )
-    """Names of the linear layers that carry the adapter, matched from the end of the module name."""
+    lora_targets: list[str] | None = None
+    """Names of the linear layers that carry the adapter, matched from the end of the module name; by default the model
+    family's list, see docs/models.md."""
+    lora: str | None = None
+    """LoRA to go on from, with its own rank, scale and layers: a .safetensors file, a folder or a hub id."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the transformer's blocks for the backward pass and compute the rest again."""
+    attention: str | None = None
+    """Attention backend, by diffusers' names: native, flash, xformers, ...; by default diffusers' own choice."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile."""
+    distilled_guidance: float = 3.5
+    """Guidance that FLUX.1-dev takes as an input, in training and evaluation."""
     decode_batch_size: int = 32
-    """Images decoded at once."""
+    """Images, or videos, decoded at once."""
     max_sequence_length: int | None = None
-    """Number of T5 tokens in the prompt embedding; by default 256 with a T5 encoder and 0 without."""
+    """Text tokens of a prompt embedding, T5's for SD3; by default 256 for SD3 (0 without T5) and 512 for the others."""
+    embeddings_dir: str | None = None
+    """Folder of prompt embeddings: all prompts are encoded into it at the start, then the text encoders are freed."""
 
 
 @dataclass
@@ -204,6 +206,8 @@ class Config:
     """Weight of each reward, or an object with its weight and settings; my_module:my_reward for a function of yours."""
     max_missing: float = 0.1
     """Largest share of an epoch's images that may go without a score; more stop the run."""
+    reward_frames: int = 5
+    """Frames of a video that rewards score, evenly spaced; the video's score is their mean."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -242,6 +246,7 @@ _AT_LEAST = {
         "max_missing",
         "policy.lora_rank",
         "policy.max_sequence_length",
+        "policy.distilled_guidance",
         "rollout.guidance_scale",
         "update.learning_rate",
         "update.weight_decay",
@@ -257,6 +262,7 @@ _AT_LEAST = {
         "epochs",
         "checkpoints_total_limit",
         "num_processes",
+        "reward_frames",
         "policy.lora_alpha",
         "policy.decode_batch_size",
         "prompts.per_epoch",
@@ -367,7 +373,11 @@ def validate(config: Config) -> None:
 
     policy, prompts, rollout, update = config.policy, config.prompts, config.rollout, config.update
     advantage = config.advantage
-    if policy.lora_rank != 0 and not policy.lora_targets:
+    if policy.lora is not None and policy.lora_rank == 0:
+        raise ConfigError(
+            "policy.lora_rank: is 0, which trains the whole transformer; leave it out to go on from a LoRA"
+        )
+    if policy.lora_rank != 0 and policy.lora_targets == []:
         raise ConfigError("policy.lora_targets: is empty; set policy.lora_rank to 0 to train the whole transformer")
     if rollout.dynamics == "flow_cps" and rollout.noise_level > 1:
         raise ConfigError(f"rollout.noise_level: must be at most 1 for flow_cps, got {rollout.noise_level}")

@@ -18,9 +18,9 @@ class Trajectory:
     """The trained steps of B samples, S each. Step j of a sample goes from latents[:, j] to latents[:, j + 1]."""
 
     latents: Tensor
-    """(B, S + 1, C, H, W) in the policy's dtype; (B, 0, C, H, W) if the steps are not kept."""
+    """(B, S + 1, ...) in the policy's dtype; (B, 0, ...) if the steps are not kept."""
     velocities: Tensor
-    """(B, S, C, H, W): the velocity of each step, guided, as exact as it was; (B, 0, C, H, W) if it is not kept."""
+    """(B, S, ...): the velocity of each step, guided, as exact as it was; (B, 0, ...) if it is not kept."""
     log_probs: Tensor
     """(B, S) float32: log-prob of each step when it was sampled."""
     steps: Tensor
@@ -28,7 +28,7 @@ class Trajectory:
     seeds: Tensor
     """(B,) int64: what a sample's noise is a function of, with offsets from 0 (the initial noise) to the last step."""
     final: Tensor
-    """(B, C, H, W): the clean latents, to be decoded."""
+    """(B, ...): the clean latents, to be decoded."""
 
 
 def sliding_start(low: int, high: int, stride: int, epochs: int, epoch: int) -> int:
@@ -155,8 +155,8 @@ def sample_ode(
     unconditional: Conditioning | None = None,
     guidance_scale: float = 1.0,
 ) -> Tensor:
-    """Clean latents (B, C, H, W) by the ODE from given noise; a conditioning row per sample."""
-    coefficients = step_coefficients(policy.sigmas(num_steps), "ode")
+    """Clean latents (B, ...) by the ODE from given noise; a conditioning row per sample."""
+    coefficients = step_coefficients(policy.sigmas(num_steps, tuple(noise.shape[1:])), "ode")
     sample, steps = noise.to(policy.device, policy.dtype), range(num_steps)
     return _ode_steps(policy, sample, conditioning, coefficients, steps, unconditional, guidance_scale)
 

@@ -85,9 +85,11 @@ class Trainer:
             )
         self.plan = batch_plan(config, self.accelerator.num_processes)
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
-        self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width)
-        self.embed = EmbeddingCache(self.policy)
-        self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device)
+        self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width, config.rollout.num_frames)
+        self.embed = EmbeddingCache(self.policy, config.policy.embeddings_dir)
+        if config.policy.embeddings_dir is not None:
+            self.embed.prepare(["", *(prompt.text for prompt in [*self.train_prompts, *self.eval_prompts])])
+        self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device, config.reward_frames)
         update, rollout = config.update, config.rollout
         self.parameters = self.policy.trainable_parameters()
         self.optimizer = torch.optim.AdamW(
@@ -96,7 +98,7 @@ class Trainer:
         self.policy.transformer, self.optimizer = self.accelerator.prepare(self.policy.transformer, self.optimizer)
         self.ema = EMAModel(self.parameters, decay=update.ema_decay) if update.ema_decay else None
         self.coefficients = step_coefficients(
-            self.policy.sigmas(rollout.num_steps), rollout.dynamics, rollout.noise_level
+            self.policy.sigmas(rollout.num_steps, self.shape), rollout.dynamics, rollout.noise_level
         )
         # The last step is sampled but never trained on.
         self.window_size = rollout.window_size or rollout.num_steps - 1
@@ -323,6 +325,8 @@ class Trainer:
         def write(folder: Path) -> None:
             with self.averaged_weights():
                 self.policy.save(folder)
+            if self.ema is not None:
+                self.policy.save(folder / "raw")
             training = folder / "training"
             checkpoint.save_training(
                 training, self.named_parameters(), self.optimizer, self.ema, rngs, self.report.rows

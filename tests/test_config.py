@@ -51,6 +51,7 @@ WRONG = {
         ["--rollout.dynamics", "flow_cps", "--rollout.noise_level", "1.2"],
         "rollout.noise_level: must be at most 1 for flow_cps, got 1.2",
     ),
+    "LoRA and full": (["--policy.lora", "x", "--policy.lora_rank", "0"], "policy.lora_rank: is 0, which trains"),
     "no layers": (["--policy.lora_targets", "[]"], "policy.lora_targets: is empty; set policy.lora_rank to 0"),
     "batch": (
         ["--rollout.batch_size", "100"],

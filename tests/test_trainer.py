@@ -253,11 +253,12 @@ def test_evaluation_and_checkpoint_use_the_averaged_weights(folder, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(average, trainer.parameters, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(raw, trainer.parameters, strict=True))
     trainer.save()
-    saved = tmp_path / "run/checkpoints/checkpoint-3/pytorch_lora_weights.safetensors"
+    folder = tmp_path / "run/checkpoints/checkpoint-3"
     names = [name for name, p in trainer.policy.module.named_parameters() if p.requires_grad]
-    tensors = load_file(saved)
-    for name, tensor in zip(names, average, strict=True):
-        assert torch.equal(tensors["transformer." + name.replace(".default", "")], tensor)
+    for place, weights in ((folder, average), (folder / "raw", raw)):
+        tensors = load_file(place / "pytorch_lora_weights.safetensors")
+        for name, tensor in zip(names, weights, strict=True):
+            assert torch.equal(tensors["transformer." + name.replace(".default", "")], tensor)
 
 
 def test_the_average_warms_up_with_the_number_of_updates(folder, tmp_path):
