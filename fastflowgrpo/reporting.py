@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from fastflowgrpo import __version__
 from fastflowgrpo.config import Config, ConfigError, save
 from fastflowgrpo.prompts import TAGS, Prompt
 from fastflowgrpo.rewards import Scores
@@ -87,7 +88,7 @@ class Evaluation:
             overall=sum(tags.values()) / len(tags) if tags else means["reward"],
             tags=tags,
             scores=means,
-            diversity=_diversity(groups) if copies > 1 else None,
+            diversity=rms_distances(groups).mean().item() / 255 if copies > 1 else None,
             images=len(images),
             missing=int(scores.values.isnan().sum()),
             prompts=[prompts[i].text for i in shown],
@@ -120,10 +121,9 @@ def _spread(prompts: list[Prompt], count: int) -> list[int]:
     return chosen
 
 
-def _diversity(groups: Tensor) -> float:
-    """Mean over prompts and pairs of images of the RMS difference; groups (P, n, 3, H, W) uint8."""
-    distances = torch.stack([torch.pdist(group.flatten(1) / 255).mean() for group in groups])
-    return distances.mean().item() / groups[0, 0].numel() ** 0.5
+def rms_distances(groups: Tensor) -> Tensor:
+    """The RMS difference of two samples of a group, the mean over its pairs: groups (P, n, ...) -> (P,) float32."""
+    return torch.stack([torch.pdist(group.flatten(1).float()).mean() for group in groups]) / groups[0, 0].numel() ** 0.5
 
 
 def check_output(config: Config) -> None:
@@ -223,7 +223,7 @@ class Report:
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
         missing = f"missing {evaluation.missing}" if evaluation.missing else ""
         tqdm.write(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {missing}".rstrip())
-        _grid([evaluation]).save(self.folder / "images" / f"step-{step:06d}.png")
+        image_grid([evaluation]).save(self.folder / "images" / f"step-{step:06d}.png")
 
     def checkpoint(self, step: int) -> Path:
         """The folder of a checkpoint, made."""
@@ -239,7 +239,7 @@ class Report:
             "wall_s": wall,
             "images_per_s": self.sampled / self.sampling_seconds,
             "seed": self.config.seed,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": versions(),
         }
         if self.accelerator.device.type == "cuda":
             summary["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
@@ -250,11 +250,11 @@ class Report:
             paths["curves"] = f"tensorboard --logdir {self.folder / TRACKER}"
         first, last = self.evaluations[0][1], self.evaluations[-1][1]
         summary["eval"] = {"first": first.row(), "last": last.row()}
-        (self.folder / "summary.json").write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
+        (self.folder / "summary.json").write_text(json.dumps(finite(summary), indent=2, allow_nan=False) + "\n")
         self.accelerator.end_training()
         print(_table(first, last))
         paths["images"] = self.folder / "before_after.png"
-        _grid([first, last]).save(self.folder / "before_after.png")
+        image_grid([first, last]).save(self.folder / "before_after.png")
         paths["curve"] = self._curve()
         for name, path in paths.items():
             print(f"{name:8} {path}")
@@ -262,7 +262,7 @@ class Report:
     def _log(self, row: dict[str, Any]) -> None:
         row = {**row, "wall_s": round(time.perf_counter() - self.start, 3)}
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+            file.write(json.dumps(finite(row), allow_nan=False) + "\n")
         self.accelerator.log(dict(_flat(row)), step=row["step"])
 
     def _curve(self) -> Path | str:
@@ -289,10 +289,16 @@ class Report:
         return path
 
 
-def _finite(value: Any) -> Any:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide about the numbers."""
+    packages = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "fastflowgrpo": __version__, **packages}
+
+
+def finite(value: Any) -> Any:
     """The value with None for every NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
+        return {name: finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -317,8 +323,9 @@ def _table(first: Evaluation, last: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def _grid(evaluations: list[Evaluation]) -> Image.Image:
-    """The same prompts a row each; a block of images per evaluation, framed green or red where correctness is known."""
+def image_grid(evaluations: list[Evaluation], titles: list[str] | None = None) -> Image.Image:
+    """The same prompts a row each; a block of images per evaluation, framed green or red where correctness is known,
+    under its title."""
     prompts, (_, n, _, height, width) = evaluations[0].prompts, evaluations[0].shown.shape
     if min(height, width) < MIN_CELL:
         scale, resampling = float(-(-MIN_CELL // min(height, width))), Image.Resampling.NEAREST
@@ -329,10 +336,14 @@ def _grid(evaluations: list[Evaluation]) -> Image.Image:
     text = int(max(font.getlength(prompt) for prompt in prompts)) + 16
     gap, frame = 16, 3
     block = n * (width + 2 * frame)
-    canvas = Image.new("RGB", (text + len(evaluations) * (block + gap), len(prompts) * (height + 2 * frame)), "white")
+    top = 24 if titles else 0
+    size = (text + len(evaluations) * (block + gap), top + len(prompts) * (height + 2 * frame))
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
+    for k, title in enumerate(titles or []):
+        draw.text((text + k * (block + gap) + frame, 4), title, "black", font)
     for row, prompt in enumerate(prompts):
-        y = row * (height + 2 * frame)
+        y = top + row * (height + 2 * frame)
         draw.text((8, y + height // 2 - 8), prompt, "black", font)
         for k, evaluation in enumerate(evaluations):
             for column in range(n):

@@ -1,9 +1,11 @@
 """The Flow-GRPO loop (arXiv 2505.05470): rollout, score, normalise, update, report."""
 
 import math
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,25 +17,20 @@ from torch import Tensor
 
 from fastflowgrpo.advantages import group_advantages
 from fastflowgrpo.config import Config, ConfigError, validate
+from fastflowgrpo.evaluation import sample_and_score
 from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
-from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import guided_velocity
+from fastflowgrpo.modelcard import check_push, push, write_card
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.trained import last_checkpoint
 from fastflowgrpo.prompts import Prompt, epoch_prompts, load_prompts
 from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
 from fastflowgrpo.rewards import build_rewards
 from fastflowgrpo.rewards.scoring import Scoring
-from fastflowgrpo.rollout import (
-    Trajectory,
-    expand_row,
-    repeat_rows,
-    sample_groups,
-    sample_ode,
-    sample_seeds,
-    window_starts,
-)
+from fastflowgrpo.rollout import Trajectory, expand_row, repeat_rows, sample_groups, window_starts
 from fastflowgrpo.sde import resolve_log_prob, step_coefficients
+from fastflowgrpo.shapes import scenes
 
 # Without evaluation prompts of its own, a run shows what becomes of its first training prompts.
 EVAL_PROMPTS = 16
@@ -63,8 +60,10 @@ class Trainer:
         validate(config)
         check_output(config)
         set_seed(config.seed)
+        if config.hub_model_id is not None:
+            check_push(config.hub_model_id)
         self.config = config
-        self.train_prompts, self.eval_prompts = _load_prompts(config)
+        self.train_prompts, self.eval_prompts = training_prompts(config), evaluation_prompts(config)
         available = [tracker.value for tracker in get_available_trackers()]
         for tracker in config.trackers:
             if tracker not in available:
@@ -117,6 +116,7 @@ class Trainer:
             if self.step:
                 self.save()
         self.report.finish()
+        self.publish()
 
     def _run(self) -> None:
         config = self.config
@@ -291,35 +291,39 @@ class Trainer:
     def evaluate(self) -> None:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
         config = self.config.evaluation
-        images_of: list[Tensor] = []
-        copies = config.images_per_prompt
-        prompts_at_once = max(1, config.batch_size // copies)
         guidance = self.config.rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
-        unconditional = self._unconditional(guidance)
-        with self.report.phase("evaluate"), self.averaged_weights(), torch.no_grad():
-            for begin in progress("evaluation", range(0, len(self.eval_prompts), prompts_at_once)):
-                prompts = self.eval_prompts[begin : begin + prompts_at_once]
-                conditioning = self.embed([prompt.text for prompt in prompts])
-                rows = torch.arange(len(prompts), device=self.policy.device).repeat_interleave(copies)
-                # The same noise in every run and at every step: images are compared, not their luck.
-                seeds = sample_seeds(range(begin, begin + len(prompts)), copies).to(self.policy.device)
-                noise = philox_normal(seeds, 0, (len(seeds), *self.shape))
-                latents = sample_ode(
-                    self.policy,
-                    repeat_rows(conditioning, rows),
-                    config.num_steps,
-                    noise,
-                    unconditional=unconditional,
-                    guidance_scale=guidance,
-                )
-                images_of.append(self.scoring.submit(latents, prompts, copies))
-            scores = self.scoring.finish()
-        evaluation = Evaluation.of(self.eval_prompts, torch.cat(images_of), scores, copies)
+        with self.report.phase("evaluate"), self.averaged_weights():
+            samples = sample_and_score(
+                self.policy,
+                self.embed,
+                self.scoring,
+                list(enumerate(self.eval_prompts)),
+                self.shape,
+                num_steps=config.num_steps,
+                copies=config.images_per_prompt,
+                batch_size=config.batch_size,
+                guidance_scale=guidance,
+            )
+        evaluation = Evaluation.of(self.eval_prompts, samples.images, samples.scores, config.images_per_prompt)
         self.report.evaluated(evaluation, self.step)
 
     def save(self) -> None:
         with self.averaged_weights():
             self.policy.save(self.report.checkpoint(self.step))
+
+    def publish(self) -> None:
+        """Put a model card beside the last weights, and both on the hub if that is asked for; the run is saved already,
+        and a push that fails says how to do it again."""
+        if not self.accelerator.is_main_process:
+            return
+        run = Path(self.config.output_dir)
+        checkpoint = last_checkpoint(run)
+        print(f"{'card':8} {write_card(run, checkpoint)}")
+        if self.config.hub_model_id is not None:
+            try:
+                print(f"{'hub':8} {push(run, checkpoint, self.config.hub_model_id, self.config.hub_private)}")
+            except ConfigError as error:
+                print(f"warning: {error}", file=sys.stderr)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -346,22 +350,27 @@ class Trainer:
         return self.embed([""]) if guidance_scale != 1 else None
 
 
-def _load_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, evaluation) prompts."""
-    from fastflowgrpo.shapes import scenes
+def training_prompts(config: Config) -> list[Prompt]:
+    """What a run trains on."""
+    return read_prompts("prompts.train", config.prompts.train, scenes.train_prompts)
 
-    def load(setting: str, source: str, bundled: list[Prompt]) -> list[Prompt]:
-        if source == "shapes":
-            return bundled
-        try:
-            return load_prompts(source)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"prompts.{setting}: {error}") from error
 
-    train = load("train", config.prompts.train, scenes.train_prompts())
-    if config.prompts.eval is None:
-        return train, scenes.eval_prompts() if config.prompts.train == "shapes" else train[:EVAL_PROMPTS]
-    return train, load("eval", config.prompts.eval, scenes.eval_prompts())
+def evaluation_prompts(config: Config) -> list[Prompt]:
+    """What a run evaluates on."""
+    source = config.prompts.eval or ("shapes" if config.prompts.train == "shapes" else None)
+    if source is None:
+        return training_prompts(config)[:EVAL_PROMPTS]
+    return read_prompts("prompts.eval", source, scenes.eval_prompts)
+
+
+def read_prompts(setting: str, source: str, bundled: Callable[[], list[Prompt]]) -> list[Prompt]:
+    """The prompts of a file, or the bundled ones for "shapes"; ConfigError, naming the setting, if it is wrong."""
+    if source == "shapes":
+        return bundled()
+    try:
+        return load_prompts(source)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{setting}: {error}") from error
 
 
 def group_seed(seed: int, epoch: int, group: int) -> int:
