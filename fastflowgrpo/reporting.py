@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from fastflowgrpo import checkpoint
+from fastflowgrpo import __version__, checkpoint
 from fastflowgrpo.checkpoint import Checkpoint
 from fastflowgrpo.config import Config, ConfigError, save
 from fastflowgrpo.plan import Plan
@@ -93,7 +93,7 @@ class Evaluation:
             overall=sum(tags.values()) / len(tags) if tags else means["reward"],
             tags=tags,
             scores=means,
-            diversity=_diversity(groups) if copies > 1 else None,
+            diversity=rms_distances(groups).mean().item() / 255 if copies > 1 else None,
             images=len(images),
             missing=int(scores.values.isnan().sum()),
             prompts=[prompts[i].text for i in shown],
@@ -126,10 +126,9 @@ def _spread(prompts: list[Prompt], count: int) -> list[int]:
     return chosen
 
 
-def _diversity(groups: Tensor) -> float:
-    """Mean over prompts and pairs of images of the RMS difference; groups (P, n, 3, H, W) uint8."""
-    distances = torch.stack([torch.pdist(group.flatten(1) / 255).mean() for group in groups])
-    return distances.mean().item() / groups[0, 0].numel() ** 0.5
+def rms_distances(groups: Tensor) -> Tensor:
+    """The RMS difference of two samples of a group, the mean over its pairs: groups (P, n, ...) -> (P,) float32."""
+    return torch.stack([torch.pdist(group.flatten(1).float()).mean() for group in groups]) / groups[0, 0].numel() ** 0.5
 
 
 def check_output(config: Config, resumed: Checkpoint | None) -> None:
@@ -261,7 +260,7 @@ class Report:
 
     def evaluated(self, evaluation: Evaluation, step: int) -> None:
         """One line, one row, a grid of images."""
-        _grid(evaluation).save(self._image(step))
+        image_grid([evaluation]).save(self._image(step))
         self._log({"step": step, "eval": evaluation.row()})
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
         missing = f"missing {evaluation.missing}" if evaluation.missing else ""
@@ -288,7 +287,7 @@ class Report:
             "wall_s": wall,
             "images_per_s": images / seconds,
             "seed": self.config.seed,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": versions(),
             "eval": {"first": first, "last": last},
         }
         if self.accelerator.device.type == "cuda":
@@ -316,7 +315,7 @@ class Report:
         return self.folder / "images" / f"step-{step:06d}.png"
 
     def _log(self, row: dict[str, Any]) -> None:
-        row = _finite({**row, "wall_s": round(self.wall(), 3)})
+        row = finite({**row, "wall_s": round(self.wall(), 3)})
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(checkpoint.lines([row]))
         self.rows.append(row)
@@ -345,10 +344,16 @@ class Report:
         return path
 
 
-def _finite(value: Any) -> Any:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide about the numbers."""
+    packages = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "fastflowgrpo": __version__, **packages}
+
+
+def finite(value: Any) -> Any:
     """The value with None for every NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
+        return {name: finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -373,29 +378,34 @@ def _table(first: dict[str, Any], last: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _grid(evaluation: Evaluation) -> Image.Image:
-    """A row per prompt: its text and its images, framed green or red where correctness is known."""
-    prompts, (_, n, _, height, width) = evaluation.prompts, evaluation.shown.shape
+def image_grid(evaluations: list[Evaluation], titles: list[str] | None = None) -> Image.Image:
+    """The same prompts a row each; a block of images per evaluation, framed green or red where correctness is known,
+    under its title."""
+    prompts, (_, n, _, height, width) = evaluations[0].prompts, evaluations[0].shown.shape
     if min(height, width) < MIN_CELL:
         scale, resampling = float(-(-MIN_CELL // min(height, width))), Image.Resampling.NEAREST
     else:
         scale, resampling = min(1.0, MAX_CELL / max(height, width)), Image.Resampling.LANCZOS
     height, width = round(height * scale), round(width * scale)
     gap, frame = 16, 3
-    left = _text_width(prompts)
-    canvas = Image.new("RGB", (left + n * (width + 2 * frame) + gap, len(prompts) * (height + 2 * frame)), "white")
+    left, top, block = _text_width(prompts), 24 if titles else 0, n * (width + 2 * frame)
+    size = (left + len(evaluations) * (block + gap), top + len(prompts) * (height + 2 * frame))
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
+    for k, title in enumerate(titles or []):
+        draw.text((left + k * (block + gap) + frame, 4), title, "black", _font())
     for row, prompt in enumerate(prompts):
-        y = row * (height + 2 * frame)
+        y = top + row * (height + 2 * frame)
         draw.text((8, y + height // 2 - 8), prompt, "black", _font())
-        for column in range(n):
-            x = left + column * (width + 2 * frame)
-            if evaluation.correct is not None:
-                color = "#2a9d3a" if evaluation.correct[row, column] else "#d03030"
-                draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), color)
-            pixels = evaluation.shown[row, column].permute(1, 2, 0).numpy()
-            image = Image.fromarray(pixels).resize((width, height), resampling)
-            canvas.paste(image, (x + frame, y + frame))
+        for k, evaluation in enumerate(evaluations):
+            for column in range(n):
+                x = left + k * (block + gap) + column * (width + 2 * frame)
+                if evaluation.correct is not None:
+                    color = "#2a9d3a" if evaluation.correct[row, column] else "#d03030"
+                    draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), color)
+                pixels = evaluation.shown[row, column].permute(1, 2, 0).numpy()
+                image = Image.fromarray(pixels).resize((width, height), resampling)
+                canvas.paste(image, (x + frame, y + frame))
     return canvas
 
 

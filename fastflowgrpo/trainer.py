@@ -1,6 +1,7 @@
 """The Flow-GRPO loop (arXiv 2505.05470): rollout, score, normalise, update, report."""
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +17,8 @@ from torch import Tensor
 from fastflowgrpo import checkpoint
 from fastflowgrpo.advantages import group_advantages
 from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError, validate
-from fastflowgrpo.kernels.philox import philox_normal
+from fastflowgrpo.evaluation import Samples, sample_and_score
+from fastflowgrpo.modelcard import check_push, push, write_card
 from fastflowgrpo.objective import Batch, Objective, sample_weights
 from fastflowgrpo.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
@@ -27,15 +29,7 @@ from fastflowgrpo.prompts.sources import run_prompts
 from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
 from fastflowgrpo.rewards import Scores, build_rewards
 from fastflowgrpo.rewards.scoring import Scoring
-from fastflowgrpo.rollout import (
-    Trajectory,
-    repeat_rows,
-    sample_groups,
-    sample_ode,
-    sample_seeds,
-    sliding_start,
-    window_starts,
-)
+from fastflowgrpo.rollout import Trajectory, sample_groups, sliding_start, window_starts
 from fastflowgrpo.sde import step_coefficients
 from fastflowgrpo.signals import Signals
 
@@ -52,6 +46,8 @@ class Trainer:
         resumed = checkpoint.find(config)
         check_output(config, resumed)
         set_seed(config.seed)
+        if config.hub_model_id is not None:
+            check_push(config.hub_model_id)
         self.config = config
         self.train_prompts, self.eval_prompts = run_prompts(config)
         self.prompt_digests = {
@@ -130,6 +126,7 @@ class Trainer:
                 self.report.stopped()
                 raise
             self.report.finish(self.eval_prompts)
+            self.publish()
 
     def _run(self) -> None:
         config = self.config
@@ -284,37 +281,25 @@ class Trainer:
     def evaluate(self) -> None:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
         with self.report.phase("evaluate"), self.averaged_weights():
-            images, scores = self.signals.interruptible(self.sample_evaluation)
-        evaluation = Evaluation.of(self.eval_prompts, images, scores, self.config.evaluation.images_per_prompt)
+            samples = self.signals.interruptible(self.sample_evaluation)
+        evaluation = Evaluation.of(self.eval_prompts, samples.images, samples.scores, samples.copies)
         self.report.evaluated(evaluation, self.step)
 
-    @torch.no_grad()
-    def sample_evaluation(self) -> tuple[Tensor, Scores]:
+    def sample_evaluation(self) -> Samples:
         """The evaluation's images, and their scores."""
         config = self.config.evaluation
-        images_of: list[Tensor] = []
-        copies = config.images_per_prompt
-        prompts_at_once = max(1, config.batch_size // copies)
         guidance = self.config.rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
-        unconditional = self._unconditional(guidance)
-        for begin in progress("evaluation", range(0, len(self.eval_prompts), prompts_at_once)):
-            prompts = self.eval_prompts[begin : begin + prompts_at_once]
-            conditioning = self.embed([prompt.text for prompt in prompts])
-            rows = torch.arange(len(prompts), device=self.policy.device).repeat_interleave(copies)
-            # The same noise in every run and at every step: images are compared, not their luck.
-            seeds = sample_seeds(range(begin, begin + len(prompts)), copies).to(self.policy.device)
-            noise = philox_normal(seeds, 0, (len(seeds), *self.shape))
-            latents = sample_ode(
-                self.policy,
-                repeat_rows(conditioning, rows),
-                config.num_steps,
-                noise,
-                unconditional=unconditional,
-                guidance_scale=guidance,
-            )
-            images_of.append(self.scoring.submit(latents, prompts, copies))
-        scores = self.scoring.finish()  # the images are complete once it returns
-        return torch.cat(images_of), scores
+        return sample_and_score(
+            self.policy,
+            self.embed,
+            self.scoring,
+            list(enumerate(self.eval_prompts)),
+            self.shape,
+            num_steps=config.num_steps,
+            copies=config.images_per_prompt,
+            batch_size=config.batch_size,
+            guidance_scale=guidance,
+        )
 
     def save(self) -> None:
         """Make a checkpoint of the state after the last epoch, unless there is one or nothing was trained."""
@@ -348,6 +333,20 @@ class Trainer:
         module = self.accelerator.unwrap_model(self.policy.transformer)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         return {names[id(parameter)]: parameter for parameter in self.parameters}
+
+    def publish(self) -> None:
+        """Put a model card beside the last weights, and both on the hub if that is asked for; the run is saved already,
+        and a push that fails says how to do it again."""
+        if not self.accelerator.is_main_process:
+            return
+        run = Path(self.config.output_dir)
+        last = checkpoint.saved(run)[-1]
+        print(f"{'card':8} {write_card(run, last)}")
+        if self.config.hub_model_id is not None:
+            try:
+                print(f"{'hub':8} {push(run, last, self.config.hub_model_id, self.config.hub_private)}")
+            except ConfigError as error:
+                print(f"warning: {error}", file=sys.stderr)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
