@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import yaml
@@ -166,14 +167,15 @@ class Report:
         print(*plan.lines(), sep="\n")
         self.rows: list[dict[str, Any]] = []
         """Those of metrics.jsonl."""
+        self.run_id, before = uuid4().hex[:8], 0.0
         trackers: dict[str, dict[str, Any]] = {}
-        before = 0.0
         if resumed is None:
             self._clear()
         else:
-            self.rows, before = resumed.rows(), resumed.manifest["wall_s"]
+            self.rows, self.run_id, before = resumed.rows(), resumed.manifest["run_id"], resumed.manifest["wall_s"]
             trackers = {"tensorboard": {"purge_step": resumed.step + 1}}
             self._go_on(resumed)
+        trackers["wandb"] = {"id": self.run_id, "resume": "allow"}
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         with checkpoint.replacing(self.folder / "config.yaml") as path:
             save(config, path)

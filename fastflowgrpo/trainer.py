@@ -320,6 +320,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             manifest = {
                 "epoch": self.epoch,
+                "run_id": self.report.run_id,
                 "wall_s": self.report.wall(),
                 "config": checkpoint.plain(self.config),
                 "prompts": self.prompt_digests,
