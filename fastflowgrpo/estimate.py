@@ -39,6 +39,7 @@ from torch.utils.flop_counter import flop_registry
 from fastflowgrpo.architectures import Architecture, load_architecture
 from fastflowgrpo.config import Config, ConfigError
 from fastflowgrpo.plan import Plan, batch_plan
+from fastflowgrpo.policy import FAMILIES as POLICIES
 
 CACHED_PROMPTS = 512  # what `EmbeddingCache` keeps
 FLOAT32 = 4  # bytes
@@ -200,7 +201,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     if rank is None:
         rank = 0 if config.model == "shapes" else 32
     if rank:
-        _add_adapter(transformer, rank, config.policy.lora_targets)
+        _add_adapter(transformer, rank, config.policy.lora_targets or list(POLICIES[model.pipeline].lora_targets))
     else:
         transformer.requires_grad_(True)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]

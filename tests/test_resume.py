@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastflowgrpo import Trainer, checkpoint, signals
 from fastflowgrpo.config import ConfigError, parse
+from fastflowgrpo.objective import Objective
 from fastflowgrpo.train import main
 
 # Forked from a process that has imported everything and computed nothing: a run takes a second, not ten.
@@ -151,12 +152,12 @@ def on_call(monkeypatch, owner, name, number, act):
 @pytest.mark.parametrize(
     ("place", "number", "epochs"),
     [
-        ((Trainer, "loss"), 13, 3),  # the update of the third epoch is finished
+        ((Objective, "loss"), 13, 3),  # the update of the third epoch is finished
         ((killed_run, "noisy"), 7, 2),  # in a reward's thread: the third epoch is left
         (("fastflowgrpo.rollout", "sde_step"), 30, 3),
-        (("fastflowgrpo.trainer", "sample_ode"), 2, 3),  # the evaluation after the third epoch
+        (("fastflowgrpo.evaluation", "sample_ode"), 2, 3),  # the evaluation after the third epoch
         ((checkpoint, "save_training"), 1, 2),
-        (("fastflowgrpo.reporting", "_grid"), 2, 3),
+        (("fastflowgrpo.reporting", "image_grid"), 2, 3),
         (("fastflowgrpo.reporting", "_table"), 1, 6),
     ],
 )
@@ -414,10 +415,10 @@ def test_too_many_missing_scores_stop_the_run_with_a_checkpoint(model, whole, tm
         sample = Trainer.sample
 
         def without_scores(self, epoch, chosen):
-            trajectory, conditioning, scores = sample(self, epoch, chosen)
+            *sampled, scores = sample(self, epoch, chosen)
             if epoch == 3:
                 scores.values[2:] = torch.nan
-            return trajectory, conditioning, scores
+            return *sampled, scores
 
         patched.setattr(Trainer, "sample", without_scores)
         with pytest.raises(RuntimeError, match="6 of the 8 images of epoch 3 have no score"):
