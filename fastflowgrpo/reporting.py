@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from fastflowgrpo.config import Config, ConfigError, save
+from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError, save
 from fastflowgrpo.prompts import TAGS, Prompt
 from fastflowgrpo.rewards import Scores
 
@@ -158,10 +158,11 @@ class Report:
         rollout, prompts, update = config.rollout, config.prompts, config.update
         images = prompts.per_epoch * rollout.group_size
         steps = rollout.window_size or rollout.num_steps - 1
+        trained = f"{images * steps} (image, step) pairs in " if update.algorithm in POLICY_GRADIENTS else ""
         print(
             f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}\n"
             f"an epoch: {prompts.per_epoch} groups x {rollout.group_size} = {images} images, "
-            f"{images * steps} (image, step) pairs in {update.per_epoch} updates"
+            f"{trained}{update.per_epoch} updates"
         )
 
     @contextmanager
