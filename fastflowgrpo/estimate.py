@@ -192,10 +192,10 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     """
     dtype = getattr(torch, config.policy.dtype)
     model = load_architecture(config.model, dtype)
-    transformer: Any = model.transformer
+    transformer, vae = model.transformer, model.vae
     if model.pipeline not in FAMILIES:
         raise ConfigError(f"there is no estimate for a {model.pipeline}; there are for {', '.join(FAMILIES)}")
-    modules = {"transformer": transformer, **model.text_encoders, "vae": model.vae}
+    modules = {"transformer": transformer, **model.text_encoders, "vae": vae}
     frozen = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     rank = config.policy.lora_rank
     if rank is None:
@@ -221,7 +221,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
             transformer.disable_adapters()
             reference = measure(lambda: inputs(transformer))
             transformer.enable_adapters()
-        decode = measure(lambda: model.vae.decode(latents, return_dict=False))
+        decode = measure(lambda: vae.decode(latents, return_dict=False))
     train = measure(update)
     transformer.enable_gradient_checkpointing()
     return Passes(
@@ -302,9 +302,9 @@ def _add_adapter(transformer: Any, rank: int, targets: list[str]) -> None:
 
 
 def _sd3(model: Architecture, config: Config, batch: int) -> Inputs:
-    c = _config(model.transformer)
+    c = model.transformer.config
     height, width = _latent_size(model, config, c.sample_size)
-    clip = _config(model.text_encoders["text_encoder"]).max_position_embeddings
+    clip = model.text_encoders["text_encoder"].config.max_position_embeddings
     tokens = clip + _tokens(config, 256 if "text_encoder_3" in model.text_encoders else 0)
     new = _allocator(model, batch)
     return Inputs(
@@ -318,7 +318,7 @@ def _sd3(model: Architecture, config: Config, batch: int) -> Inputs:
 
 
 def _flux(model: Architecture, config: Config, batch: int) -> Inputs:
-    c = _config(model.transformer)
+    c = model.transformer.config
     height, width = _latent_size(model, config, 128)
     tokens, patches = _tokens(config, 512), height * width // 4
     new = _allocator(model, batch)
@@ -339,7 +339,7 @@ def _flux(model: Architecture, config: Config, batch: int) -> Inputs:
 
 
 def _wan(model: Architecture, config: Config, batch: int) -> Inputs:
-    c, vae = _config(model.transformer), _config(model.vae)
+    c, vae = model.transformer.config, model.vae.config
     rollout, factor = config.rollout, vae.scale_factor_spatial
     height, width = (rollout.height or 480) // factor, (rollout.width or 832) // factor
     frames = ((rollout.num_frames or 81) - 1) // vae.scale_factor_temporal + 1
@@ -359,12 +359,8 @@ FAMILIES: dict[str, Callable[[Architecture, Config, int], Inputs]] = {
 }
 
 
-def _config(module: Any) -> Any:
-    return module.config
-
-
 def _latent_size(model: Architecture, config: Config, default: int) -> tuple[int, int]:
-    factor = 2 ** (len(_config(model.vae).block_out_channels) - 1)
+    factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
     height, width = config.rollout.height, config.rollout.width
     return (default if height is None else height // factor, default if width is None else width // factor)
 
