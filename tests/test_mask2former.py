@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor, Mask2FormerForUniversalSegmentation
 
 from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.prompts.geneval import CLASSES
 from fastflowgrpo.rewards import RewardBatch, build_rewards
 from fastflowgrpo.rewards.geneval import Detection, GenEval, check
-from fastflowgrpo.rewards.mask2former import CLASSES, Mask2FormerDetector, _best
+from fastflowgrpo.rewards.mask2former import Mask2FormerDetector, _best
 
 SIZE = (64, 128)
 COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]

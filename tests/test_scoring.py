@@ -295,3 +295,43 @@ def test_a_reward_beside_a_rollout_on_the_cpu_has_one_thread_and_the_rollout_kee
         assert (seen, torch.get_num_threads()) == ([1], 2)
     finally:
         torch.set_num_threads(before)
+
+
+def videos(latents: torch.Tensor) -> torch.Tensor:
+    """Of 9 frames, whose level is the latents' and the frame's number."""
+    levels = latents.view(-1, 1) + torch.arange(9)
+    return levels.to(torch.uint8)[:, :, None, None, None].expand(-1, -1, 3, 4, 4)
+
+
+def test_a_video_is_scored_by_the_mean_over_its_frames_and_shown_by_the_middle_one():
+    shapes = []
+
+    def lost(batch):
+        """The frame of level 15 has no score."""
+        shapes.append(tuple(batch.images.shape))
+        values = level(batch)
+        return Scores(values.where(values != 15, torch.nan), {"twice": 2 * values})
+
+    def whole(batch):
+        shapes.append(tuple(batch.images.shape))
+        return batch.images[:, :, 0, 0, 0].float().amax(1)
+
+    whole.videos = True
+    rewards = WeightedRewards({"lost": lost, "whole": whole}, {"lost": 1.0, "whole": 0.0})
+    scorer = Scoring(rewards, videos, torch.device("cpu"), frames=3)
+    images = scorer.submit(latents(10), PROMPTS, COPIES)
+    scores = scorer.finish()
+    assert sorted(shapes) == [(4, 3, 3, 4, 4), *[(4, 3, 4, 4)] * 3]
+    # frames 1, 4 and 7 of 9; level 15 is frame 4 of the second video and frame 1 of none
+    assert images[:, 0, 0, 0].tolist() == [14, 15, 16, 17]
+    assert scores.values.isnan().tolist() == [False, True, False, False]
+    assert scores.values[[0, 2, 3]].tolist() == [14, 16, 17]
+    assert scores.details["lost/twice"].tolist() == [28, 30, 32, 34]
+    assert scores.details["whole"].tolist() == [17, 18, 19, 20]
+
+
+def test_a_video_of_fewer_frames_is_scored_by_all_of_them():
+    rewards = WeightedRewards({"level": level}, {"level": 1.0})
+    scorer = Scoring(rewards, lambda latents: videos(latents)[:, :2], torch.device("cpu"), frames=5)
+    scorer.submit(latents(10), PROMPTS, COPIES)
+    assert scorer.finish().values.tolist() == [10.5, 11.5, 12.5, 13.5]

@@ -14,7 +14,8 @@ class RewardBatch:
     """Images to score; the other fields have one entry per image.
 
     Attributes:
-        images: uint8 (B, 3, H, W), on any device.
+        images: uint8 (B, 3, H, W), on any device; (B, F, 3, H, W), the scored frames of videos, for a reward whose
+            attribute `videos` is true.
         prompts: the text each image was made from.
         metadata: each prompt's GenEval metadata, {} if it has none.
         group_ids: int64 (B,); images of one group share their prompt.
@@ -80,6 +81,8 @@ Reward = Callable[[RewardBatch], Scores]
 - `pointwise`, true if each image's score depends on that image alone, so that several processes may share a group;
 - `device`, a torch.device or its name, where it wants the images; without one, that is the CPU. It gets them there if
   they were made there, and else on the CPU, so that it has to move them itself;
+- `videos`, true if it takes the frames of videos together, (B, F, 3, H, W); others are called for one frame of each
+  after another;
 - `check_prompts`, called with the run's prompts at its start; raises ValueError if it cannot score one of them.
 """
 

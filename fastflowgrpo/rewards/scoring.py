@@ -5,6 +5,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -34,12 +35,16 @@ class Scoring:
 
     Args:
         rewards: what to score with.
-        decode: from latents (B, C, H, W) to uint8 images (B, 3, h, w) on the same device.
+        decode: from latents (B, ...) to uint8 images (B, 3, h, w), or videos (B, F, 3, h, w), on the same device.
         device: of the latents.
+        frames: of a video that are scored, each the middle one of as many equal parts.
     """
 
-    def __init__(self, rewards: WeightedRewards, decode: Callable[[Tensor], Tensor], device: torch.device):
-        self.rewards, self.decode = rewards, decode
+    def __init__(
+        self, rewards: WeightedRewards, decode: Callable[[Tensor], Tensor], device: torch.device, frames: int = 1
+    ):
+        self.rewards, self.frames = rewards, frames
+        self.decode = lambda latents: self._scored_frames(decode(latents))
         self.threads = {name: _RewardThread(name, reward, device) for name, reward in rewards.rewards.items()}
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None
         self.under_way: deque[tuple[dict[str, Future[Scores]], _Events | None]] = deque()
@@ -49,7 +54,7 @@ class Scoring:
         """Begin to score `copies` images of each prompt, once at most DEPTH - 1 batches are still under way.
 
         Returns:
-            The images on the CPU, complete when `finish` returns.
+            The images on the CPU, of a video the middle one of the scored frames; complete when `finish` returns.
         """
         while len(self.under_way) >= DEPTH:
             self._await()
@@ -62,7 +67,7 @@ class Scoring:
             for name, thread in self.threads.items()
         }
         self.under_way.append((futures, events))
-        return host
+        return host if host.ndim == 4 else host[:, host.shape[1] // 2]
 
     def finish(self, show: Callable[[str], object] = lambda awaited: None) -> Scores:
         """The scores of all images since the last call, in the order in which they were submitted.
@@ -92,6 +97,13 @@ class Scoring:
                 seconds += REMIND
                 tqdm.write(f"waiting for the reward {_awaited(futures)} for {seconds:.0f} s")
         self.done.append(self.rewards.weighted({name: future.result() for name, future in futures.items()}))
+
+    def _scored_frames(self, images: Tensor) -> Tensor:
+        if images.ndim == 4:
+            return images
+        count = images.shape[1]
+        wanted = min(self.frames, count)
+        return torch.stack([images[:, (2 * i + 1) * count // (2 * wanted)] for i in range(wanted)], 1)
 
     def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor, "_Events | None"]:
         """The images, their copy on the CPU, and when each is there."""
@@ -164,9 +176,9 @@ class _RewardThread:
                 self.stream.wait_event(decoded)
                 with torch.cuda.stream(self.stream):
                     batch.images.record_stream(self.stream)
-                    return checked_scores(self.name, self.reward, batch)
+                    return self._checked(batch)
             copied.synchronize()
-        return checked_scores(self.name, self.reward, batch)
+        return self._checked(batch)
 
     def _missing(self, batch: RewardBatch, error: Exception) -> Scores:
         """No scores, and the reason printed if it is new."""
@@ -176,3 +188,15 @@ class _RewardThread:
             origin = "".join(traceback.format_exception(error.__cause__ or error))
             tqdm.write(f"{origin}reward {self.name}: {count} images not scored: {reason} (said once)")
         return Scores.missing(count, reason)
+
+    def _checked(self, batch: RewardBatch) -> Scores:
+        """The reward's scores; of videos, unless it takes these itself, the means over their frames."""
+        if batch.images.ndim == 4 or getattr(self.reward, "videos", False):
+            return checked_scores(self.name, self.reward, batch)
+        frames = [replace(batch, images=frame) for frame in batch.images.unbind(1)]
+        scores = Scores.cat([checked_scores(self.name, self.reward, frame) for frame in frames])
+        values, *details = (
+            value.view(len(frames), -1).mean(0)  # NaN where a frame's is
+            for value in (scores.values, *scores.details.values())
+        )
+        return Scores(values, dict(zip(scores.details, details, strict=True)), scores.error)
