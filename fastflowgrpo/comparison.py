@@ -13,13 +13,12 @@ from fastflowgrpo.policy import Policy, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.policy.trained import fitted_config, last_checkpoint, load_trained
 from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.prompts.sources import evaluation_prompts, run_prompts
 from fastflowgrpo.reporting import Evaluation, finite, image_grid, versions
 from fastflowgrpo.rewards import WeightedRewards, build_rewards
 from fastflowgrpo.rewards.clip import CLIP
 from fastflowgrpo.rewards.models import choose_device
 from fastflowgrpo.rewards.scoring import Scoring
-from fastflowgrpo.shapes import scenes
-from fastflowgrpo.trainer import evaluation_prompts, read_prompts
 
 WRITTEN = ("evaluation.json", "evaluation.md", "grid.png")
 
@@ -173,8 +172,8 @@ def _policy(config: EvaluateConfig, checkpoint: Path | None) -> Policy:
 
 def _prompts(config: EvaluateConfig) -> list[Prompt]:
     if config.prompts is None:
-        return evaluation_prompts(Config() if config.run is None else read_run(config.run))
-    return read_prompts("prompts", config.prompts, scenes.eval_prompts)
+        return run_prompts(Config() if config.run is None else read_run(config.run))[1]
+    return evaluation_prompts("prompts", config.prompts)
 
 
 def _rewards(config: EvaluateConfig) -> WeightedRewards:
