@@ -143,7 +143,7 @@ def test_a_lora_checkpoint_with_more_in_its_folder(lora_run, tmp_path):
     """EMA weights beside raw ones and a training state: each is taken where it is asked for."""
     checkpoint = shutil.copytree(lora_run / "checkpoints/checkpoint-2", tmp_path / "checkpoint-2")
     (checkpoint / "training_state.pt").write_bytes(b"nothing of an evaluation's")
-    (checkpoint / "raw").mkdir()
+    (checkpoint / "raw").mkdir(exist_ok=True)
     name = "pytorch_lora_weights.safetensors"
     raw = {key: 3 * tensor for key, tensor in load_file(checkpoint / name).items()}
     save_file(raw, checkpoint / "raw" / name)  # without metadata, as other trainers write it
