@@ -6,7 +6,7 @@ import platform
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastflowgrpo.config import Config, ConfigError, save
+from fastflowgrpo.processes import Processes, is_main
 from fastflowgrpo.prompts import TAGS, Prompt
 from fastflowgrpo.rewards import Scores
 
@@ -40,9 +41,10 @@ WRITTEN = (
 
 
 def progress(name: str, work: int | Iterable[Any]) -> tqdm:
-    """A progress bar over a number of steps or an iterable; none where the output is no terminal."""
+    """A progress bar over a number of steps or an iterable; none where the output is no terminal, and of several
+    processes only the first's."""
     count, iterable = (work, None) if isinstance(work, int) else (None, work)
-    return tqdm(iterable, desc=name, total=count, leave=False, disable=None)
+    return tqdm(iterable, desc=name, total=count, leave=False, disable=None if is_main() else True)
 
 
 @dataclass
@@ -68,11 +70,32 @@ class Evaluation:
     """(prompts, n) bool, if the prompts have tags."""
 
     @classmethod
-    def of(cls, prompts: list[Prompt], images: Tensor, scores: Scores, copies: int) -> "Evaluation":
-        """Summarise `copies` images of each prompt: images (P * copies, 3, H, W), scores in the same order."""
+    def of(
+        cls, prompts: list[Prompt], images: Sequence[Tensor], scores: Scores, copies: int, processes: Processes
+    ) -> "Evaluation":
+        """Summarise `copies` images of each prompt.
+
+        Collective: of the images, only those that are shown leave their process.
+
+        Args:
+            images: batches (_, 3, H, W) of the images of this process's own prompts, in order.
+            scores: of all prompts.
+        """
         values = {"reward": scores.values, **scores.details}
         means = {name: value.nanmean().item() for name, value in values.items()}
-        groups = images.unflatten(0, (-1, copies))
+        shown = _spread(prompts, 12)
+        groups = dict(
+            zip(processes.own(len(prompts)), (g for batch in images for g in batch.split(copies)), strict=True)
+        )
+        parts = processes.gather(
+            (
+                {index: _diversity(group) for index, group in groups.items()},
+                {index: groups[index][:4] for index in shown if index in groups},
+            )
+        )
+        diversity, pictures = (
+            {i: value for part in kind for i, value in part.items()} for kind in zip(*parts, strict=True)
+        )
         tag_of = [prompt.metadata.get("tag") for prompt in prompts]
         strict = values.get("geneval/strict")
         tags: dict[str, float] = {}
@@ -82,16 +105,15 @@ class Evaluation:
                 rows = [i for i, other in enumerate(tag_of) if other == tag]
                 if rows:
                     tags[tag] = strict[rows].nanmean().item()
-        shown = _spread(prompts, 12)
         return cls(
             overall=sum(tags.values()) / len(tags) if tags else means["reward"],
             tags=tags,
             scores=means,
-            diversity=_diversity(groups) if copies > 1 else None,
-            images=len(images),
+            diversity=sum(diversity[i] for i in range(len(prompts))) / len(prompts) if copies > 1 else None,
+            images=len(scores.values),
             missing=int(scores.values.isnan().sum()),
             prompts=[prompts[i].text for i in shown],
-            shown=groups[shown, :4],
+            shown=torch.stack([pictures[i] for i in shown]),
             correct=None if strict is None else strict[shown, :4] == 1,
         )
 
@@ -120,10 +142,9 @@ def _spread(prompts: list[Prompt], count: int) -> list[int]:
     return chosen
 
 
-def _diversity(groups: Tensor) -> float:
-    """Mean over prompts and pairs of images of the RMS difference; groups (P, n, 3, H, W) uint8."""
-    distances = torch.stack([torch.pdist(group.flatten(1) / 255).mean() for group in groups])
-    return distances.mean().item() / groups[0, 0].numel() ** 0.5
+def _diversity(images: Tensor) -> float:
+    """Mean over pairs of images of the RMS difference; images (n, 3, H, W) uint8. NaN for one image."""
+    return torch.pdist(images.flatten(1) / 255).mean().item() / images[0].numel() ** 0.5
 
 
 def check_output(config: Config) -> None:
@@ -136,11 +157,19 @@ def check_output(config: Config) -> None:
 
 
 class Report:
-    """Writes a run directory and prints its progress."""
+    """Writes a run directory and prints its progress; of several processes only the first does."""
 
     def __init__(self, config: Config, accelerator: Accelerator, num_parameters: int):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.sampled = 0
+        self.sampling_seconds = 0.0
+        self.evaluations: list[tuple[int, Evaluation]] = []
+        self.start = time.perf_counter()
+        self.silent = not accelerator.is_main_process
+        if self.silent:
+            return
         for name in WRITTEN:
             path = self.folder / name
             if path.is_dir():
@@ -150,16 +179,12 @@ class Report:
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         save(config, self.folder / "config.yaml")
         accelerator.init_trackers(TRACKER)
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.sampled = 0
-        self.sampling_seconds = 0.0
-        self.evaluations: list[tuple[int, Evaluation]] = []
-        self.start = time.perf_counter()
         rollout, prompts, update = config.rollout, config.prompts, config.update
         images = prompts.per_epoch * rollout.group_size
         steps = rollout.window_size or rollout.num_steps - 1
         print(
-            f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}\n"
+            f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}"
+            f"{f', {accelerator.num_processes} processes' if accelerator.num_processes > 1 else ''}\n"
             f"an epoch: {prompts.per_epoch} groups x {rollout.group_size} = {images} images, "
             f"{images * steps} (image, step) pairs in {update.per_epoch} updates"
         )
@@ -180,7 +205,8 @@ class Report:
             ConfigError: one is over the tolerance.
         """
         largest = {int(step): float(difference[steps == step].max()) for step in steps.unique()}
-        print("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
+        if not self.silent:
+            print("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
         update = self.config.update
         worst = float(difference.max())
         if not worst <= update.replay_tolerance * update.clip_range:
@@ -192,6 +218,8 @@ class Report:
 
     def epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """One line, one row."""
+        if self.silent:
+            return
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         seconds.pop("evaluate", None)
         total = sum(seconds.values())
@@ -218,6 +246,8 @@ class Report:
 
     def evaluated(self, evaluation: Evaluation, step: int) -> None:
         """One line, one row, a grid of images."""
+        if self.silent:
+            return
         self.evaluations.append((step, evaluation))
         self._log({"step": step, "eval": evaluation.row()})
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
@@ -234,6 +264,9 @@ class Report:
 
     def finish(self) -> None:
         """`summary.json`, the pictures, and the closing table."""
+        if self.silent:
+            self.accelerator.end_training()
+            return
         wall = time.perf_counter() - self.start
         summary: dict[str, Any] = {
             "wall_s": wall,

@@ -1,5 +1,6 @@
 """``python -m fastflowgrpo.train``: trains a flow-matching image model with Flow-GRPO."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         Trainer(config).run()
     except ConfigError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"process {rank}: "
+        print(f"{where}error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
@@ -20,6 +19,7 @@ from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import guided_velocity
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.processes import Processes, make_accelerator, whole
 from fastflowgrpo.prompts import Prompt, epoch_prompts, load_prompts
 from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
 from fastflowgrpo.rewards import build_rewards
@@ -43,7 +43,7 @@ TAG_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_obje
 
 @dataclass
 class Batch:
-    """The groups of an epoch, or of one update of it: G groups of `group_size` samples, in order."""
+    """This process's groups of an epoch: G groups of `group_size` samples, in order."""
 
     trajectory: Trajectory
     conditioning: Conditioning
@@ -61,16 +61,18 @@ class Trainer:
 
     def __init__(self, config: Config):
         validate(config)
-        check_output(config)
-        set_seed(config.seed)
-        self.config = config
-        self.train_prompts, self.eval_prompts = _load_prompts(config)
         available = [tracker.value for tracker in get_available_trackers()]
         for tracker in config.trackers:
             if tracker not in available:
                 raise ConfigError(
                     f'trackers: "{tracker}" is unknown or not installed; there are: {", ".join(available)}'
                 )
+        self.config = config
+        self.accelerator = make_accelerator(config.trackers, config.output_dir)
+        self.processes = Processes(self.accelerator)
+        self.processes.on_main(lambda: check_output(config))
+        set_seed(config.seed)
+        self.train_prompts, self.eval_prompts = _load_prompts(config)
         try:
             self.choose(0)
         except ValueError as error:
@@ -80,24 +82,20 @@ class Trainer:
             self.rewards.check_prompts([*self.train_prompts, *self.eval_prompts])
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        # Precision is the policy's: autocast around the trained forward pass alone would set the reference's apart.
-        self.accelerator = Accelerator(
-            mixed_precision="no", log_with=config.trackers or None, project_dir=config.output_dir
-        )
-        if self.accelerator.num_processes > 1:
-            raise ConfigError(
-                f"training runs in one process so far, and this one is of {self.accelerator.num_processes}"
-            )
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width)
         self.embed = EmbeddingCache(self.policy)
         self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device)
         update, rollout = config.update, config.rollout
-        self.parameters = self.policy.trainable_parameters()
+        parameters = self.policy.trainable_parameters()
+        num_parameters = sum(parameter.numel() for parameter in parameters)
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=update.learning_rate, betas=update.betas, weight_decay=update.weight_decay
+            parameters, lr=update.learning_rate, betas=update.betas, weight_decay=update.weight_decay
         )
-        self.policy.transformer, self.optimizer = self.accelerator.prepare(self.policy.transformer, self.optimizer)
+        self.policy.transformer, self.optimizer = self.processes.prepare(
+            self.policy.transformer, self.optimizer, update.max_grad_norm
+        )
+        self.parameters = self.policy.trainable_parameters()  # others than before where they are sharded now
         self.ema = EMAModel(self.parameters, decay=update.ema_decay) if update.ema_decay else None
         self.coefficients = step_coefficients(
             self.policy.sigmas(rollout.num_steps), rollout.dynamics, rollout.noise_level
@@ -107,7 +105,7 @@ class Trainer:
         self.window_size = rollout.window_size or rollout.num_steps - 1
         self.window_start = rollout.window_start if rollout.window_size else (0, 1)
         self.step = 0
-        self.report = Report(config, self.accelerator, sum(p.numel() for p in self.parameters))
+        self.report = Report(config, self.accelerator, num_parameters)
 
     def run(self) -> None:
         """All epochs, with an evaluation before and after. However it ends, the weights of the last epoch are saved."""
@@ -136,18 +134,19 @@ class Trainer:
         self.evaluate()
 
     def collect(self, epoch: int) -> tuple[Batch, dict[str, float]]:
-        """Sample and score the groups of an epoch."""
+        """Sample this process's groups of an epoch; the scores, the advantages and the metrics are of all."""
         config, size = self.config, self.config.rollout.group_size
         chosen = self.choose(epoch)
         groups_at_once = config.rollout.batch_size // size
-        seeds = [group_seed(config.seed, epoch, group) for group in range(len(chosen))]
+        own, sampled = self.processes.own(len(chosen)), self.processes.padded(len(chosen))
+        seeds = [group_seed(config.seed, epoch, group) for group in sampled]
         with self.report.phase("encode"):
-            conditioning = self.embed([prompt.text for prompt in chosen])
+            conditioning = self.embed([chosen[group].text for group in sampled])
             unconditional = self._unconditional(config.rollout.guidance_scale)
         parts: list[Trajectory] = []
-        steps = config.rollout.num_steps * -(-len(chosen) // groups_at_once)
+        steps = config.rollout.num_steps * -(-len(sampled) // groups_at_once)
         with progress("rollout", steps) as sampling:
-            for begin in range(0, len(chosen), groups_at_once):
+            for begin in range(0, len(sampled), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
                 with self.report.phase("rollout"):
                     part = sample_groups(
@@ -165,11 +164,12 @@ class Trainer:
                         log_prob=self.log_prob,
                         on_step=sampling.update,
                     )
-                with self.report.phase("decode"):
-                    self.scoring.submit(part.final, chosen[groups], size)
+                if prompts := [chosen[group] for group in own[groups]]:
+                    with self.report.phase("decode"):
+                        self.scoring.submit(part.final[: len(prompts) * size], prompts, size)
                 parts.append(part)
             with self.report.phase("score"):
-                scores = self.scoring.finish(sampling.set_postfix_str)
+                scores = self.processes.gather_scores(self.scoring.finish(sampling.set_postfix_str), size)
         trajectory = Trajectory(
             *(torch.cat([getattr(part, name) for part in parts]) for name in Trajectory.__dataclass_fields__)
         )
@@ -180,7 +180,7 @@ class Trainer:
                 f"max_missing allows a share of {config.max_missing:g}"
             )
         group_ids = torch.arange(len(chosen)).repeat_interleave(size)
-        advantages = group_advantages(rewards, group_ids, config.advantage.std)
+        advantages = group_advantages(rewards, group_ids, config.advantage.std).view(-1, size)[own].flatten()
         metrics = {
             "reward": rewards.nanmean().item(),
             "missing": missing,
@@ -192,13 +192,15 @@ class Trainer:
 
     def update(self, batch: Batch) -> dict[str, float]:
         """The optimiser updates of an epoch, on equal shares of its groups."""
-        config = self.config.update
-        share = len(batch.advantages) // config.per_epoch
+        config, size = self.config.update, self.config.rollout.group_size
+        share = self.config.prompts.per_epoch // config.per_epoch
         statistics: list[dict[str, Tensor]] = []
-        for begin in range(0, len(batch.advantages), share):
-            found = self.accumulate(batch, self.pairs(batch, begin, share))
+        for number in range(config.per_epoch):
+            groups = self.processes.places(number * share, (number + 1) * share)
+            pairs = self.pairs(batch, groups.start * size, (groups.stop - groups.start) * size)
+            found = self.accumulate(batch, pairs)
             if found:
-                norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)))
                 found[-1]["grad_norm"] = norm.reshape(1)
                 for parameter in self.parameters:
                     # What is not finite must not spoil the weights before `_flush` sees it and stops the run.
@@ -210,7 +212,7 @@ class Trainer:
             self.step += 1
             if self.ema is not None and self.step % config.ema_every == 0:
                 self.ema.step(self.parameters)
-        return _flush(statistics)
+        return _flush(statistics, self.processes)
 
     def pairs(self, batch: Batch, begin: int, count: int) -> list[tuple[Tensor, Tensor]]:
         """Micro-batches (rows, slots) of the (sample, step) pairs of `count` samples, less those whose advantage is 0
@@ -223,19 +225,34 @@ class Trainer:
         return list(zip(rows.repeat(self.window_size).split(size), slots.split(size), strict=True)) if len(rows) else []
 
     def accumulate(self, batch: Batch, micro_batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Tensor]]:
-        """Leave the gradient of the mean loss over the micro-batches; the statistics of each stay on the device."""
-        count = sum(len(rows) for rows, _ in micro_batches)
+        """Leave the gradient of the mean loss over the micro-batches of all processes; the statistics of this one's
+        stay on the device. Nothing happens, and [] is returned, where no process has any."""
+        counts = self.processes.gather((sum(len(rows) for rows, _ in micro_batches), len(micro_batches)))
+        count, passes = sum(pairs for pairs, _ in counts), max(number for _, number in counts)
+        if not count:
+            return []
+        mean = self.processes.count / count  # of the processes' gradients too the mean is taken
         # A log-prob is a mean over a sample's elements; float16 would round the gradient of each to 0.
-        scale = batch.trajectory.final[0].numel()
-        statistics = []
-        for rows, slots in progress("update", micro_batches):
-            loss, stats = self.loss(batch, rows, slots)
-            self.accelerator.backward(scale * loss.sum())
-            statistics.append(stats)
+        scale = mean if self.processes.steps_in_backward else batch.trajectory.final[0].numel()
+        statistics: list[dict[str, Tensor]] = [{}]
+        for number in progress("update", range(passes)):
+            with self.processes.backward_pass(self.policy.transformer, last=number + 1 == passes):
+                if number < len(micro_batches):
+                    loss, stats = self.loss(batch, *micro_batches[number])
+                    self.accelerator.backward(scale * loss.sum())
+                    statistics.append(stats)
+                else:
+                    self.accelerator.backward(0 * self.filler(batch)[0].sum())
         for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad /= scale * count
+                parameter.grad *= mean / scale
         return statistics
+
+    def filler(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one pair that does not count, while another process still has one that does: sharded weights are
+        brought together in every pass."""
+        first = torch.zeros(1, dtype=torch.int64)
+        return self.loss(replace(batch, advantages=torch.zeros(1)), first, first)
 
     def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and statistics of (sample, step) pairs, (N,) each: sample rows[i] at its trained step slots[i]."""
@@ -281,12 +298,18 @@ class Trainer:
         """Replay some of the update's micro-batches with the weights that sampled them: they must find the log-probs of
         the rollout. Every trained step takes part, and the last micro-batch, which may be smaller than the others."""
         micro_batches = self.pairs(batch, 0, len(batch.advantages))
-        if not micro_batches:
-            return
-        first = micro_batches[0][0]
-        for rows, slots in ((first, torch.arange(len(first)) % self.window_size), micro_batches[-1]):
-            _, stats = self.loss(batch, rows, slots)
-            self.report.replay(batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu())
+        found: list[tuple[Tensor, Tensor]] = []
+        if micro_batches:
+            first = micro_batches[0][0]
+            for rows, slots in ((first, torch.arange(len(first)) % self.window_size), micro_batches[-1]):
+                _, stats = self.loss(batch, rows, slots)
+                found.append((batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu()))
+        else:
+            for _ in range(2):
+                self.filler(batch)
+        everywhere = [pair for pairs in self.processes.gather(found) for pair in pairs]
+        if everywhere:
+            self.report.replay(*(torch.cat(tensors) for tensors in zip(*everywhere, strict=True)))
 
     def evaluate(self) -> None:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
@@ -297,12 +320,13 @@ class Trainer:
         guidance = self.config.rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
         unconditional = self._unconditional(guidance)
         with self.report.phase("evaluate"), self.averaged_weights(), torch.no_grad():
-            for begin in progress("evaluation", range(0, len(self.eval_prompts), prompts_at_once)):
-                prompts = self.eval_prompts[begin : begin + prompts_at_once]
-                conditioning = self.embed([prompt.text for prompt in prompts])
-                rows = torch.arange(len(prompts), device=self.policy.device).repeat_interleave(copies)
+            own, sampled = (share(len(self.eval_prompts)) for share in (self.processes.own, self.processes.padded))
+            for begin in progress("evaluation", range(0, len(sampled), prompts_at_once)):
+                now = slice(begin, begin + prompts_at_once)
+                conditioning = self.embed([self.eval_prompts[index].text for index in sampled[now]])
+                rows = torch.arange(len(sampled[now]), device=self.policy.device).repeat_interleave(copies)
                 # The same noise in every run and at every step: images are compared, not their luck.
-                seeds = sample_seeds(range(begin, begin + len(prompts)), copies).to(self.policy.device)
+                seeds = sample_seeds(sampled[now], copies).to(self.policy.device)
                 noise = philox_normal(seeds, 0, (len(seeds), *self.shape))
                 latents = sample_ode(
                     self.policy,
@@ -312,14 +336,16 @@ class Trainer:
                     unconditional=unconditional,
                     guidance_scale=guidance,
                 )
-                images_of.append(self.scoring.submit(latents, prompts, copies))
-            scores = self.scoring.finish()
-        evaluation = Evaluation.of(self.eval_prompts, torch.cat(images_of), scores, copies)
+                if prompts := [self.eval_prompts[index] for index in own[now]]:
+                    images_of.append(self.scoring.submit(latents[: len(prompts) * copies], prompts, copies))
+            scores = self.processes.gather_scores(self.scoring.finish(), copies)
+        evaluation = Evaluation.of(self.eval_prompts, images_of, scores, copies, self.processes)
         self.report.evaluated(evaluation, self.step)
 
     def save(self) -> None:
-        with self.averaged_weights():
-            self.policy.save(self.report.checkpoint(self.step))
+        with self.averaged_weights(), self.processes.whole_weights(self.policy.module):
+            if self.accelerator.is_main_process:
+                self.policy.save(self.report.checkpoint(self.step))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -369,14 +395,13 @@ def group_seed(seed: int, epoch: int, group: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, group)).generate_state(1)[0])
 
 
-def _flush(statistics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over an epoch's pairs, and the ratio's extremes: the only wait for the device in an update."""
-    if not statistics:
+def _flush(statistics: list[dict[str, Tensor]], processes: Processes) -> dict[str, float]:
+    """Means over an epoch's pairs of all processes, and the ratio's extremes: the only wait for the device in an
+    update."""
+    parts = processes.gather({name: tensor.cpu() for name, tensor in _joined(statistics).items()})
+    joined = _joined(parts)
+    if not joined:
         return {"trained_pairs": 0}
-    joined = {
-        name: torch.cat([stats[name] for stats in statistics if name in stats])
-        for name in dict.fromkeys(name for stats in statistics for name in stats)
-    }
     ratio, difference = joined["ratio"], joined.pop("log_prob_difference")
     values = {name: tensor.mean() for name, tensor in joined.items()}
     values |= {
@@ -384,7 +409,13 @@ def _flush(statistics: list[dict[str, Tensor]]) -> dict[str, float]:
         "ratio_max": ratio.max(),
         "approx_kl": (ratio - 1 - difference).mean(),
     }
-    flat = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
+    flat = {name: value.item() for name, value in values.items()}
     if not math.isfinite(flat["grad_norm"]):
         raise FloatingPointError("the gradient is not finite: lower update.learning_rate or use another policy.dtype")
     return {"trained_pairs": len(ratio), **flat}
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of each name one after the other, from the parts that have it."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}

@@ -63,7 +63,7 @@ class Scores:
             name: torch.cat([part.details.get(name, torch.full_like(part.values, torch.nan)) for part in parts])
             for name in names
         }
-        return cls(torch.cat([part.values for part in parts]), details)
+        return cls(torch.cat([torch.empty(0), *(part.values for part in parts)]), details)
 
 
 Reward = Callable[[RewardBatch], Scores]
