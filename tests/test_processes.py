@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import is_deepspeed_available
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from diffusers import StableDiffusion3Pipeline
+from PIL import Image
 from pipelines import tiny_sd3_pipeline
 from processes import CONFIGS, PROMPTS, SIZE, config_of, train
 from safetensors.torch import load_file
@@ -85,25 +88,25 @@ def assert_close(value, expected, where="row"):
         for key in expected:
             assert_close(value[key], expected[key], f"{where}.{key}")
     else:
-        assert value == pytest.approx(expected, rel=1e-3, abs=1e-5), where
+        assert value == pytest.approx(expected, rel=1e-3, abs=1e-6), where
 
 
 def assert_same_run(seen, one, folder, expected_folder):
     """The processes' samples, weights and rows are those of one process.
 
-    A batch of another size may round otherwise: an element of a velocity by some eps = 1.2e-7, which 5 steps and the
-    differences that make a gradient can raise by two or three orders, not by more.
+    A batch of another size may round otherwise, by some eps = 1.2e-7 in an element of a velocity. What comes of it was
+    found to be below 10 eps of the change, of which 1000 are allowed.
     """
     latents = {key: value for rank in seen for key, value in rank["latents"].items()}
     assert sum(len(rank["latents"]) for rank in seen) == len(latents)
     assert latents.keys() == one["latents"].keys()
     for key, value in one["latents"].items():
-        torch.testing.assert_close(latents[key], value, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(latents[key], value, rtol=1e-4, atol=1e-4)
     for name in ("change", "average"):
         for rank in seen:
             assert torch.equal(rank[name], seen[0][name])
         assert one[name].norm() > 0
-        assert (seen[0][name] - one[name]).norm() < 1e-3 * one[name].norm()
+        assert (seen[0][name] - one[name]).norm() < 1e-4 * one[name].norm()
     assert len({tuple(rank["passes"]) for rank in seen}) == 1
     found, expected = rows(folder), rows(expected_folder)
     assert len(found) == len(expected) == 4
@@ -111,7 +114,20 @@ def assert_same_run(seen, one, folder, expected_folder):
         assert_close(row, expected_row)
 
 
-@pytest.mark.parametrize("case", ["lora", "full", "lora sharded", "full sharded"])
+ZERO2 = pytest.mark.skipif(not is_deepspeed_available(), reason="DeepSpeed is not installed")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "lora",
+        "full",
+        "lora sharded",
+        "full sharded",
+        pytest.param("lora zero2", marks=ZERO2),
+        pytest.param("full zero2", marks=ZERO2),
+    ],
+)
 def test_two_processes_train_as_one_does(one, two, output, case):
     """3 groups for each update: 2 of one process and 1 of the other; micro-batches of 3 that do not divide their pairs;
     a group of equal rewards and a missing score; 5 evaluation prompts."""
@@ -138,14 +154,18 @@ def test_each_evaluation_prompt_counts_once(one, two, four, output):
         lengths = [float(len(prompt)) for prompt in PROMPTS[:5]]
         assert evaluation["scores"]["processes:place_reward/length"] == pytest.approx(sum(lengths) / 5)
         for step in (0, rows(output / name)[-1]["step"]):
-            picture = f"images/step-{step:06d}.png"
-            assert (output / name / picture).stat().st_size == (output / f"one {name}" / picture).stat().st_size
+            path = f"images/step-{step:06d}.png"
+            picture, expected = (
+                np.asarray(Image.open(output / run / path), np.float32) for run in (name, f"one {name}")
+            )
+            assert abs(picture - expected).max() <= 1 < expected.std()
 
 
 def test_only_the_first_process_writes_and_prints(two, output):
     printed = two[1]
-    assert printed.count("epoch   1/") == 4  # one for each run
-    assert printed.count("2 processes") == 5
+    runs = [path for path in output.iterdir() if path.is_dir() and path.name in two[0][0] or path.name == "bfloat16"]
+    assert printed.count("2 processes") == len(runs) >= 5
+    assert printed.count("epoch   1/") == len(runs) - 1
     assert {path.name for path in output.iterdir()} >= {"lora", "rank0.pt", "rank1.pt"}
     assert len(rows(output / "lora")) == 4
     error = f"output_dir {output / 'lora'} holds a run already: give another, or --overwrite true to replace it"
