@@ -163,7 +163,7 @@ def test_each_evaluation_prompt_counts_once(one, two, four, output):
 
 def test_only_the_first_process_writes_and_prints(two, output):
     printed = two[1]
-    runs = [path for path in output.iterdir() if path.is_dir() and path.name in two[0][0] or path.name == "bfloat16"]
+    runs = [path for path in output.iterdir() if (path.is_dir() and path.name in two[0][0]) or path.name == "bfloat16"]
     assert printed.count("2 processes") == len(runs) >= 5
     assert printed.count("epoch   1/") == len(runs) - 1
     assert {path.name for path in output.iterdir()} >= {"lora", "rank0.pt", "rank1.pt"}
