@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -32,23 +33,25 @@ class PolicyConfig:
     """Rank of the LoRA adapter; 0 trains the whole transformer. By default 32, and 0 for the bundled model."""
     lora_alpha: int = 64
     """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
-    lora_targets: list[str] = field(
-        default_factory=lambda: [
-            "attn.to_q",
-            "attn.to_k",
-            "attn.to_v",
-            "attn.to_out.0",
-            "attn.add_q_proj",
-            "attn.add_k_proj",
-            "attn.add_v_proj",
-            "attn.to_add_out",
-        ]
-    )
-    """Names of the linear layers that carry the adapter, matched from the end of the module name."""
+    lora_targets: list[str] | None = None
+    """Names of the linear layers that carry the adapter, matched from the end of the module name; by default the model
+    family's list, see docs/models.md."""
+    lora: str | None = None
+    """LoRA to go on from, with its own rank, scale and layers: a .safetensors file, a folder or a hub id."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the transformer's blocks for the backward pass and compute the rest again."""
+    attention: str | None = None
+    """Attention backend, by diffusers' names: native, flash, xformers, ...; by default diffusers' own choice."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile."""
+    distilled_guidance: float = 3.5
+    """Guidance that FLUX.1-dev takes as an input, in training and evaluation."""
     decode_batch_size: int = 32
-    """Images decoded at once."""
+    """Images, or videos, decoded at once."""
     max_sequence_length: int | None = None
-    """Number of T5 tokens in the prompt embedding; by default 256 with a T5 encoder and 0 without."""
+    """Text tokens of a prompt embedding, T5's for SD3; by default 256 for SD3 (0 without T5) and 512 for the others."""
+    embeddings_dir: str | None = None
+    """Folder of prompt embeddings: all prompts are encoded into it at the start, then the text encoders are freed."""
 
 
 @dataclass
@@ -56,9 +59,9 @@ class PromptsConfig:
     """Where prompts come from."""
 
     train: str = "shapes"
-    """Training prompts: a .txt file (one prompt a line), a GenEval .jsonl file, or "shapes"."""
+    """A .txt file (one prompt a line), a GenEval .jsonl file, or bundled ones: shapes, geneval, ocr, general."""
     eval: str | None = None
-    """Evaluation prompts, as for train; by default the bundled held-out prompts for "shapes", else none."""
+    """Evaluation prompts, as for train; by default held-out ones where train's are bundled, else some of train's."""
     per_epoch: int = 24
     """Groups (distinct prompts) per epoch."""
     mix: dict[str, float] | None = None
@@ -73,8 +76,8 @@ class RolloutConfig:
     """Images per prompt: the group that rewards are compared within."""
     num_steps: int = 10
     """Denoising steps in training (evaluation has its own)."""
-    dynamics: Literal["flow_sde", "flow_cps", "dance_sde"] = "flow_sde"
-    """Stochastic sampler of the trained steps."""
+    dynamics: Literal["flow_sde", "flow_cps", "dance_sde", "ode"] = "flow_sde"
+    """Sampler of the steps in the window; ode has no noise and no log-prob, so it is for dpo, sft and rwr alone."""
     noise_level: float = 0.7
     """Noise level a (eta for dance_sde) of the stochastic steps."""
     log_prob: Literal["auto", "normalised", "unnormalised"] = "auto"
@@ -82,7 +85,11 @@ class RolloutConfig:
     window_size: int | None = 3
     """Steps that are stochastic and trained; the others follow the ODE. null: all steps but the last."""
     window_start: tuple[int, int] = (0, 6)
-    """The window's first step is drawn from [low, high) once per group."""
+    """The window's first step is drawn from [low, high) once per group, or moves through it (window_stride)."""
+    window_stride: int = 0
+    """Steps by which the window moves, from low on and up to high - 1, in all groups at once; 0: it is drawn."""
+    window_epochs: int = 1
+    """Epochs between two moves of the window."""
     guidance_scale: float = 1.0
     """Classifier-free guidance in training; 1 runs the conditional branch alone."""
     same_noise: bool = False
@@ -91,6 +98,8 @@ class RolloutConfig:
     """Image height in pixels; by default the model's own."""
     width: int | None = None
     """Image width in pixels; by default the model's own."""
+    num_frames: int | None = None
+    """Frames of a video; by default the model's own. Only for models of videos."""
     batch_size: int = 288
     """Images sampled at once; a multiple of group_size."""
 
@@ -99,6 +108,8 @@ class RolloutConfig:
 class AdvantageConfig:
     """How rewards become advantages."""
 
+    mode: Literal["sum", "gdpo"] = "sum"
+    """Normalise the weighted sum of the rewards, or each of them before they are weighted and summed (GDPO)."""
     std: Literal["global", "group", "none"] = "global"
     """What the centred rewards are divided by: the batch's standard deviation, the group's, or nothing."""
     clip: float = 5.0
@@ -107,12 +118,23 @@ class AdvantageConfig:
 
 @dataclass
 class UpdateConfig:
-    """The policy-gradient update."""
+    """What is learned from an epoch's images, and how."""
 
+    algorithm: Literal["grpo", "grpo_guard", "dpo", "sft", "rwr"] = "grpo"
+    """Policy gradient on the sampled steps (grpo, grpo_guard), or flow matching to the images: dpo the best of a group
+    against the worst, sft the best, rwr all by weight."""
+    data: Literal["online", "offline"] = "online"
+    """Images of the policy under training or, for dpo, sft and rwr, of the model as it was loaded."""
+    noise_draws: int = 1
+    """Random noise levels at which dpo, sft and rwr learn an image."""
+    dpo_beta: float = 100.0
+    """How strongly dpo is held to the reference; lower lets it go further."""
+    rwr_temperature: float = 1.0
+    """The weights of rwr are softmax(reward / rwr_temperature) within a group."""
     per_epoch: int = 2
     """Optimiser updates per epoch; the groups of an epoch are split evenly among them."""
     batch_size: int = 288
-    """(image, step) pairs per forward and backward pass."""
+    """(image, step) or (image, noise draw) pairs per forward and backward pass."""
     learning_rate: float = 3e-4
     """AdamW learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -160,13 +182,21 @@ class Config:
     output_dir: str = "runs/shapes"
     """Run directory: config, metrics, images, checkpoints."""
     overwrite: bool = False
-    """Replace the run that output_dir already holds."""
+    """Replace the run that output_dir already holds, unless it is resumed."""
+    resume: str | None = None
+    """Go on with the run in output_dir: from its "latest" checkpoint (anew if there is none), or from this folder."""
     seed: int = 0
     """Seed of everything random."""
     epochs: int = 120
     """Epochs: rollout, scoring, update."""
-    save_every: int = 0
-    """Epochs between two saved checkpoints; 0 saves only the last."""
+    save_every: int = 20
+    """Epochs between two checkpoints; 0 saves one only when the run ends or is interrupted."""
+    checkpoints_total_limit: int | None = None
+    """Checkpoints kept, the newest; by default all."""
+    dry_run: bool = False
+    """Print the batches, the memory and the FLOPs of such a run, and stop; no weights are loaded."""
+    num_processes: int | None = None
+    """Processes that dry_run reckons with; by default those of this launch."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Experiment trackers, by accelerate's names: tensorboard, wandb, ..."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -176,6 +206,8 @@ class Config:
     """Weight of each reward, or an object with its weight and settings; my_module:my_reward for a function of yours."""
     max_missing: float = 0.1
     """Largest share of an epoch's images that may go without a score; more stop the run."""
+    reward_frames: int = 5
+    """Frames of a video that rewards score, evenly spaced; the video's score is their mean."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -214,6 +246,7 @@ _AT_LEAST = {
         "max_missing",
         "policy.lora_rank",
         "policy.max_sequence_length",
+        "policy.distilled_guidance",
         "rollout.guidance_scale",
         "update.learning_rate",
         "update.weight_decay",
@@ -221,19 +254,26 @@ _AT_LEAST = {
         "update.betas",
         "update.ema_decay",
         "rollout.window_start",
+        "rollout.window_stride",
         "evaluation.every",
         "evaluation.guidance_scale",
     ),
     1: (
         "epochs",
+        "checkpoints_total_limit",
+        "num_processes",
+        "reward_frames",
         "policy.lora_alpha",
         "policy.decode_batch_size",
         "prompts.per_epoch",
         "rollout.window_size",
+        "rollout.window_epochs",
         "rollout.height",
         "rollout.width",
+        "rollout.num_frames",
         "rollout.batch_size",
         "update.per_epoch",
+        "update.noise_draws",
         "update.batch_size",
         "update.ema_every",
         "evaluation.num_steps",
@@ -244,6 +284,8 @@ _AT_LEAST = {
 }
 _ABOVE_ZERO = (
     "update.replay_tolerance",
+    "update.dpo_beta",
+    "update.rwr_temperature",
     "rollout.noise_level",
     "advantage.clip",
     "update.max_grad_norm",
@@ -251,6 +293,52 @@ _ABOVE_ZERO = (
 )
 _AT_MOST_ONE = ("max_missing",)
 _BELOW_ONE = ("update.clip_range", "update.betas", "update.ema_decay")
+
+POLICY_GRADIENTS = ("grpo", "grpo_guard")
+# What only some choices read: (setting, the choices that do) -> settings that must stay at their defaults elsewhere.
+_READ_BY: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
+    ("update.algorithm", POLICY_GRADIENTS): (
+        "rollout.log_prob",
+        "advantage.mode",
+        "advantage.std",
+        "advantage.clip",
+        "update.clip_range",
+        "update.replay_tolerance",
+        "update.kl",
+        "update.kl_weight",
+    ),
+    ("update.algorithm", ("dpo", "sft", "rwr")): ("update.data", "update.noise_draws"),
+    ("update.algorithm", ("dpo",)): ("update.dpo_beta",),
+    ("update.algorithm", ("rwr",)): ("update.rwr_temperature",),
+    ("rollout.dynamics", ("flow_sde", "flow_cps", "dance_sde")): (
+        "rollout.noise_level",
+        "rollout.window_size",
+        "rollout.window_start",
+        "rollout.window_stride",
+        "rollout.same_noise",
+    ),
+}
+# What may be another from one start of a run to the next: it changes nothing that is computed but its rounding, or is
+# what a run that stopped asks for.
+MAY_CHANGE = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "dry_run",
+    "num_processes",
+    "epochs",
+    "save_every",
+    "checkpoints_total_limit",
+    "trackers",
+    "max_missing",
+    "policy.decode_batch_size",
+    "rollout.batch_size",
+    "update.batch_size",
+    "update.learning_rate",
+    "update.replay_tolerance",
+    "evaluation.every",
+    "evaluation.batch_size",
+)
 
 
 def validate(config: Config) -> None:
@@ -284,7 +372,12 @@ def validate(config: Config) -> None:
                 raise ConfigError(f"{name}: must be below 1, got {value}")
 
     policy, prompts, rollout, update = config.policy, config.prompts, config.rollout, config.update
-    if policy.lora_rank != 0 and not policy.lora_targets:
+    advantage = config.advantage
+    if policy.lora is not None and policy.lora_rank == 0:
+        raise ConfigError(
+            "policy.lora_rank: is 0, which trains the whole transformer; leave it out to go on from a LoRA"
+        )
+    if policy.lora_rank != 0 and policy.lora_targets == []:
         raise ConfigError("policy.lora_targets: is empty; set policy.lora_rank to 0 to train the whole transformer")
     if rollout.dynamics == "flow_cps" and rollout.noise_level > 1:
         raise ConfigError(f"rollout.noise_level: must be at most 1 for flow_cps, got {rollout.noise_level}")
@@ -294,7 +387,19 @@ def validate(config: Config) -> None:
     if prompts.per_epoch % update.per_epoch:
         division = _division(prompts.per_epoch, update.per_epoch)
         raise ConfigError(f"prompts.per_epoch: must be a multiple of update.per_epoch, but {division}")
-    if rollout.window_size is not None:
+    if update.algorithm in POLICY_GRADIENTS and rollout.dynamics == "ode":
+        raise ConfigError(
+            f"rollout.dynamics: update.algorithm {update.algorithm} learns from log-probs, and ode has none; "
+            "choose flow_sde, flow_cps or dance_sde, or update.algorithm dpo, sft or rwr"
+        )
+    _check_unread(config)
+    if advantage.mode == "gdpo" and len(config.rewards) < 2:
+        raise ConfigError("advantage.mode: gdpo normalises each of several rewards, and there is one")
+    if rollout.window_epochs != 1 and not rollout.window_stride:
+        raise ConfigError("rollout.window_epochs: the window does not move unless rollout.window_stride is above 0")
+    if rollout.window_size is None and rollout.window_stride:
+        raise ConfigError("rollout.window_stride: all steps but the last are the window; set rollout.window_size")
+    if rollout.window_size is not None and rollout.dynamics != "ode":
         low, high = rollout.window_start
         if low >= high:
             raise ConfigError(f"rollout.window_start: low must be below high, got [{low}, {high})")
@@ -304,6 +409,18 @@ def validate(config: Config) -> None:
                 f"rollout.window_start: a window of {rollout.window_size} steps from step {high - 1} on needs {needed} "
                 f"steps, but rollout.num_steps = {rollout.num_steps} has {trained}: the last is never trained"
             )
+
+
+def _check_unread(config: Config) -> None:
+    """Raises ConfigError for a setting that was changed though nothing reads it beside the others."""
+    default = Config()
+    for (chooser, readers), names in _READ_BY.items():
+        choice = attrgetter(chooser)(config)
+        if choice not in readers:
+            values = {name: (attrgetter(name)(config), attrgetter(name)(default)) for name in names}
+            unread = [f"{name} (default {was})" for name, (value, was) in values.items() if value not in (None, was)]
+            if unread:
+                raise ConfigError(f"{chooser}: {choice} does not use {', '.join(unread)}: leave at the default")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -336,9 +453,18 @@ def parse(argv: Sequence[str] | None = None) -> Config:
             if name in groups:
                 raise ConfigError(f"{name}: is a group of settings; set one of them, as in --{name}.NAME VALUE")
             _check_name(name, options)
-    config = _build(Config, _parser().parse_args(argv).as_dict())
+    config = _build(Config, _parser().parse_args(_bare_switches(argv, types)).as_dict())
     validate(config)
     return config
+
+
+def _bare_switches(argv: list[str], types: dict[str, Any]) -> list[str]:
+    """A switch without a value, such as --dry_run, is true."""
+    switches = {f"--{name}" for name, hint in types.items() if hint is bool}
+    return [
+        f"{argument}=true" if argument in switches and following.startswith("--") else argument
+        for argument, following in zip_longest(argv, argv[1:], fillvalue="--")
+    ]
 
 
 def save(config: Config, path: str | Path) -> None:

@@ -5,7 +5,7 @@ consecutive things either, such as the groups of one optimiser update.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -14,9 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastflowgrpo.config import ConfigError
@@ -77,6 +76,7 @@ class Processes:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
         self.steps_in_backward = accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def own(self, total: int) -> list[int]:
@@ -104,16 +104,23 @@ class Processes:
         rows = (order.argsort()[:, None] * copies + torch.arange(copies)).flatten()
         return Scores(joined.values[rows], {name: values[rows] for name, values in joined.details.items()})
 
-    def on_main(self, function: Callable[[], Any]) -> None:
-        """Call it on rank 0; the ConfigError that it may raise there is raised everywhere. Collective."""
-        error = None
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What it returns on rank 0, where it is called; the ConfigError that it may raise there is raised everywhere.
+        Collective."""
+        result: Any = None
         if self.rank == 0:
             try:
-                function()
-            except ConfigError as found:
-                error = found
-        if error := self.gather(error)[0]:
-            raise error
+                result = function()
+            except ConfigError as error:
+                result = error
+        result = self.gather(result)[0]
+        if isinstance(result, ConfigError):
+            raise everywhere(result)
+        return result
+
+    def all_raise(self, error: BaseException) -> bool:
+        """Whether every rank has raised an error here, so that they can still do something together."""
+        return self.count == 1 or getattr(error, "everywhere", False)
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[nn.Module, Any]:
         """The module and its optimiser, as the launcher would have them: wrapped (DDP, DeepSpeed) or sharded (FSDP2).
@@ -147,26 +154,50 @@ class Processes:
             with self.accelerator.no_sync(module):
                 yield
 
-    @contextmanager
-    def whole_weights(self, module: nn.Module) -> Iterator[None]:
-        """Inside it, on rank 0, the module's `state_dict` has the trained weights whole, on the CPU, where they are
-        sharded. Collective."""
-        if not isinstance(module, FSDPModule):
-            yield
-            return
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        whole = get_model_state_dict(module, options=options)
+    def whole_on_main(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On rank 0 the tensors, those that are sharded whole and on the CPU; {} elsewhere. Collective."""
+        found = {}
+        for name, tensor in tensors.items():
+            complete = whole(tensor)
+            if self.rank == 0:
+                found[name] = complete if complete is tensor else complete.cpu()
+        return found
 
-        def replace(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-            state.update({prefix + name: tensor for name, tensor in whole.items()})
 
-        handle = module.register_state_dict_post_hook(replace)
-        try:
-            yield
-        finally:
-            handle.remove()
+class FailedElsewhere(RuntimeError):
+    """Another process has failed, and says why itself."""
+
+
+Error = TypeVar("Error", bound=BaseException)
+
+
+def everywhere(error: Error) -> Error:
+    """Marks an error that every rank raises at the same point."""
+    error.everywhere = True  # type: ignore[attr-defined]
+    return error
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be sharded, whole. Collective where it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, sharded where the other one is."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+@contextmanager
+def showing(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside it the module's `state_dict` has these tensors in place of its own of the same names."""
+
+    def replace(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state.update({prefix + name: tensor.detach() for name, tensor in tensors.items()})
+
+    handle = module.register_state_dict_post_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -4,6 +4,7 @@ import json
 import math
 import platform
 import shutil
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,17 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
+from fastflowgrpo import checkpoint
+from fastflowgrpo.checkpoint import Checkpoint
 from fastflowgrpo.config import Config, ConfigError, save
+from fastflowgrpo.plan import Plan
 from fastflowgrpo.processes import Processes, is_main
 from fastflowgrpo.prompts import TAGS, Prompt
 from fastflowgrpo.rewards import Scores
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+SHOWN = 12  # prompts of an evaluation in pictures, or as many as there are
 MIN_CELL, MAX_CELL = 96, 256  # pixels; smaller images are enlarged in grids, larger ones shrunk
 TRACKER = "fastflowgrpo"  # project name of the trackers, and TensorBoard's folder
 # What a run writes into its folder, and all that --overwrite removes.
@@ -73,29 +79,27 @@ class Evaluation:
     def of(
         cls, prompts: list[Prompt], images: Sequence[Tensor], scores: Scores, copies: int, processes: Processes
     ) -> "Evaluation":
-        """Summarise `copies` images of each prompt.
-
-        Collective: of the images, only those that are shown leave their process.
+        """Summarise `copies` images of each prompt. Collective: of the images, only those that are shown are exchanged.
 
         Args:
-            images: batches (_, 3, H, W) of the images of this process's own prompts, in order.
+            images: of this process's own prompts, in batches (_, 3, H, W).
             scores: of all prompts.
         """
         values = {"reward": scores.values, **scores.details}
         means = {name: value.nanmean().item() for name, value in values.items()}
-        shown = _spread(prompts, 12)
-        groups = dict(
-            zip(processes.own(len(prompts)), (g for batch in images for g in batch.split(copies)), strict=True)
-        )
-        parts = processes.gather(
+        shown = _spread(prompts, SHOWN)
+        own = processes.own(len(prompts))
+        groups = dict(zip(own, (group for batch in images for group in batch.split(copies)), strict=True))
+        differences: dict[int, float] = {}
+        pictures: dict[int, Tensor] = {}
+        for part in processes.gather(
             (
                 {index: _diversity(group) for index, group in groups.items()},
                 {index: groups[index][:4] for index in shown if index in groups},
             )
-        )
-        diversity, pictures = (
-            {i: value for part in kind for i, value in part.items()} for kind in zip(*parts, strict=True)
-        )
+        ):
+            differences |= part[0]
+            pictures |= part[1]
         tag_of = [prompt.metadata.get("tag") for prompt in prompts]
         strict = values.get("geneval/strict")
         tags: dict[str, float] = {}
@@ -109,7 +113,7 @@ class Evaluation:
             overall=sum(tags.values()) / len(tags) if tags else means["reward"],
             tags=tags,
             scores=means,
-            diversity=sum(diversity[i] for i in range(len(prompts))) / len(prompts) if copies > 1 else None,
+            diversity=sum(differences[i] for i in range(len(prompts))) / len(prompts) if copies > 1 else None,
             images=len(scores.values),
             missing=int(scores.values.isnan().sum()),
             prompts=[prompts[i].text for i in shown],
@@ -147,47 +151,86 @@ def _diversity(images: Tensor) -> float:
     return torch.pdist(images.flatten(1) / 255).mean().item() / images[0].numel() ** 0.5
 
 
-def check_output(config: Config) -> None:
-    """Raises ConfigError if the output folder holds a run that may not be replaced."""
+def check_output(config: Config, resumed: Checkpoint | None) -> None:
+    """Raises ConfigError if the output folder holds a run that may be neither replaced nor gone on with."""
     folder = Path(config.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file")
-    if not config.overwrite and any((folder / name).exists() for name in WRITTEN):
-        raise ConfigError(f"output_dir {folder} holds a run already: give another, or --overwrite true to replace it")
+    if config.overwrite or resumed or not any((folder / name).exists() for name in WRITTEN):
+        return
+    if config.resume is None:
+        raise ConfigError(
+            f"output_dir {folder} holds a run already: give another, --resume latest to go on with it, "
+            "or --overwrite true to replace it"
+        )
+    # A run that was killed before its first checkpoint begins anew, and makes the same again.
+    if (folder / "config.yaml").exists():
+        before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        checkpoint.refuse_changes(folder, checkpoint.changed_settings(before, config))
 
 
 class Report:
-    """Writes a run directory and prints its progress; of several processes only the first does."""
+    """Writes a run directory and prints its progress; of several processes only the first does, while all know the
+    rows."""
 
-    def __init__(self, config: Config, accelerator: Accelerator, num_parameters: int):
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        plan: Plan,
+        num_parameters: int,
+        resumed: Checkpoint | None = None,
+    ):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
+        self.rows: list[dict[str, Any]] = resumed.rows() if resumed else []
+        """Those of metrics.jsonl."""
         self.seconds: dict[str, float] = defaultdict(float)
-        self.sampled = 0
-        self.sampling_seconds = 0.0
-        self.evaluations: list[tuple[int, Evaluation]] = []
-        self.start = time.perf_counter()
-        self.silent = not accelerator.is_main_process
-        if self.silent:
+        self.start = time.perf_counter() - (resumed.manifest["wall_s"] if resumed else 0.0)
+        self.main = accelerator.is_main_process
+        if not self.main:
             return
+        where = f", {plan.processes} processes" if plan.processes > 1 else ""
+        print(f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}{where}")
+        print(*plan.lines(), sep="\n")
+        trackers: dict[str, dict[str, Any]] = {}
+        if resumed is None:
+            self._clear()
+        else:
+            trackers = {"tensorboard": {"purge_step": resumed.step + 1}}
+            self._go_on(resumed)
+        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        with checkpoint.replacing(self.folder / "config.yaml") as path:
+            save(config, path)
+        accelerator.init_trackers(TRACKER, init_kwargs=trackers)
+
+    def _clear(self) -> None:
+        """Remove the run that is replaced."""
         for name in WRITTEN:
             path = self.folder / name
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
-        (self.folder / "images").mkdir(parents=True, exist_ok=True)
-        save(config, self.folder / "config.yaml")
-        accelerator.init_trackers(TRACKER)
-        rollout, prompts, update = config.rollout, config.prompts, config.update
-        images = prompts.per_epoch * rollout.group_size
-        steps = rollout.window_size or rollout.num_steps - 1
-        print(
-            f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}"
-            f"{f', {accelerator.num_processes} processes' if accelerator.num_processes > 1 else ''}\n"
-            f"an epoch: {prompts.per_epoch} groups x {rollout.group_size} = {images} images, "
-            f"{images * steps} (image, step) pairs in {update.per_epoch} updates"
-        )
+
+    def _go_on(self, resumed: Checkpoint) -> None:
+        """Take back what was written after the checkpoint, and say from where the run goes on."""
+        print(f"goes on from {resumed.folder}: epoch {resumed.epoch} of {self.config.epochs}")
+        for name, (old, new) in resumed.changed.items():
+            print(f"  {name} was {old}, is {new}")
+        for path in checkpoint.set_later_ones_aside(resumed):
+            print(f"  a later checkpoint is now {path}")
+        with checkpoint.replacing(self.folder / "metrics.jsonl") as path:
+            path.write_text(checkpoint.lines(self.rows))
+
+    def wall(self) -> float:
+        """Seconds that the run has taken, over all its starts."""
+        return time.perf_counter() - self.start
+
+    @property
+    def evaluated_at(self) -> int | None:
+        """The step of the last row if that is an evaluation."""
+        return self.rows[-1]["step"] if self.rows and "eval" in self.rows[-1] else None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -205,8 +248,7 @@ class Report:
             ConfigError: one is over the tolerance.
         """
         largest = {int(step): float(difference[steps == step].max()) for step in steps.unique()}
-        if not self.silent:
-            print("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
+        self._say("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
         update = self.config.update
         worst = float(difference.max())
         if not worst <= update.replay_tolerance * update.clip_range:
@@ -218,14 +260,9 @@ class Report:
 
     def epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
         """One line, one row."""
-        if self.silent:
-            return
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         seconds.pop("evaluate", None)
-        total = sum(seconds.values())
-        self.sampled += int(metrics["images"])
-        self.sampling_seconds += total
-        metrics["images_per_s"] = metrics["images"] / total
+        metrics["images_per_s"] = metrics["images"] / sum(seconds.values())
         self._log({"epoch": epoch, "step": step, **metrics, "seconds": seconds})
         parts = [
             f"epoch {epoch + 1:>{len(str(self.config.epochs))}}/{self.config.epochs}",
@@ -235,86 +272,107 @@ class Report:
             parts.append(f"accuracy {metrics['geneval/strict']:.3f}")
         if metrics["missing"]:
             parts.append(f"missing {metrics['missing']}")
-        if metrics["trained_pairs"]:
+        if "ratio" in metrics:
             parts.append(f"ratio 1{metrics['ratio_min'] - 1:+.1e}..{metrics['ratio_max'] - 1:+.1e}")
             parts.append(f"clipped {metrics['clipped_above'] + metrics['clipped_below']:.0%}")
         if "kl" in metrics:
             parts.append(f"kl {metrics['kl']:.1e}")
         parts.append(f"{metrics['images_per_s']:.0f} images/s")
         parts.append(" ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value >= 0.005) + " s")
-        tqdm.write("  ".join(parts))
+        self._say("  ".join(parts))
 
     def evaluated(self, evaluation: Evaluation, step: int) -> None:
         """One line, one row, a grid of images."""
-        if self.silent:
-            return
-        self.evaluations.append((step, evaluation))
+        if self.main:
+            _grid(evaluation).save(self._image(step))
         self._log({"step": step, "eval": evaluation.row()})
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
         missing = f"missing {evaluation.missing}" if evaluation.missing else ""
-        tqdm.write(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {missing}".rstrip())
-        _grid([evaluation]).save(self.folder / "images" / f"step-{step:06d}.png")
+        self._say(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {missing}".rstrip())
 
-    def checkpoint(self, step: int) -> Path:
-        """The folder of a checkpoint, made."""
-        folder = self.folder / "checkpoints" / f"checkpoint-{step}"
-        folder.mkdir(parents=True, exist_ok=True)
-        self.last_checkpoint = folder
-        return folder
+    def stopped(self) -> None:
+        """Say where a run that does not reach its end can go on, and close the trackers."""
+        if not self.main:
+            return
+        saved = checkpoint.saved(self.folder)
+        if saved:
+            command = f"python -m fastflowgrpo.train --config {self.folder / 'config.yaml'} --resume latest"
+            print(f"the last checkpoint is {saved[-1]}; to go on: {command}", file=sys.stderr)
+        else:
+            print("no epoch was finished: there is no checkpoint", file=sys.stderr)
+        for tracker in self.accelerator.trackers:  # and not end_training, which may wait for a process that has failed
+            tracker.finish()
 
-    def finish(self) -> None:
-        """`summary.json`, the pictures, and the closing table."""
-        if self.silent:
+    def finish(self, prompts: list[Prompt]) -> None:
+        """`summary.json`, the pictures of the evaluation prompts, and the closing table."""
+        if not self.main:
             self.accelerator.end_training()
             return
-        wall = time.perf_counter() - self.start
+        wall = self.wall()
+        trained = [row for row in self.rows if "epoch" in row]
+        evaluated = [row for row in self.rows if "eval" in row]
+        images, seconds = sum(row["images"] for row in trained), sum(sum(row["seconds"].values()) for row in trained)
+        first, last = evaluated[0]["eval"], evaluated[-1]["eval"]
         summary: dict[str, Any] = {
             "wall_s": wall,
-            "images_per_s": self.sampled / self.sampling_seconds,
+            "images_per_s": images / seconds,
             "seed": self.config.seed,
             "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "eval": {"first": first, "last": last},
         }
         if self.accelerator.device.type == "cuda":
             summary["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
             summary["gpu"] = torch.cuda.get_device_name()
-        print(f"\n{self.sampled} images in {wall:.0f} s, {summary['images_per_s']:.0f} images/s while training")
-        paths: dict[str, Path | str] = {"metrics": self.folder / "metrics.jsonl", "weights": self.last_checkpoint}
+        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        self.accelerator.end_training()
+        print(f"\n{images} images in {wall:.0f} s, {images / seconds:.0f} images/s while training")
+        print(_table(first, last))
+        paths: dict[str, Path | str] = {
+            "metrics": self.folder / "metrics.jsonl",
+            "weights": checkpoint.saved(self.folder)[-1],
+        }
         if "tensorboard" in self.config.trackers:
             paths["curves"] = f"tensorboard --logdir {self.folder / TRACKER}"
-        first, last = self.evaluations[0][1], self.evaluations[-1][1]
-        summary["eval"] = {"first": first.row(), "last": last.row()}
-        (self.folder / "summary.json").write_text(json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n")
-        self.accelerator.end_training()
-        print(_table(first, last))
-        paths["images"] = self.folder / "before_after.png"
-        _grid([first, last]).save(self.folder / "before_after.png")
-        paths["curve"] = self._curve()
+        before, after = (self._image(row["step"]) for row in (evaluated[0], evaluated[-1]))
+        if before.is_file() and after.is_file():
+            paths["images"] = self.folder / "before_after.png"
+            _beside(before, after, [prompts[i].text for i in _spread(prompts, SHOWN)]).save(paths["images"])
+        paths["curve"] = self._curve(trained, evaluated)
         for name, path in paths.items():
             print(f"{name:8} {path}")
 
+    def _say(self, text: str) -> None:
+        if self.main:
+            tqdm.write(text)
+
+    def _image(self, step: int) -> Path:
+        return self.folder / "images" / f"step-{step:06d}.png"
+
     def _log(self, row: dict[str, Any]) -> None:
-        row = {**row, "wall_s": round(time.perf_counter() - self.start, 3)}
+        row = _finite({**row, "wall_s": round(self.wall(), 3)})
+        self.rows.append(row)
+        if not self.main:
+            return
         with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(_finite(row), allow_nan=False) + "\n")
+            file.write(checkpoint.lines([row]))
         self.accelerator.log(dict(_flat(row)), step=row["step"])
 
-    def _curve(self) -> Path | str:
+    def _curve(self, trained: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> Path | str:
         """Accuracy over optimiser steps: evaluations, and the training batches behind them."""
         try:
             from matplotlib.figure import Figure
         except ImportError:
             return 'not drawn, for want of matplotlib: pip install "fastflowgrpo[demo]"'
 
-        rows = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
-        trained = [row for row in rows if "epoch" in row]
         key = "geneval/strict" if "geneval/strict" in trained[0] else "reward"
         axes.plot([r["step"] for r in trained], [r[key] for r in trained], color="0.75", lw=1, label="training batches")
-        steps = [step for step, _ in self.evaluations]
-        for tag in self.evaluations[0][1].tags:
-            axes.plot(steps, [e.tags[tag] for _, e in self.evaluations], lw=1, marker=".", label=tag)
-        axes.plot(steps, [e.overall for _, e in self.evaluations], "k", lw=2, marker="o", label="overall")
+        steps = [row["step"] for row in evaluated]
+        for tag in TAGS:
+            if tag in evaluated[0]["eval"]:
+                axes.plot(steps, [row["eval"][tag] for row in evaluated], lw=1, marker=".", label=tag)
+        axes.plot(steps, [row["eval"]["overall"] for row in evaluated], "k", lw=2, marker="o", label="overall")
         axes.set(xlabel="optimiser step", ylabel="strict accuracy" if key != "reward" else "reward")
         axes.legend(fontsize="small", ncols=2)
         path = self.folder / "curve.png"
@@ -337,43 +395,60 @@ def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
             yield prefix + name, value
 
 
-def _table(first: Evaluation, last: Evaluation) -> str:
-    """Before and after, a line per tag and score."""
+def _table(first: dict[str, Any], last: dict[str, Any]) -> str:
+    """Before and after, two `Evaluation.row`s, a line per tag and score."""
+    names = [*(tag for tag in TAGS if tag in first), "overall"]
     pairs: dict[str, tuple[float | None, float | None]] = {
-        **{tag: (first.tags[tag], last.tags[tag]) for tag in first.tags},
-        "overall": (first.overall, last.overall),
-        **{name: (value, last.scores.get(name)) for name, value in first.scores.items()},
-        "diversity": (first.diversity, last.diversity),
+        **{name: (first[name], last[name]) for name in names},
+        **{name: (value, last["scores"].get(name)) for name, value in first["scores"].items()},
+        "diversity": (first["diversity"], last["diversity"]),
     }
-    lines = [f"{f'{last.images} images':24} before   after"]
+    lines = [f"{str(last['images']) + ' images':24} before   after"]
     lines += [f"{name:24} {a:6.3f}  {b:6.3f}" for name, (a, b) in pairs.items() if a is not None and b is not None]
     return "\n".join(lines)
 
 
-def _grid(evaluations: list[Evaluation]) -> Image.Image:
-    """The same prompts a row each; a block of images per evaluation, framed green or red where correctness is known."""
-    prompts, (_, n, _, height, width) = evaluations[0].prompts, evaluations[0].shown.shape
+def _grid(evaluation: Evaluation) -> Image.Image:
+    """A row per prompt: its text and its images, framed green or red where correctness is known."""
+    prompts, (_, n, _, height, width) = evaluation.prompts, evaluation.shown.shape
     if min(height, width) < MIN_CELL:
         scale, resampling = float(-(-MIN_CELL // min(height, width))), Image.Resampling.NEAREST
     else:
         scale, resampling = min(1.0, MAX_CELL / max(height, width)), Image.Resampling.LANCZOS
     height, width = round(height * scale), round(width * scale)
-    font = ImageFont.load_default(size=14)
-    text = int(max(font.getlength(prompt) for prompt in prompts)) + 16
     gap, frame = 16, 3
-    block = n * (width + 2 * frame)
-    canvas = Image.new("RGB", (text + len(evaluations) * (block + gap), len(prompts) * (height + 2 * frame)), "white")
+    left = _text_width(prompts)
+    canvas = Image.new("RGB", (left + n * (width + 2 * frame) + gap, len(prompts) * (height + 2 * frame)), "white")
     draw = ImageDraw.Draw(canvas)
     for row, prompt in enumerate(prompts):
         y = row * (height + 2 * frame)
-        draw.text((8, y + height // 2 - 8), prompt, "black", font)
-        for k, evaluation in enumerate(evaluations):
-            for column in range(n):
-                x = text + k * (block + gap) + column * (width + 2 * frame)
-                if evaluation.correct is not None:
-                    color = "#2a9d3a" if evaluation.correct[row, column] else "#d03030"
-                    draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), color)
-                pixels = evaluation.shown[row, column].permute(1, 2, 0).numpy()
-                image = Image.fromarray(pixels).resize((width, height), resampling)
-                canvas.paste(image, (x + frame, y + frame))
+        draw.text((8, y + height // 2 - 8), prompt, "black", _font())
+        for column in range(n):
+            x = left + column * (width + 2 * frame)
+            if evaluation.correct is not None:
+                color = "#2a9d3a" if evaluation.correct[row, column] else "#d03030"
+                draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), color)
+            pixels = evaluation.shown[row, column].permute(1, 2, 0).numpy()
+            image = Image.fromarray(pixels).resize((width, height), resampling)
+            canvas.paste(image, (x + frame, y + frame))
     return canvas
+
+
+def _beside(before: Path, after: Path, prompts: list[str]) -> Image.Image:
+    """Two grids of the same prompts as one: the prompts, the images before, the images after."""
+    left = _text_width(prompts)
+    with Image.open(before) as first, Image.open(after) as last:
+        canvas = Image.new("RGB", (first.width + last.width - left, first.height))
+        canvas.paste(first)
+        canvas.paste(last.crop((left, 0, *last.size)), (first.width, 0))
+    return canvas
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=14)
+
+
+def _text_width(prompts: list[str]) -> int:
+    """Width in pixels of a grid's column of prompts."""
+    font = _font()
+    return int(max(font.getlength(prompt) for prompt in prompts)) + 16

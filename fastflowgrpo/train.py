@@ -1,6 +1,8 @@
 """``python -m fastflowgrpo.train``: trains a flow-matching image model with Flow-GRPO."""
 
+import errno
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -14,11 +16,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command line without the program; by default the process's.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can put right, 130 when interrupted.
+        The exit code: 0, 2 after an error that the user can put right, 130 after Ctrl+C, 143 after SIGTERM.
     """
     try:
         config = parse(argv)
         # Only now, so that --help and a wrong setting do not wait for torch.
+        if config.dry_run:
+            from fastflowgrpo.estimate import estimate
+            from fastflowgrpo.plan import launched_processes
+
+            print(estimate(config, config.num_processes or launched_processes()))
+            return 0
         from fastflowgrpo.trainer import Trainer
 
         Trainer(config).run()
@@ -27,9 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         where = "" if rank == "0" else f"process {rank}: "
         print(f"{where}error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print("error:", f"{config.output_dir}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "signum", signal.SIGINT)
     return 0
 
 

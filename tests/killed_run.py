@@ -1,0 +1,59 @@
+"""A training run in a forked process, killed where the test says."""
+
+import os
+import random
+import resource
+import signal
+import sys
+
+import numpy as np
+import torch
+
+from fastflowgrpo.train import main
+
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
+
+
+def noisy(batch):
+    """A reward that draws from all global random numbers: a resumed run must find them where the killed one was."""
+    sizes = batch.images.float().mean((1, 2, 3)) / 255
+    return sizes + 0.1 * torch.rand(len(sizes)) + 0.1 * np.random.rand() + 0.1 * random.random()  # noqa: NPY002
+
+
+def run(
+    arguments: list[str],
+    folder: str,
+    log: str,
+    kill_at: int | None = None,
+    count: str | None = None,
+    largest_file: int | None = None,
+) -> None:
+    """`main(arguments)`, its output in the file `log`.
+
+    Args:
+        kill_at: SIGKILL at that many touches of files in `folder`.
+        count: a file for the number of touches.
+        largest_file: bytes that a file may have, instead of a disk that is full.
+    """
+    os.setpgid(0, 0)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if largest_file:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    touches = 0
+
+    def touch(event, details):
+        nonlocal touches
+        if event in EVENTS and isinstance(details[0], str | os.PathLike) and str(details[0]).startswith(folder):
+            if touches == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            touches += 1
+
+    sys.addaudithook(touch)
+    torch.set_num_threads(1)
+    code = main(arguments)
+    if count:
+        with open(count, "w") as file:
+            file.write(str(touches))
+    sys.exit(code)
