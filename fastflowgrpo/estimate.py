@@ -201,7 +201,8 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     if rank is None:
         rank = 0 if config.model == "shapes" else 32
     if rank:
-        _add_adapter(transformer, rank, config.policy.lora_targets or list(POLICIES[model.pipeline].lora_targets))
+        family: Any = POLICIES[model.pipeline]
+        _add_adapter(transformer, rank, config.policy.lora_targets or list(family.lora_targets))
     else:
         transformer.requires_grad_(True)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]

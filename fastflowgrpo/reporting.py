@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from fastflowgrpo import __version__, checkpoint
 from fastflowgrpo.checkpoint import Checkpoint
 from fastflowgrpo.config import Config, ConfigError, save
 from fastflowgrpo.plan import Plan
+from fastflowgrpo.processes import is_main
 from fastflowgrpo.prompts import TAGS, Prompt
 from fastflowgrpo.rewards import Scores
 
@@ -47,9 +48,10 @@ WRITTEN = (
 
 
 def progress(name: str, work: int | Iterable[Any]) -> tqdm:
-    """A progress bar over a number of steps or an iterable; none where the output is no terminal."""
+    """A progress bar over a number of steps or an iterable; none where the output is no terminal, and of several
+    processes only the first's."""
     count, iterable = (work, None) if isinstance(work, int) else (None, work)
-    return tqdm(iterable, desc=name, total=count, leave=False, disable=None)
+    return tqdm(iterable, desc=name, total=count, leave=False, disable=None if is_main() else True)
 
 
 @dataclass
@@ -75,11 +77,38 @@ class Evaluation:
     """(prompts, n) bool, if the prompts have tags."""
 
     @classmethod
-    def of(cls, prompts: list[Prompt], images: Tensor, scores: Scores, copies: int) -> "Evaluation":
-        """Summarise `copies` images of each prompt: images (P * copies, 3, H, W), scores in the same order."""
+    def of(
+        cls,
+        prompts: list[Prompt],
+        images: Tensor,
+        scores: Scores,
+        copies: int,
+        own: Sequence[int] | None = None,
+        gather: Callable[[Any], list[Any]] = lambda part: [part],
+    ) -> "Evaluation":
+        """Summarise `copies` images of each prompt.
+
+        Args:
+            images: (P * copies, 3, H, W), of the prompts `own`.
+            scores: of all prompts.
+            own: indices of this process's prompts, by default all.
+            gather: gives every process's value of what it is called with: images only of those that are shown.
+        """
         values = {"reward": scores.values, **scores.details}
         means = {name: value.nanmean().item() for name, value in values.items()}
-        groups = images.unflatten(0, (-1, copies))
+        shown = _spread(prompts, SHOWN)
+        own = range(len(prompts)) if own is None else own
+        groups = dict(zip(own, images.split(copies) if len(images) else (), strict=True))
+        differences: dict[int, float] = {}
+        pictures: dict[int, Tensor] = {}
+        for part in gather(
+            (
+                {index: rms_distances(group[None]).item() / 255 for index, group in groups.items()},
+                {index: groups[index][:4] for index in shown if index in groups},
+            )
+        ):
+            differences |= part[0]
+            pictures |= part[1]
         tag_of = [prompt.metadata.get("tag") for prompt in prompts]
         strict = values.get("geneval/strict")
         tags: dict[str, float] = {}
@@ -89,16 +118,15 @@ class Evaluation:
                 rows = [i for i, other in enumerate(tag_of) if other == tag]
                 if rows:
                     tags[tag] = strict[rows].nanmean().item()
-        shown = _spread(prompts, SHOWN)
         return cls(
             overall=sum(tags.values()) / len(tags) if tags else means["reward"],
             tags=tags,
             scores=means,
-            diversity=rms_distances(groups).mean().item() / 255 if copies > 1 else None,
-            images=len(images),
+            diversity=sum(differences[i] for i in range(len(prompts))) / len(prompts) if copies > 1 else None,
+            images=len(scores.values),
             missing=int(scores.values.isnan().sum()),
             prompts=[prompts[i].text for i in shown],
-            shown=groups[shown, :4],
+            shown=torch.stack([pictures[i] for i in shown]),
             correct=None if strict is None else strict[shown, :4] == 1,
         )
 
@@ -151,7 +179,8 @@ def check_output(config: Config, resumed: Checkpoint | None) -> None:
 
 
 class Report:
-    """Writes a run directory and prints its progress."""
+    """Writes a run directory and prints its progress; of several processes only the first does, while all know the
+    rows."""
 
     def __init__(
         self,
@@ -163,16 +192,21 @@ class Report:
     ):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
-        print(f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}")
-        print(*plan.lines(), sep="\n")
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = resumed.rows() if resumed else []
         """Those of metrics.jsonl."""
-        self.run_id, before = uuid4().hex[:8], 0.0
+        self.run_id = resumed.manifest["run_id"] if resumed else uuid4().hex[:8]
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.start = time.perf_counter() - (resumed.manifest["wall_s"] if resumed else 0.0)
+        self.main = accelerator.is_main_process
+        if not self.main:
+            return
+        where = f", {plan.processes} processes" if plan.processes > 1 else ""
+        print(f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}{where}")
+        print(*plan.lines(), sep="\n")
         trackers: dict[str, dict[str, Any]] = {}
         if resumed is None:
             self._clear()
         else:
-            self.rows, self.run_id, before = resumed.rows(), resumed.manifest["run_id"], resumed.manifest["wall_s"]
             trackers = {"tensorboard": {"purge_step": resumed.step + 1}}
             self._go_on(resumed)
         trackers["wandb"] = {"id": self.run_id, "resume": "allow"}
@@ -180,8 +214,6 @@ class Report:
         with checkpoint.replacing(self.folder / "config.yaml") as path:
             save(config, path)
         accelerator.init_trackers(TRACKER, init_kwargs=trackers)
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.start = time.perf_counter() - before
 
     def _clear(self) -> None:
         """Remove the run that is replaced."""
@@ -227,7 +259,7 @@ class Report:
             ConfigError: one is over the tolerance.
         """
         largest = {int(step): float(difference[steps == step].max()) for step in steps.unique()}
-        print("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
+        self._say("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
         update = self.config.update
         worst = float(difference.max())
         if not worst <= update.replay_tolerance * update.clip_range:
@@ -258,28 +290,35 @@ class Report:
             parts.append(f"kl {metrics['kl']:.1e}")
         parts.append(f"{metrics['images_per_s']:.0f} images/s")
         parts.append(" ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value >= 0.005) + " s")
-        tqdm.write("  ".join(parts))
+        self._say("  ".join(parts))
 
     def evaluated(self, evaluation: Evaluation, step: int) -> None:
         """One line, one row, a grid of images."""
-        image_grid([evaluation]).save(self._image(step))
+        if self.main:
+            image_grid([evaluation]).save(self._image(step))
         self._log({"step": step, "eval": evaluation.row()})
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
         missing = f"missing {evaluation.missing}" if evaluation.missing else ""
-        tqdm.write(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {missing}".rstrip())
+        self._say(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {missing}".rstrip())
 
     def stopped(self) -> None:
         """Say where a run that does not reach its end can go on, and close the trackers."""
+        if not self.main:
+            return
         saved = checkpoint.saved(self.folder)
         if saved:
             command = f"python -m fastflowgrpo.train --config {self.folder / 'config.yaml'} --resume latest"
             print(f"the last checkpoint is {saved[-1]}; to go on: {command}", file=sys.stderr)
         else:
             print("no epoch was finished: there is no checkpoint", file=sys.stderr)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # and not end_training, which may wait for a process that has failed
+            tracker.finish()
 
     def finish(self, prompts: list[Prompt]) -> None:
         """`summary.json`, the pictures of the evaluation prompts, and the closing table."""
+        if not self.main:
+            self.accelerator.end_training()
+            return
         wall = self.wall()
         trained = [row for row in self.rows if "epoch" in row]
         evaluated = [row for row in self.rows if "eval" in row]
@@ -313,14 +352,20 @@ class Report:
         for name, path in paths.items():
             print(f"{name:8} {path}")
 
+    def _say(self, text: str) -> None:
+        if self.main:
+            tqdm.write(text)
+
     def _image(self, step: int) -> Path:
         return self.folder / "images" / f"step-{step:06d}.png"
 
     def _log(self, row: dict[str, Any]) -> None:
         row = finite({**row, "wall_s": round(self.wall(), 3)})
+        self.rows.append(row)
+        if not self.main:
+            return
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(checkpoint.lines([row]))
-        self.rows.append(row)
         self.accelerator.log(dict(_flat(row)), step=row["step"])
 
     def _curve(self, trained: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> Path | str:

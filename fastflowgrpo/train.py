@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         Trainer(config).run()
     except ConfigError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"process {rank}: "
+        print(f"{where}error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

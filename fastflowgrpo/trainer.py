@@ -4,13 +4,13 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from fastflowgrpo.objective import Batch, Objective, sample_weights
 from fastflowgrpo.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.processes import Processes, everywhere, make_accelerator, showing, whole
 from fastflowgrpo.prompts import Prompt, epoch_prompts
 from fastflowgrpo.prompts.geneval import MIX
 from fastflowgrpo.prompts.sources import run_prompts
@@ -43,12 +44,21 @@ class Trainer:
 
     def __init__(self, config: Config):
         validate(config)
-        resumed = checkpoint.find(config)
-        check_output(config, resumed)
+        available = [tracker.value for tracker in get_available_trackers()]
+        for tracker in config.trackers:
+            if tracker not in available:
+                raise ConfigError(
+                    f'trackers: "{tracker}" is unknown or not installed; there are: {", ".join(available)}'
+                )
+        self.config = config
+        self.accelerator = make_accelerator(config.trackers, config.output_dir)
+        self.processes = Processes(self.accelerator)
+        resumed = self.processes.on_main(lambda: _checked_output(config))
+        if resumed and self.processes.steps_in_backward:
+            raise ConfigError("resume: DeepSpeed keeps its optimiser to itself; use configs/accelerate/fsdp2.yaml")
         set_seed(config.seed)
         if config.hub_model_id is not None:
             check_push(config.hub_model_id)
-        self.config = config
         self.train_prompts, self.eval_prompts = run_prompts(config)
         self.prompt_digests = {
             "prompts.train": checkpoint.digest(self.train_prompts),
@@ -56,12 +66,6 @@ class Trainer:
         }
         if resumed:
             resumed.check_prompts(self.prompt_digests)
-        available = [tracker.value for tracker in get_available_trackers()]
-        for tracker in config.trackers:
-            if tracker not in available:
-                raise ConfigError(
-                    f'trackers: "{tracker}" is unknown or not installed; there are: {", ".join(available)}'
-                )
         try:
             self.choose(0)
         except ValueError as error:
@@ -71,15 +75,7 @@ class Trainer:
             self.rewards.check_prompts([*self.train_prompts, *self.eval_prompts])
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        # Precision is the policy's: autocast around the trained forward pass alone would set the reference's apart.
-        self.accelerator = Accelerator(
-            mixed_precision="no", log_with=config.trackers or None, project_dir=config.output_dir
-        )
-        if self.accelerator.num_processes > 1:
-            raise ConfigError(
-                f"training runs in one process so far, and this one is of {self.accelerator.num_processes}"
-            )
-        self.plan = batch_plan(config, self.accelerator.num_processes)
+        self.plan = batch_plan(config, self.processes.count)
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width, config.rollout.num_frames)
         self.embed = EmbeddingCache(self.policy, config.policy.embeddings_dir)
@@ -87,11 +83,16 @@ class Trainer:
             self.embed.prepare(["", *(prompt.text for prompt in [*self.train_prompts, *self.eval_prompts])])
         self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device, config.reward_frames)
         update, rollout = config.update, config.rollout
-        self.parameters = self.policy.trainable_parameters()
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=update.learning_rate, betas=update.betas, weight_decay=update.weight_decay
+            self.policy.trainable_parameters(),
+            lr=update.learning_rate,
+            betas=update.betas,
+            weight_decay=update.weight_decay,
         )
-        self.policy.transformer, self.optimizer = self.accelerator.prepare(self.policy.transformer, self.optimizer)
+        self.policy.transformer, self.optimizer = self.processes.prepare(
+            self.policy.transformer, self.optimizer, update.max_grad_norm
+        )
+        self.parameters = self.policy.trainable_parameters()  # others than before where they are sharded now
         self.ema = EMAModel(self.parameters, decay=update.ema_decay) if update.ema_decay else None
         self.coefficients = step_coefficients(
             self.policy.sigmas(rollout.num_steps, self.shape), rollout.dynamics, rollout.noise_level
@@ -100,11 +101,11 @@ class Trainer:
         self.window_size = rollout.window_size or rollout.num_steps - 1
         self.window_start = rollout.window_start if rollout.window_size else (0, 1)
         self.objective = Objective(config, self.policy, self.coefficients, self.window_size)
-        self.signals = Signals()
+        self.signals = Signals(self.processes)
         self.epoch = self.step = 0
         if resumed:
             checkpoint.load_training(resumed, self.named_parameters(), self.optimizer, self.ema)
-            checkpoint.load_rng(resumed, self.accelerator.process_index, self.accelerator.device)
+            checkpoint.load_rng(resumed, self.processes.rank, self.accelerator.device)
             self.epoch, self.step = resumed.epoch, resumed.step
         self.saved_step = self.step
         self.at_rest()
@@ -120,8 +121,8 @@ class Trainer:
         with self.signals:
             try:
                 self._run()
-            except BaseException:
-                if self.step == self.rest_step:
+            except BaseException as error:
+                if self.step == self.rest_step and self.processes.all_raise(error):
                     self.save()
                 self.report.stopped()
                 raise
@@ -156,15 +157,19 @@ class Trainer:
         self.rng = checkpoint.rng_state(self.accelerator.device)
 
     def collect(self, epoch: int) -> tuple[Batch, dict[str, float]]:
-        """Sample and score the groups of an epoch."""
+        """Sample and score this process's groups of an epoch; the metrics are of all, and so is what advantages are
+        relative to."""
         config, size = self.config, self.config.rollout.group_size
         chosen = self.choose(epoch)
         trajectory, conditioning, unconditional, scores = self.signals.interruptible(self.sample, epoch, chosen)
+        scores = self.processes.gather_scores(scores, size)
         rewards, missing = scores.values, int(scores.values.isnan().sum())
         if missing == len(rewards) or missing > config.max_missing * len(rewards):
-            raise RuntimeError(
-                f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
-                f"max_missing allows a share of {config.max_missing:g}; the last error: {scores.error}"
+            raise everywhere(
+                RuntimeError(
+                    f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
+                    f"max_missing allows a share of {config.max_missing:g}; the last error: {scores.error}"
+                )
             )
         if config.update.algorithm in POLICY_GRADIENTS:
             weights = self.rewards.weights
@@ -177,6 +182,7 @@ class Trainer:
             )
         else:
             advantages = sample_weights(config.update.algorithm, rewards, size, config.update.rwr_temperature)
+        advantages = advantages.view(-1, size)[self.processes.own(len(chosen))].flatten()
         metrics = {
             "reward": rewards.nanmean().item(),
             "missing": missing,
@@ -187,18 +193,19 @@ class Trainer:
         return Batch(trajectory, conditioning, unconditional, advantages), metrics
 
     def sample(self, epoch: int, chosen: list[Prompt]) -> tuple[Trajectory, Conditioning, Conditioning | None, Scores]:
-        """The trajectories of an epoch's groups, the conditioning of each group and the unconditional, the scores."""
+        """The trajectories of this process's groups, the conditioning of each and the unconditional, the scores."""
         config, size = self.config, self.config.rollout.group_size
         groups_at_once = config.rollout.batch_size // size
-        seeds = [group_seed(config.seed, epoch, group) for group in range(len(chosen))]
+        own, sampled = self.processes.own(len(chosen)), self.processes.padded(len(chosen))
+        seeds = [group_seed(config.seed, epoch, group) for group in sampled]
         with self.report.phase("encode"):
-            conditioning = self.embed([prompt.text for prompt in chosen])
+            conditioning = self.embed([chosen[group].text for group in sampled])
             unconditional = self._unconditional(config.rollout.guidance_scale)
         offline = config.update.data == "offline"
         parts: list[Trajectory] = []
-        steps = config.rollout.num_steps * -(-len(chosen) // groups_at_once)
+        steps = config.rollout.num_steps * -(-len(sampled) // groups_at_once)
         with progress("rollout", steps) as sampling:
-            for begin in range(0, len(chosen), groups_at_once):
+            for begin in range(0, len(sampled), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
                 with self.report.phase("rollout"), self.policy.reference() if offline else nullcontext():
                     part = sample_groups(
@@ -218,8 +225,9 @@ class Trainer:
                         keep_velocities=config.update.algorithm == "grpo_guard",
                         on_step=sampling.update,
                     )
-                with self.report.phase("decode"):
-                    self.scoring.submit(part.final, chosen[groups], size)
+                if prompts := [chosen[group] for group in own[groups]]:
+                    with self.report.phase("decode"):
+                        self.scoring.submit(part.final[: len(prompts) * size], prompts, size)
                 parts.append(part)
             with self.report.phase("score"):
                 scores = self.scoring.finish(sampling.set_postfix_str)
@@ -230,18 +238,25 @@ class Trainer:
 
     def update(self, batch: Batch) -> dict[str, float]:
         """The optimiser updates of an epoch, on equal shares of its groups."""
-        config = self.config.update
-        share = len(batch.advantages) // config.per_epoch
+        config, size = self.config.update, self.config.rollout.group_size
+        share = self.config.prompts.per_epoch // config.per_epoch
+        if self.processes.steps_in_backward:
+            self.rest_step = -1  # the state is that of no whole epoch before `step` says so
         statistics: list[dict[str, Tensor]] = []
-        for begin in range(0, len(batch.advantages), share):
-            found = self.accumulate(batch, self.objective.units(batch, begin, share))
+        for number in range(config.per_epoch):
+            groups = self.processes.places(number * share, (number + 1) * share)
+            units = self.objective.units(batch, groups.start * size, (groups.stop - groups.start) * size)
+            found = self.accumulate(batch, units)
             if found:
-                norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)))
                 if not math.isfinite(norm):
-                    raise FloatingPointError(
-                        "the gradient is not finite: lower update.learning_rate or use another policy.dtype"
+                    raise everywhere(
+                        FloatingPointError(
+                            "the gradient is not finite: lower update.learning_rate or use another policy.dtype"
+                        )
                     )
-                found[-1]["grad_norm"] = norm.reshape(1)
+                if self.accelerator.is_main_process:
+                    found[-1]["grad_norm"] = norm.reshape(1)
             self.step += 1  # first: from here on the state is that of no whole epoch
             self.optimizer.step()  # does nothing without a gradient
             self.optimizer.zero_grad()
@@ -250,83 +265,110 @@ class Trainer:
                 # Its decay grows to ema_decay with the number of updates, as the paper's: (1 + s) / (10 + s).
                 self.ema.optimization_step = self.step - 1
                 self.ema.step(self.parameters)
-        return _flush(statistics)
+        return _flush(self.processes.gather({name: tensor.cpu() for name, tensor in _joined(statistics).items()}))
 
     def accumulate(self, batch: Batch, micro_batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Tensor]]:
-        """Leave the gradient of the units' mean loss; the statistics of each micro-batch stay on the device."""
-        count = sum(len(rows) for rows, _ in micro_batches)
+        """Leave the gradient of the mean loss over the units of all processes; the statistics of this one's
+        micro-batches stay on the device. Without a unit on any process, nothing happens and [] is returned."""
+        counts = self.processes.gather((sum(len(rows) for rows, _ in micro_batches), len(micro_batches)))
+        count, passes = sum(units for units, _ in counts), max(number for _, number in counts)
+        if not count:
+            return []
+        mean = self.processes.count / count  # of the processes' gradients too the mean is taken
         # A log-prob, as an error, is a mean over a sample's elements; float16 would round the gradient of each to 0.
-        scale = batch.trajectory.final[0].numel()
-        statistics = []
-        for rows, slots in progress("update", micro_batches):
-            loss, stats = self.objective.loss(batch, rows, slots)
-            self.accelerator.backward(scale * loss.sum())
-            statistics.append(stats)
+        scale = mean if self.processes.steps_in_backward else batch.trajectory.final[0].numel()
+        statistics: list[dict[str, Tensor]] = [{}]
+        for number in progress("update", range(passes)):
+            with self.processes.backward_pass(self.policy.transformer, last=number + 1 == passes):
+                if number < len(micro_batches):
+                    loss, stats = self.objective.loss(batch, *micro_batches[number])
+                    self.accelerator.backward(scale * loss.sum())
+                    statistics.append(stats)
+                else:
+                    self.accelerator.backward(0 * self.filler(batch).sum())
         for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad /= scale * count
+                parameter.grad *= mean / scale
         return statistics
+
+    def filler(self, batch: Batch) -> Tensor:
+        """The loss of a unit that does not count, for a process that has none left while another has: sharded weights
+        are brought together in every pass."""
+        first, none = torch.zeros(1, dtype=torch.int64), torch.zeros(len(batch.trajectory.final))
+        return self.objective.loss(replace(batch, advantages=none), first, first)[0]
 
     def check_replay(self, batch: Batch) -> None:
         """Replay some of the update's micro-batches with the weights that sampled them: they must find the log-probs of
         the rollout. Every trained step takes part, and the last micro-batch, which may be smaller than the others."""
         micro_batches = self.objective.units(batch, 0, len(batch.advantages))
-        if not micro_batches:
-            return
-        first = micro_batches[0][0]
-        for rows, slots in ((first, torch.arange(len(first)) % self.window_size), micro_batches[-1]):
-            _, stats = self.objective.loss(batch, rows, slots)
-            self.report.replay(batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu())
+        found: list[tuple[Tensor, Tensor]] = []
+        if micro_batches:
+            first = micro_batches[0][0]
+            for rows, slots in ((first, torch.arange(len(first)) % self.window_size), micro_batches[-1]):
+                _, stats = self.objective.loss(batch, rows, slots)
+                found.append((batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu()))
+        else:
+            for _ in range(2):
+                self.filler(batch)
+        everyones = [pair for pairs in self.processes.gather(found) for pair in pairs]
+        if everyones:
+            self.report.replay(*(torch.cat(tensors) for tensors in zip(*everyones, strict=True)))
 
     def evaluate(self) -> None:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
         with self.report.phase("evaluate"), self.averaged_weights():
             samples = self.signals.interruptible(self.sample_evaluation)
-        evaluation = Evaluation.of(self.eval_prompts, samples.images, samples.scores, samples.copies)
+        own, copies = self.processes.own(len(self.eval_prompts)), samples.copies
+        scores = self.processes.gather_scores(samples.scores, copies)
+        evaluation = Evaluation.of(self.eval_prompts, samples.images, scores, copies, own, self.processes.gather)
         self.report.evaluated(evaluation, self.step)
 
     def sample_evaluation(self) -> Samples:
-        """The evaluation's images, and their scores."""
+        """The images of this process's evaluation prompts, and their scores."""
         config = self.config.evaluation
         guidance = self.config.rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
+        own, sampled = (share(len(self.eval_prompts)) for share in (self.processes.own, self.processes.padded))
         return sample_and_score(
             self.policy,
             self.embed,
             self.scoring,
-            list(enumerate(self.eval_prompts)),
+            [(index, self.eval_prompts[index]) for index in sampled],
             self.shape,
             num_steps=config.num_steps,
             copies=config.images_per_prompt,
             batch_size=config.batch_size,
             guidance_scale=guidance,
+            kept=len(own),
         )
 
     def save(self) -> None:
         """Make a checkpoint of the state after the last epoch, unless there is one or nothing was trained."""
         if self.step == self.saved_step:
             return
-        rngs = gather_object([self.rng])
+        rngs = self.processes.gather(self.rng)
+        optimizer = None if self.processes.steps_in_backward else self.optimizer
+        state = checkpoint.training_state(self.named_parameters(), optimizer, self.ema)
+        state = {name: self.processes.whole_on_main(tensors) for name, tensors in state.items()}
+        module = self.accelerator.unwrap_model(self.policy.transformer)
+        averages = self.ema.optimization_step if self.ema is not None else None
 
         def write(folder: Path) -> None:
-            with self.averaged_weights():
+            with showing(module, state["ema"] if averages else state["weights"]):
                 self.policy.save(folder)
-            if self.ema is not None:
-                self.policy.save(folder / "raw")
-            training = folder / "training"
-            checkpoint.save_training(
-                training, self.named_parameters(), self.optimizer, self.ema, rngs, self.report.rows
-            )
+            if averages is not None:
+                with showing(module, state["weights"]):
+                    self.policy.save(folder / "raw")
+            checkpoint.save_training(folder / "training", state, averages, rngs, self.report.rows)
 
-        if self.accelerator.is_main_process:
-            manifest = {
-                "epoch": self.epoch,
-                "run_id": self.report.run_id,
-                "wall_s": self.report.wall(),
-                "config": checkpoint.plain(self.config),
-                "prompts": self.prompt_digests,
-            }
-            checkpoint.save(self.config.output_dir, self.config.checkpoints_total_limit, write, manifest, self.step)
-        self.accelerator.wait_for_everyone()
+        manifest = {
+            "epoch": self.epoch,
+            "run_id": self.report.run_id,
+            "wall_s": self.report.wall(),
+            "config": checkpoint.plain(self.config),
+            "prompts": self.prompt_digests,
+        }
+        output, limit = self.config.output_dir, self.config.checkpoints_total_limit
+        self.processes.on_main(lambda: checkpoint.save(output, limit, write, manifest, self.step))
         self.saved_step = self.step
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -386,15 +428,19 @@ def group_seed(seed: int, epoch: int, group: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, group)).generate_state(1)[0])
 
 
+def _checked_output(config: Config) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, once it is known that the output folder may be written."""
+    resumed = checkpoint.find(config)
+    check_output(config, resumed)
+    return resumed
+
+
 def _flush(statistics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over an epoch's units, and the ratio's extremes: the only wait for the device in an update."""
-    if not statistics:
+    """Means over an epoch's units, and the ratio's extremes, of statistics on the CPU."""
+    joined = _joined(statistics)
+    if not joined:
         return {"trained_pairs": 0}
-    joined = {
-        name: torch.cat([stats[name] for stats in statistics if name in stats])
-        for name in dict.fromkeys(name for stats in statistics for name in stats)
-    }
-    units = len(next(iter(joined.values())))
+    units = max(len(tensor) for tensor in joined.values())
     difference = joined.pop("log_prob_difference", None)
     values = {name: tensor.mean() for name, tensor in joined.items()}
     if difference is not None:
@@ -404,5 +450,10 @@ def _flush(statistics: list[dict[str, Tensor]]) -> dict[str, float]:
             "ratio_max": ratio.max(),
             "approx_kl": (ratio - 1 - difference).mean(),
         }
-    flat = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
-    return {"trained_pairs": units, **flat}
+    return {"trained_pairs": units, **{name: value.item() for name, value in values.items()}}
+
+
+def _joined(statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of each name one after the other, from the parts that have it."""
+    names = dict.fromkeys(name for part in statistics for name in part)
+    return {name: torch.cat([part[name] for part in statistics if name in part]) for name in names}

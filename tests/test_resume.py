@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastflowgrpo import Trainer, checkpoint, signals
 from fastflowgrpo.config import ConfigError, parse
 from fastflowgrpo.objective import Objective
+from fastflowgrpo.processes import Processes, make_accelerator
 from fastflowgrpo.train import main
 
 # Forked from a process that has imported everything and computed nothing: a run takes a second, not ten.
@@ -196,11 +197,11 @@ def test_a_signal_in_the_first_epoch_leaves_nothing_to_resume_and_the_same_comma
     assert result(tmp_path / "run") == result(whole[4])
 
 
-def test_a_second_ctrl_c_ends_at_once_and_what_a_launcher_passes_on_does_not(monkeypatch):
+def test_a_second_ctrl_c_ends_at_once_and_what_a_launcher_passes_on_does_not(monkeypatch, tmp_path):
     exits, now = [], [100.0]
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with signals.Signals() as received:
+    with signals.Signals(Processes(make_accelerator([], str(tmp_path)))) as received:
         for later, signum in ((0, signal.SIGINT), (0.5, signal.SIGINT), (5, signal.SIGTERM)):
             now[0] += later
             signal.raise_signal(signum)
@@ -212,9 +213,9 @@ def test_a_second_ctrl_c_ends_at_once_and_what_a_launcher_passes_on_does_not(mon
         assert interrupted.value.signum == signal.SIGINT
 
 
-def test_a_background_job_still_ignores_ctrl_c():
+def test_a_background_job_still_ignores_ctrl_c(tmp_path):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with signals.Signals() as received:
+    with signals.Signals(Processes(make_accelerator([], str(tmp_path)))) as received:
         signal.raise_signal(signal.SIGINT)
         assert received.interruptible(lambda: 1) == 1
         signal.raise_signal(signal.SIGTERM)
