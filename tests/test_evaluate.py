@@ -287,9 +287,9 @@ def test_every_setting_comes_from_the_run_or_the_command_line(lora_run):
         ("--run {tmp}", "run {tmp} has no checkpoint yet"),
         ("--checkpoint nowhere", "checkpoint nowhere: there is no such folder"),
         ("--checkpoint {tmp}", "checkpoint {tmp}: has neither pytorch_lora_weights.safetensors nor transformer/"),
-        ("--checkpoint {tmp}/torn", "checkpoint {tmp}/torn/pytorch_lora_weights.safetensors: cannot be read: "),
-        ("--checkpoint {tmp}/foreign", "checkpoint {tmp}/foreign/pytorch_lora_weights.safetensors: a LoRA of unet."),
-        ("--checkpoint {lora} {plain}", "checkpoint {lora} does not fit the model: "),
+        ("--checkpoint {tmp}/torn", "checkpoint {tmp}/torn cannot be loaded into a SD3Transformer2DModel: "),
+        ("--checkpoint {tmp}/foreign", "checkpoint {tmp}/foreign has weights for unet"),
+        ("--checkpoint {lora} {plain}", "checkpoint {lora} cannot be loaded into a SD3Transformer2DModel: "),
         (
             "--run {shapes} --model {model} {plain}",
             "checkpoint {shapes}/checkpoints/checkpoint-2 does not fit the model",
