@@ -6,15 +6,18 @@ Nothing here imports torch, so that ``--help`` and a wrong setting answer at onc
 import difflib
 import re
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+Settings = TypeVar("Settings")
 
 TOKEN = "FASTFLOWGRPO_TOKEN"  # environment variable: the bearer token of reward servers and of their clients
 
@@ -199,6 +202,10 @@ class Config:
     """Processes that dry_run reckons with; by default those of this launch."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Experiment trackers, by accelerate's names: tensorboard, wandb, ..."""
+    hub_model_id: str | None = None
+    """Repository OWNER/NAME of the Hugging Face Hub that gets the last weights and their card when the run ends."""
+    hub_private: bool | None = None
+    """Whether that repository, if it has to be made, is private; by default as its owner's settings say."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -211,6 +218,45 @@ class Config:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """An evaluation, `python -m fastflowgrpo.evaluate`: of a model, of its trained weights, or of both side by side."""
+
+    run: str | None = None
+    """Run directory: gives all that is not set here, from its config.yaml, and its last checkpoint."""
+    model: str = "shapes"
+    """Diffusers pipeline: a local folder, a hub id, or "shapes" for the bundled model."""
+    checkpoint: str | None = None
+    """Folder of trained weights, a LoRA or a whole transformer, as train writes them."""
+    weights: Literal["base", "trained", "both"] = "both"
+    """What is evaluated: the model as it is, with its checkpoint, or both side by side. Without one, the model."""
+    output_dir: str = "runs/evaluation"
+    """Folder of the results: evaluation.json, evaluation.md, grid.png."""
+    overwrite: bool = False
+    """Replace the results that output_dir already holds."""
+    prompts: str | None = None
+    """A .txt file (one prompt a line), a GenEval .jsonl file, or "shapes"; by default what a run evaluates on."""
+    rewards: dict[str, Any] | str = field(default_factory=lambda: Config().rewards)
+    """Names separated by commas, or an object as in train, whose weights make the total reward."""
+    num_steps: int = 40
+    """Denoising steps of the ODE."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 runs the conditional branch alone."""
+    images_per_prompt: int = 6
+    """Images per prompt."""
+    height: int | None = None
+    """Image height in pixels; by default the model's own."""
+    width: int | None = None
+    """Image width in pixels; by default the model's own."""
+    batch_size: int = 288
+    """Images sampled at once."""
+    seed: int = 0
+    """Seed of the initial noise; with 0 it is that of train's evaluations."""
+    diversity_model: str | None = None
+    """CLIP, a hub id or a folder, whose image embeddings measure diversity, beside pixels and latents."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
 
 
 @dataclass
@@ -442,8 +488,61 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         ConfigError: A name, value or file is wrong, or the values do not fit together (see `validate`).
         SystemExit: With code 0, after ``--help`` or ``--print_config``.
     """
+    config = parse_settings(Config, "train", argv)
+    validate(config)
+    return config
+
+
+def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateConfig:
+    """Reads the settings of an evaluation, like `parse`; what is not given is the run's, if `--run` names one."""
+    config = parse_settings(EvaluateConfig, "evaluate", argv)
+    if config.run is not None:
+        config = parse_settings(EvaluateConfig, "evaluate", argv, _defaults_of_run(config.run))
+    for name in ("num_steps", "images_per_prompt", "batch_size", "height", "width"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: must be at least 1, got {value}")
+    for name in ("guidance_scale", "seed"):
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{name}: must be at least 0, got {getattr(config, name)}")
+    return config
+
+
+def read_run(run: str | Path) -> Config:
+    """The settings of the run that a directory holds.
+
+    Raises:
+        ConfigError: It holds none, or its config.yaml has a setting that is wrong or unknown.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"run {run} is not the directory of a run: there is no {path}")
+    return parse(["--config", str(path)])
+
+
+def _defaults_of_run(run: str) -> dict[str, Any]:
+    """The settings of an evaluation that are those of a run, by dotted name."""
+    config = read_run(run)
+    evaluation, rollout = config.evaluation, config.rollout
+    return {
+        "model": config.model,
+        "rewards": config.rewards,
+        "num_steps": evaluation.num_steps,
+        "guidance_scale": rollout.guidance_scale if evaluation.guidance_scale is None else evaluation.guidance_scale,
+        "images_per_prompt": evaluation.images_per_prompt,
+        "height": rollout.height,
+        "width": rollout.width,
+        "batch_size": evaluation.batch_size,
+        **{f"policy.{name}": value for name, value in vars(config.policy).items()},
+    }
+
+
+def parse_settings(
+    cls: type[Settings], command: str, argv: Sequence[str] | None, defaults: dict[str, Any] | None = None
+) -> Settings:
+    """Reads a dataclass of settings: its defaults, other `defaults` by dotted name, then the command line's."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    types = setting_types()
+    types = setting_types(cls)
     groups = [name for name, hint in types.items() if _is_group(hint)]
     options = {"config", "print_config", "help"} | (types.keys() - set(groups))
     open_groups = tuple(f"{name}." for name, hint in types.items() if "dict[" in str(hint))  # rewards.my_reward
@@ -453,9 +552,9 @@ def parse(argv: Sequence[str] | None = None) -> Config:
             if name in groups:
                 raise ConfigError(f"{name}: is a group of settings; set one of them, as in --{name}.NAME VALUE")
             _check_name(name, options)
-    config = _build(Config, _parser().parse_args(_bare_switches(argv, types)).as_dict())
-    validate(config)
-    return config
+    parser = _parser(cls, command)
+    parser.set_defaults(defaults or {})
+    return _build(cls, parser.parse_args(_bare_switches(argv, types)).as_dict())
 
 
 def _bare_switches(argv: list[str], types: dict[str, Any]) -> list[str]:
@@ -483,11 +582,13 @@ def setting_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 class _Parser(ArgumentParser):
+    types: Mapping[str, Any] = MappingProxyType({})  # of the settings, by dotted name
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ConfigError instead of printing the usage."""
         match = re.search(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
-        if match and match[1] in setting_types():
-            raise ConfigError(_wrong_value(match[1], setting_types()[match[1]], match[2])) from ex
+        if match and match[1] in self.types:
+            raise ConfigError(_wrong_value(match[1], self.types[match[1]], match[2])) from ex
         raise ConfigError(message) from ex
 
 
@@ -496,20 +597,21 @@ class _ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
-            _check_tree(_read(values), setting_types())
+            _check_tree(_read(values), parser.types)
             super().__call__(parser, cfg, values, option_string)
         except ConfigError as error:
             raise ConfigError(f"{values}: {error}") from None
 
 
-def _parser() -> ArgumentParser:
+def _parser(cls: type, command: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
-        prog="python -m fastflowgrpo.train",
+        prog=f"python -m fastflowgrpo.{command}",
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
     )
     parser.add_argument("--config", action=_ConfigFile, metavar="FILE", help="YAML file of settings.")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(cls)
+    parser.types = setting_types(cls)
     return parser
 
 

@@ -7,12 +7,13 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import yaml
@@ -21,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from fastflowgrpo import checkpoint
+from fastflowgrpo import __version__, checkpoint
 from fastflowgrpo.checkpoint import Checkpoint
 from fastflowgrpo.config import Config, ConfigError, save
 from fastflowgrpo.plan import Plan
@@ -77,29 +78,25 @@ class Evaluation:
 
     @classmethod
     def of(
-        cls, prompts: list[Prompt], images: Sequence[Tensor], scores: Scores, copies: int, processes: Processes
+        cls, prompts: list[Prompt], images: Tensor, scores: Scores, copies: int, processes: Processes | None = None
     ) -> "Evaluation":
-        """Summarise `copies` images of each prompt. Collective: of the images, only those that are shown are exchanged.
+        """Summarise `copies` images of each prompt. Collective, if there are processes: of the images, only those that
+        are shown leave their own.
 
         Args:
-            images: of this process's own prompts, in batches (_, 3, H, W).
+            images: (P * copies, 3, H, W); of several processes this one's, beginning with those of `Processes.own`.
             scores: of all prompts.
         """
         values = {"reward": scores.values, **scores.details}
         means = {name: value.nanmean().item() for name, value in values.items()}
         shown = _spread(prompts, SHOWN)
-        own = processes.own(len(prompts))
-        groups = dict(zip(own, (group for batch in images for group in batch.split(copies)), strict=True))
-        differences: dict[int, float] = {}
-        pictures: dict[int, Tensor] = {}
-        for part in processes.gather(
-            (
-                {index: _diversity(group) for index, group in groups.items()},
-                {index: groups[index][:4] for index in shown if index in groups},
-            )
-        ):
-            differences |= part[0]
-            pictures |= part[1]
+        own = processes.own(len(prompts)) if processes else range(len(prompts))
+        groups = dict(zip(own, images.split(copies), strict=False))
+        distances = {i: rms_distances(group[None]).item() for i, group in groups.items()} if copies > 1 else {}
+        pictures = {i: groups[i][:4] for i in shown if i in groups}
+        if processes:
+            parts = processes.gather((distances, pictures))
+            distances, pictures = ({i: kind[i] for kind in kinds for i in kind} for kinds in zip(*parts, strict=True))
         tag_of = [prompt.metadata.get("tag") for prompt in prompts]
         strict = values.get("geneval/strict")
         tags: dict[str, float] = {}
@@ -113,7 +110,7 @@ class Evaluation:
             overall=sum(tags.values()) / len(tags) if tags else means["reward"],
             tags=tags,
             scores=means,
-            diversity=sum(differences[i] for i in range(len(prompts))) / len(prompts) if copies > 1 else None,
+            diversity=sum(distances.values()) / len(prompts) / 255 if copies > 1 else None,
             images=len(scores.values),
             missing=int(scores.values.isnan().sum()),
             prompts=[prompts[i].text for i in shown],
@@ -146,9 +143,9 @@ def _spread(prompts: list[Prompt], count: int) -> list[int]:
     return chosen
 
 
-def _diversity(images: Tensor) -> float:
-    """Mean over pairs of images of the RMS difference; images (n, 3, H, W) uint8. NaN for one image."""
-    return torch.pdist(images.flatten(1) / 255).mean().item() / images[0].numel() ** 0.5
+def rms_distances(groups: Tensor) -> Tensor:
+    """The RMS difference of two samples of a group, the mean over its pairs: groups (P, n, ...) -> (P,) float32."""
+    return torch.stack([torch.pdist(group.flatten(1).float()).mean() for group in groups]) / groups[0, 0].numel() ** 0.5
 
 
 def check_output(config: Config, resumed: Checkpoint | None) -> None:
@@ -183,10 +180,13 @@ class Report:
     ):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
-        self.rows: list[dict[str, Any]] = resumed.rows() if resumed else []
+        self.rows: list[dict[str, Any]] = []
         """Those of metrics.jsonl."""
+        self.run_id, before = uuid4().hex[:8], 0.0
+        if resumed:
+            self.rows, self.run_id, before = resumed.rows(), resumed.manifest["run_id"], resumed.manifest["wall_s"]
         self.seconds: dict[str, float] = defaultdict(float)
-        self.start = time.perf_counter() - (resumed.manifest["wall_s"] if resumed else 0.0)
+        self.start = time.perf_counter() - before
         self.main = accelerator.is_main_process
         if not self.main:
             return
@@ -199,6 +199,7 @@ class Report:
         else:
             trackers = {"tensorboard": {"purge_step": resumed.step + 1}}
             self._go_on(resumed)
+        trackers["wandb"] = {"id": self.run_id, "resume": "allow"}
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
         with checkpoint.replacing(self.folder / "config.yaml") as path:
             save(config, path)
@@ -284,7 +285,7 @@ class Report:
     def evaluated(self, evaluation: Evaluation, step: int) -> None:
         """One line, one row, a grid of images."""
         if self.main:
-            _grid(evaluation).save(self._image(step))
+            image_grid([evaluation]).save(self._image(step))
         self._log({"step": step, "eval": evaluation.row()})
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
         missing = f"missing {evaluation.missing}" if evaluation.missing else ""
@@ -317,7 +318,7 @@ class Report:
             "wall_s": wall,
             "images_per_s": images / seconds,
             "seed": self.config.seed,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": versions(),
             "eval": {"first": first, "last": last},
         }
         if self.accelerator.device.type == "cuda":
@@ -349,7 +350,7 @@ class Report:
         return self.folder / "images" / f"step-{step:06d}.png"
 
     def _log(self, row: dict[str, Any]) -> None:
-        row = _finite({**row, "wall_s": round(self.wall(), 3)})
+        row = finite({**row, "wall_s": round(self.wall(), 3)})
         self.rows.append(row)
         if not self.main:
             return
@@ -380,10 +381,16 @@ class Report:
         return path
 
 
-def _finite(value: Any) -> Any:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide about the numbers."""
+    packages = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "fastflowgrpo": __version__, **packages}
+
+
+def finite(value: Any) -> Any:
     """The value with None for every NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
+        return {name: finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -408,29 +415,34 @@ def _table(first: dict[str, Any], last: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _grid(evaluation: Evaluation) -> Image.Image:
-    """A row per prompt: its text and its images, framed green or red where correctness is known."""
-    prompts, (_, n, _, height, width) = evaluation.prompts, evaluation.shown.shape
+def image_grid(evaluations: list[Evaluation], titles: list[str] | None = None) -> Image.Image:
+    """The same prompts a row each; a block of images per evaluation, framed green or red where correctness is known,
+    under its title."""
+    prompts, (_, n, _, height, width) = evaluations[0].prompts, evaluations[0].shown.shape
     if min(height, width) < MIN_CELL:
         scale, resampling = float(-(-MIN_CELL // min(height, width))), Image.Resampling.NEAREST
     else:
         scale, resampling = min(1.0, MAX_CELL / max(height, width)), Image.Resampling.LANCZOS
     height, width = round(height * scale), round(width * scale)
     gap, frame = 16, 3
-    left = _text_width(prompts)
-    canvas = Image.new("RGB", (left + n * (width + 2 * frame) + gap, len(prompts) * (height + 2 * frame)), "white")
+    left, top, block = _text_width(prompts), 24 if titles else 0, n * (width + 2 * frame)
+    size = (left + len(evaluations) * (block + gap), top + len(prompts) * (height + 2 * frame))
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
+    for k, title in enumerate(titles or []):
+        draw.text((left + k * (block + gap) + frame, 4), title, "black", _font())
     for row, prompt in enumerate(prompts):
-        y = row * (height + 2 * frame)
+        y = top + row * (height + 2 * frame)
         draw.text((8, y + height // 2 - 8), prompt, "black", _font())
-        for column in range(n):
-            x = left + column * (width + 2 * frame)
-            if evaluation.correct is not None:
-                color = "#2a9d3a" if evaluation.correct[row, column] else "#d03030"
-                draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), color)
-            pixels = evaluation.shown[row, column].permute(1, 2, 0).numpy()
-            image = Image.fromarray(pixels).resize((width, height), resampling)
-            canvas.paste(image, (x + frame, y + frame))
+        for k, evaluation in enumerate(evaluations):
+            for column in range(n):
+                x = left + k * (block + gap) + column * (width + 2 * frame)
+                if evaluation.correct is not None:
+                    color = "#2a9d3a" if evaluation.correct[row, column] else "#d03030"
+                    draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), color)
+                pixels = evaluation.shown[row, column].permute(1, 2, 0).numpy()
+                image = Image.fromarray(pixels).resize((width, height), resampling)
+                canvas.paste(image, (x + frame, y + frame))
     return canvas
 
 

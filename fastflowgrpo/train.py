@@ -1,10 +1,13 @@
 """``python -m fastflowgrpo.train``: trains a flow-matching image model with Flow-GRPO."""
 
+import atexit
 import errno
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from fastflowgrpo.config import ConfigError, parse
 
@@ -46,5 +49,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """End the process, after what is registered with atexit. Python's own end aborts it where the thread of a reward is
+    within torch, as in a run that was interrupted."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    leave(code)

@@ -1,6 +1,7 @@
 """The Flow-GRPO loop (arXiv 2505.05470): rollout, score, normalise, update, report."""
 
 import math
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -16,7 +17,8 @@ from torch import Tensor
 from fastflowgrpo import checkpoint
 from fastflowgrpo.advantages import group_advantages
 from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError, validate
-from fastflowgrpo.kernels.philox import philox_normal
+from fastflowgrpo.evaluation import Samples, sample_and_score
+from fastflowgrpo.modelcard import check_push, push, write_card
 from fastflowgrpo.objective import Batch, Objective, sample_weights
 from fastflowgrpo.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
@@ -28,15 +30,7 @@ from fastflowgrpo.prompts.sources import run_prompts
 from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
 from fastflowgrpo.rewards import Scores, build_rewards
 from fastflowgrpo.rewards.scoring import Scoring
-from fastflowgrpo.rollout import (
-    Trajectory,
-    repeat_rows,
-    sample_groups,
-    sample_ode,
-    sample_seeds,
-    sliding_start,
-    window_starts,
-)
+from fastflowgrpo.rollout import Trajectory, sample_groups, sliding_start, window_starts
 from fastflowgrpo.sde import step_coefficients
 from fastflowgrpo.signals import Signals
 
@@ -63,6 +57,8 @@ class Trainer:
         if resumed and self.processes.steps_in_backward:
             raise ConfigError("resume: DeepSpeed keeps its optimiser to itself; use configs/accelerate/fsdp2.yaml")
         set_seed(config.seed)
+        if (hub := config.hub_model_id) is not None:
+            self.processes.on_main(lambda: check_push(hub))
         self.train_prompts, self.eval_prompts = run_prompts(config)
         self.prompt_digests = {
             "prompts.train": checkpoint.digest(self.train_prompts),
@@ -131,6 +127,7 @@ class Trainer:
                 self.report.stopped()
                 raise
             self.report.finish(self.eval_prompts)
+            self.publish()
 
     def _run(self) -> None:
         config = self.config
@@ -165,7 +162,7 @@ class Trainer:
         config, size = self.config, self.config.rollout.group_size
         chosen = self.choose(epoch)
         trajectory, conditioning, unconditional, scores = self.signals.interruptible(self.sample, epoch, chosen)
-        scores = self.processes.gather_scores(scores, size)
+        scores = self.processes.gather_scores(scores, len(chosen), size)
         rewards, missing = scores.values, int(scores.values.isnan().sum())
         if missing == len(rewards) or missing > config.max_missing * len(rewards):
             raise everywhere(
@@ -199,16 +196,16 @@ class Trainer:
         """The trajectories of this process's groups, the conditioning of each and the unconditional, the scores."""
         config, size = self.config, self.config.rollout.group_size
         groups_at_once = config.rollout.batch_size // size
-        own, sampled = self.processes.own(len(chosen)), self.processes.padded(len(chosen))
-        seeds = [group_seed(config.seed, epoch, group) for group in sampled]
+        dealt = self.processes.padded(len(chosen))
+        chosen, seeds = [chosen[i] for i in dealt], [group_seed(config.seed, epoch, group) for group in dealt]
         with self.report.phase("encode"):
-            conditioning = self.embed([chosen[group].text for group in sampled])
+            conditioning = self.embed([prompt.text for prompt in chosen])
             unconditional = self._unconditional(config.rollout.guidance_scale)
         offline = config.update.data == "offline"
         parts: list[Trajectory] = []
-        steps = config.rollout.num_steps * -(-len(sampled) // groups_at_once)
+        steps = config.rollout.num_steps * -(-len(chosen) // groups_at_once)
         with progress("rollout", steps) as sampling:
-            for begin in range(0, len(sampled), groups_at_once):
+            for begin in range(0, len(chosen), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
                 with self.report.phase("rollout"), self.policy.reference() if offline else nullcontext():
                     part = sample_groups(
@@ -228,9 +225,8 @@ class Trainer:
                         keep_velocities=config.update.algorithm == "grpo_guard",
                         on_step=sampling.update,
                     )
-                if prompts := [chosen[group] for group in own[groups]]:
-                    with self.report.phase("decode"):
-                        self.scoring.submit(part.final[: len(prompts) * size], prompts, size)
+                with self.report.phase("decode"):
+                    self.scoring.submit(part.final, chosen[groups], size)
                 parts.append(part)
             with self.report.phase("score"):
                 scores = self.scoring.finish(sampling.set_postfix_str)
@@ -320,41 +316,26 @@ class Trainer:
     def evaluate(self) -> None:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
         with self.report.phase("evaluate"), self.averaged_weights():
-            images, scores = self.signals.interruptible(self.sample_evaluation)
-        copies = self.config.evaluation.images_per_prompt
-        scores = self.processes.gather_scores(scores, copies)
-        evaluation = Evaluation.of(self.eval_prompts, images, scores, copies, self.processes)
+            samples = self.signals.interruptible(self.sample_evaluation)
+        scores = self.processes.gather_scores(samples.scores, len(self.eval_prompts), samples.copies)
+        evaluation = Evaluation.of(self.eval_prompts, samples.images, scores, samples.copies, self.processes)
         self.report.evaluated(evaluation, self.step)
 
-    @torch.no_grad()
-    def sample_evaluation(self) -> tuple[list[Tensor], Scores]:
-        """The images of this process's evaluation prompts, in batches, and their scores."""
+    def sample_evaluation(self) -> Samples:
+        """The images of this process's evaluation prompts, and their scores."""
         config = self.config.evaluation
-        images_of: list[Tensor] = []
-        copies = config.images_per_prompt
-        prompts_at_once = max(1, config.batch_size // copies)
         guidance = self.config.rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
-        unconditional = self._unconditional(guidance)
-        own, sampled = (share(len(self.eval_prompts)) for share in (self.processes.own, self.processes.padded))
-        for begin in progress("evaluation", range(0, len(sampled), prompts_at_once)):
-            now = slice(begin, begin + prompts_at_once)
-            conditioning = self.embed([self.eval_prompts[index].text for index in sampled[now]])
-            rows = torch.arange(len(sampled[now]), device=self.policy.device).repeat_interleave(copies)
-            # The same noise in every run and at every step: images are compared, not their luck.
-            seeds = sample_seeds(sampled[now], copies).to(self.policy.device)
-            noise = philox_normal(seeds, 0, (len(seeds), *self.shape))
-            latents = sample_ode(
-                self.policy,
-                repeat_rows(conditioning, rows),
-                config.num_steps,
-                noise,
-                unconditional=unconditional,
-                guidance_scale=guidance,
-            )
-            if prompts := [self.eval_prompts[index] for index in own[now]]:
-                images_of.append(self.scoring.submit(latents[: len(prompts) * copies], prompts, copies))
-        scores = self.scoring.finish()  # the images are complete once it returns
-        return images_of, scores
+        return sample_and_score(
+            self.policy,
+            self.embed,
+            self.scoring,
+            [(i, self.eval_prompts[i]) for i in self.processes.padded(len(self.eval_prompts))],
+            self.shape,
+            num_steps=config.num_steps,
+            copies=config.images_per_prompt,
+            batch_size=config.batch_size,
+            guidance_scale=guidance,
+        )
 
     def save(self) -> None:
         """Make a checkpoint of the state after the last epoch, unless there is one or nothing was trained."""
@@ -377,6 +358,7 @@ class Trainer:
 
         manifest = {
             "epoch": self.epoch,
+            "run_id": self.report.run_id,
             "wall_s": self.report.wall(),
             "config": checkpoint.plain(self.config),
             "prompts": self.prompt_digests,
@@ -390,6 +372,20 @@ class Trainer:
         module = self.accelerator.unwrap_model(self.policy.transformer)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         return {names[id(parameter)]: parameter for parameter in self.parameters}
+
+    def publish(self) -> None:
+        """Put a model card beside the last weights, and both on the hub if that is asked for; the run is saved already,
+        and a push that fails says how to do it again."""
+        if not self.accelerator.is_main_process:
+            return
+        run = Path(self.config.output_dir)
+        last = checkpoint.saved(run)[-1]
+        print(f"{'card':8} {write_card(run, last)}")
+        if self.config.hub_model_id is not None:
+            try:
+                print(f"{'hub':8} {push(run, last, self.config.hub_model_id, self.config.hub_private)}")
+            except ConfigError as error:
+                print(f"warning: {error}", file=sys.stderr)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

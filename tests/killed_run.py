@@ -20,6 +20,17 @@ def noisy(batch):
     return sizes + 0.1 * torch.rand(len(sizes)) + 0.1 * np.random.rand() + 0.1 * random.random()  # noqa: NPY002
 
 
+def busy(batch, once):
+    """A reward that makes the file `once` after some batches and computes from then on without an end."""
+    busy.batches = getattr(busy, "batches", 0) + 1
+    if busy.batches > 7:
+        open(once, "w").close()
+        numbers = torch.ones(300, 300)
+        while True:
+            numbers = torch.nn.functional.gelu(numbers @ numbers).clamp(-1, 1)
+    return batch.images.float().mean((1, 2, 3))
+
+
 def run(
     arguments: list[str],
     folder: str,
