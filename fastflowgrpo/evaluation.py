@@ -44,7 +44,6 @@ def sample_and_score(
     batch_size: int,
     guidance_scale: float = 1.0,
     seed: int = 0,
-    kept: int | None = None,
 ) -> Samples:
     """Draw images with the ODE and the policy's weights as they are, and score them behind the drawing.
 
@@ -56,9 +55,7 @@ def sample_and_score(
         batch_size: images at once; all copies of a prompt stay together, even if they are more.
         seed: of the noise, at least 0.
     """
-    images_of: list[Tensor] = []
-    distances_of: list[Tensor] = []
-    kept = len(prompts) if kept is None else kept
+    images, distances = [], []
     prompts_at_once = max(1, batch_size // copies)
     unconditional = embed([""]) if guidance_scale != 1 else None
     for begin in progress("evaluation", range(0, len(prompts), prompts_at_once)):
@@ -74,15 +71,10 @@ def sample_and_score(
             unconditional=unconditional,
             guidance_scale=guidance_scale,
         )
-        if chosen := chosen[: max(0, kept - begin)]:
-            latents = latents[: len(chosen) * copies]
-            images_of.append(scoring.submit(latents, chosen, copies))
-            distances_of.append(rms_distances(latents.unflatten(0, (-1, copies))))
+        images.append(scoring.submit(latents, chosen, copies))
+        distances.append(rms_distances(latents.unflatten(0, (-1, copies))))
     scores = scoring.finish()
-    drawn = [prompt for _, prompt in prompts[:kept]]
-    # With more processes than prompts one of them may have none.
-    images, distances = (torch.cat(parts) if parts else torch.empty(0) for parts in (images_of, distances_of))
-    return Samples(drawn, copies, images, scores, distances.cpu())
+    return Samples([prompt for _, prompt in prompts], copies, torch.cat(images), scores, torch.cat(distances).cpu())
 
 
 @dataclass(frozen=True)

@@ -96,10 +96,11 @@ class Processes:
         """Every rank's value, in the order of the ranks. Collective; tensors must be on the CPU."""
         return gather_object([value])
 
-    def gather_scores(self, scores: Scores, copies: int) -> Scores:
-        """The scores of all things, `copies` of each, from those of every rank's own. Collective."""
-        joined = Scores.cat(self.gather(scores))
-        total = len(joined.values) // copies
+    def gather_scores(self, scores: Scores, total: int, copies: int) -> Scores:
+        """The scores of all `total` things, `copies` of each, from those of every rank's `padded` ones. Collective."""
+        count = len(self.own(total)) * copies
+        details = {name: values[:count] for name, values in scores.details.items()}
+        joined = Scores.cat(self.gather(Scores(scores.values[:count], details, scores.error)))
         order = torch.tensor([index for rank in range(self.count) for index in range(rank, total, self.count)])
         rows = (order.argsort()[:, None] * copies + torch.arange(copies)).flatten()
         details = {name: values[rows] for name, values in joined.details.items()}

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,7 +26,7 @@ from fastflowgrpo import __version__, checkpoint
 from fastflowgrpo.checkpoint import Checkpoint
 from fastflowgrpo.config import Config, ConfigError, save
 from fastflowgrpo.plan import Plan
-from fastflowgrpo.processes import is_main
+from fastflowgrpo.processes import Processes, is_main
 from fastflowgrpo.prompts import TAGS, Prompt
 from fastflowgrpo.rewards import Scores
 
@@ -78,18 +78,13 @@ class Evaluation:
 
     @classmethod
     def of(
-        cls,
-        prompts: list[Prompt],
-        images: Tensor,
-        scores: Scores,
-        copies: int,
-        own: Sequence[int] | None = None,
-        gather: Callable[[Any], list[Any]] = lambda part: [part],
+        cls, prompts: list[Prompt], images: Tensor, scores: Scores, copies: int, processes: Processes | None = None
     ) -> "Evaluation":
-        """Summarise `copies` images of each prompt.
+        """Summarise `copies` images of each prompt. Collective, if there are processes: of the images, only those that
+        are shown leave their own.
 
         Args:
-            images: (P * copies, 3, H, W), of the prompts `own`.
+            images: (P * copies, 3, H, W); of several processes this one's, beginning with those of `Processes.own`.
             scores: of all prompts.
             own: indices of this process's prompts, by default all.
             gather: gives every process's value of what it is called with: images only of those that are shown.
@@ -97,18 +92,13 @@ class Evaluation:
         values = {"reward": scores.values, **scores.details}
         means = {name: value.nanmean().item() for name, value in values.items()}
         shown = _spread(prompts, SHOWN)
-        own = range(len(prompts)) if own is None else own
-        groups = dict(zip(own, images.split(copies) if len(images) else (), strict=True))
-        differences: dict[int, float] = {}
-        pictures: dict[int, Tensor] = {}
-        for part in gather(
-            (
-                {index: rms_distances(group[None]).item() / 255 for index, group in groups.items()},
-                {index: groups[index][:4] for index in shown if index in groups},
-            )
-        ):
-            differences |= part[0]
-            pictures |= part[1]
+        own = processes.own(len(prompts)) if processes else range(len(prompts))
+        groups = dict(zip(own, images.split(copies), strict=False))
+        distances = {i: rms_distances(group[None]).item() for i, group in groups.items()} if copies > 1 else {}
+        pictures = {i: groups[i][:4] for i in shown if i in groups}
+        if processes:
+            parts = processes.gather((distances, pictures))
+            distances, pictures = ({i: kind[i] for kind in kinds for i in kind} for kinds in zip(*parts, strict=True))
         tag_of = [prompt.metadata.get("tag") for prompt in prompts]
         strict = values.get("geneval/strict")
         tags: dict[str, float] = {}
@@ -122,7 +112,7 @@ class Evaluation:
             overall=sum(tags.values()) / len(tags) if tags else means["reward"],
             tags=tags,
             scores=means,
-            diversity=sum(differences[i] for i in range(len(prompts))) / len(prompts) if copies > 1 else None,
+            diversity=sum(distances.values()) / len(prompts) / 255 if copies > 1 else None,
             images=len(scores.values),
             missing=int(scores.values.isnan().sum()),
             prompts=[prompts[i].text for i in shown],
@@ -192,11 +182,13 @@ class Report:
     ):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
-        self.rows: list[dict[str, Any]] = resumed.rows() if resumed else []
+        self.rows: list[dict[str, Any]] = []
         """Those of metrics.jsonl."""
-        self.run_id = resumed.manifest["run_id"] if resumed else uuid4().hex[:8]
+        self.run_id, before = uuid4().hex[:8], 0.0
+        if resumed:
+            self.rows, self.run_id, before = resumed.rows(), resumed.manifest["run_id"], resumed.manifest["wall_s"]
         self.seconds: dict[str, float] = defaultdict(float)
-        self.start = time.perf_counter() - (resumed.manifest["wall_s"] if resumed else 0.0)
+        self.start = time.perf_counter() - before
         self.main = accelerator.is_main_process
         if not self.main:
             return

@@ -57,8 +57,8 @@ class Trainer:
         if resumed and self.processes.steps_in_backward:
             raise ConfigError("resume: DeepSpeed keeps its optimiser to itself; use configs/accelerate/fsdp2.yaml")
         set_seed(config.seed)
-        if config.hub_model_id is not None:
-            check_push(config.hub_model_id)
+        if (hub := config.hub_model_id) is not None:
+            self.processes.on_main(lambda: check_push(hub))
         self.train_prompts, self.eval_prompts = run_prompts(config)
         self.prompt_digests = {
             "prompts.train": checkpoint.digest(self.train_prompts),
@@ -162,7 +162,7 @@ class Trainer:
         config, size = self.config, self.config.rollout.group_size
         chosen = self.choose(epoch)
         trajectory, conditioning, unconditional, scores = self.signals.interruptible(self.sample, epoch, chosen)
-        scores = self.processes.gather_scores(scores, size)
+        scores = self.processes.gather_scores(scores, len(chosen), size)
         rewards, missing = scores.values, int(scores.values.isnan().sum())
         if missing == len(rewards) or missing > config.max_missing * len(rewards):
             raise everywhere(
@@ -196,16 +196,16 @@ class Trainer:
         """The trajectories of this process's groups, the conditioning of each and the unconditional, the scores."""
         config, size = self.config, self.config.rollout.group_size
         groups_at_once = config.rollout.batch_size // size
-        own, sampled = self.processes.own(len(chosen)), self.processes.padded(len(chosen))
-        seeds = [group_seed(config.seed, epoch, group) for group in sampled]
+        dealt = self.processes.padded(len(chosen))
+        chosen, seeds = [chosen[i] for i in dealt], [group_seed(config.seed, epoch, group) for group in dealt]
         with self.report.phase("encode"):
-            conditioning = self.embed([chosen[group].text for group in sampled])
+            conditioning = self.embed([prompt.text for prompt in chosen])
             unconditional = self._unconditional(config.rollout.guidance_scale)
         offline = config.update.data == "offline"
         parts: list[Trajectory] = []
-        steps = config.rollout.num_steps * -(-len(sampled) // groups_at_once)
+        steps = config.rollout.num_steps * -(-len(chosen) // groups_at_once)
         with progress("rollout", steps) as sampling:
-            for begin in range(0, len(sampled), groups_at_once):
+            for begin in range(0, len(chosen), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
                 with self.report.phase("rollout"), self.policy.reference() if offline else nullcontext():
                     part = sample_groups(
@@ -225,9 +225,8 @@ class Trainer:
                         keep_velocities=config.update.algorithm == "grpo_guard",
                         on_step=sampling.update,
                     )
-                if prompts := [chosen[group] for group in own[groups]]:
-                    with self.report.phase("decode"):
-                        self.scoring.submit(part.final[: len(prompts) * size], prompts, size)
+                with self.report.phase("decode"):
+                    self.scoring.submit(part.final, chosen[groups], size)
                 parts.append(part)
             with self.report.phase("score"):
                 scores = self.scoring.finish(sampling.set_postfix_str)
@@ -318,27 +317,24 @@ class Trainer:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
         with self.report.phase("evaluate"), self.averaged_weights():
             samples = self.signals.interruptible(self.sample_evaluation)
-        own, copies = self.processes.own(len(self.eval_prompts)), samples.copies
-        scores = self.processes.gather_scores(samples.scores, copies)
-        evaluation = Evaluation.of(self.eval_prompts, samples.images, scores, copies, own, self.processes.gather)
+        scores = self.processes.gather_scores(samples.scores, len(self.eval_prompts), samples.copies)
+        evaluation = Evaluation.of(self.eval_prompts, samples.images, scores, samples.copies, self.processes)
         self.report.evaluated(evaluation, self.step)
 
     def sample_evaluation(self) -> Samples:
         """The images of this process's evaluation prompts, and their scores."""
         config = self.config.evaluation
         guidance = self.config.rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
-        own, sampled = (share(len(self.eval_prompts)) for share in (self.processes.own, self.processes.padded))
         return sample_and_score(
             self.policy,
             self.embed,
             self.scoring,
-            [(index, self.eval_prompts[index]) for index in sampled],
+            [(i, self.eval_prompts[i]) for i in self.processes.padded(len(self.eval_prompts))],
             self.shape,
             num_steps=config.num_steps,
             copies=config.images_per_prompt,
             batch_size=config.batch_size,
             guidance_scale=guidance,
-            kept=len(own),
         )
 
     def save(self) -> None:

@@ -1,9 +1,13 @@
 """What test_processes.py has several processes do, and does itself in one; run as a script under torchrun."""
 
 import os
+import signal
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import killed_run
 import torch
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -22,6 +26,7 @@ from fastflowgrpo.config import (
 )
 from fastflowgrpo.processes import whole
 from fastflowgrpo.rewards import RewardBatch, Scores
+from fastflowgrpo.train import main as train_command
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 PROMPTS = ["a cat", "two dogs", "a red ball", "the sea", "a cat on a ball", "snow"]
@@ -39,24 +44,27 @@ def place_reward(batch: RewardBatch) -> Scores:
     return Scores(values, {"length": length})
 
 
-def fails_on_rank_1(batch: RewardBatch) -> Scores:
-    """After 3 batches: the first evaluation's and the first epoch's."""
-    fails_on_rank_1.calls += 1
-    if os.environ.get("RANK") == "1" and fails_on_rank_1.calls > 3:
-        raise OSError("the disk of rank 1 is gone")
-    return place_reward(batch)
+def deadly(batch: RewardBatch, mark: str, epoch: int) -> torch.Tensor:
+    """Draws from all global random numbers, and kills rank 1 once, in a given epoch."""
+    deadly.calls += 1
+    if os.environ.get("RANK") == "1" and deadly.calls == 2 + epoch and not Path(mark).exists():
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return killed_run.noisy(batch)
 
 
-fails_on_rank_1.calls = 0
+deadly.calls = 0
 
 
-def config_of(folder: Path, output: Path, *, groups: int = 6, updates: int = 2, rank: int = 4, dtype: str = "float32"):
+def config_of(
+    folder: Path, output: Path, *, updates: int = 2, rank: int = 4, dtype: str = "float32", evaluated: int = 5
+) -> Config:
     return Config(
         model=str(folder),
         output_dir=str(output),
         trackers=["tensorboard"],
         policy=PolicyConfig(dtype=dtype, lora_rank=rank, lora_alpha=8, max_sequence_length=8),
-        prompts=PromptsConfig(train=str(folder / "prompts.txt"), eval=str(folder / "eval.txt"), per_epoch=groups),
+        prompts=PromptsConfig(train=str(folder / "prompts.txt"), eval=str(folder / f"{evaluated}.txt"), per_epoch=6),
         rollout=RolloutConfig(
             guidance_scale=2.0, group_size=SIZE, num_steps=5, window_size=2, window_start=(0, 3), batch_size=2 * SIZE
         ),
@@ -64,7 +72,7 @@ def config_of(folder: Path, output: Path, *, groups: int = 6, updates: int = 2, 
             per_epoch=updates, batch_size=3, learning_rate=3.0, kl_weight=0.1, ema_decay=0.9, ema_every=1
         ),
         rewards={"processes:place_reward": 1},
-        max_missing=0.05 if groups == 6 else 0.1,  # one of 24 images is missing, but of 12 on one of two processes
+        max_missing=0.05,  # one of 24 images is missing, but of 12 on one of two processes
         evaluation=EvaluationConfig(num_steps=3, images_per_prompt=2, batch_size=4),
     )
 
@@ -92,13 +100,45 @@ def train(config: Config) -> dict:
         seen["passes"].append(len(calls))
         trainer.report.epoch(epoch, trainer.step, metrics)
     trainer.evaluate()
+    trainer.epoch = 2
+    trainer.at_rest()
     trainer.save()
     after = [whole(parameter.detach()).clone() for parameter in trainer.parameters]
     seen["change"] = torch.cat([(b - a).flatten() for a, b in zip(before, after, strict=True)])
     average = [whole(parameter) for parameter in trainer.ema.shadow_params]
     seen["average"] = torch.cat([(b - a).flatten() for a, b in zip(before, average, strict=True)])
+    if config.update.per_epoch == 2:
+        seen["gone on"] = torch.cat([next_epoch(trainer), next_epoch(Trainer(replace(config, resume="latest")))], 1)
     seen["sharded"] = sum(whole(p).numel() > getattr(p, "_local_tensor", p).numel() for p in trainer.parameters)
     return seen
+
+
+def next_epoch(trainer: Trainer) -> torch.Tensor:
+    """The weights and their average after one more epoch."""
+    trainer.optimizer.param_groups[0]["eps"] = 1.0
+    trainer.update(trainer.collect(trainer.epoch)[0])
+    tensors = [*trainer.parameters, *trainer.ema.shadow_params]
+    return torch.cat([whole(tensor.detach()).flatten() for tensor in tensors])[:, None]
+
+
+def end_on_rank_1(trainer: Trainer, how: Callable[[], None]) -> str:
+    """What this process raises when rank 1 does something while all sample."""
+
+    def work() -> None:
+        if trainer.processes.rank == 1:
+            how()
+
+    trainer.signals.signum = 0
+    with trainer.signals:
+        try:
+            trainer.signals.interruptible(work)
+        except BaseException as error:
+            return f"{type(error).__name__}: {error}, {trainer.processes.all_raise(error)}"
+    return "nothing"
+
+
+def fail() -> None:
+    raise OSError("no space")
 
 
 def forget_accelerator() -> None:
@@ -122,10 +162,12 @@ def pretend_gpus(name: str) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def main(folder: Path, output: Path) -> None:
+def main(folder: Path, output: Path, arguments: list[str]) -> None:
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     seen = {}
-    if count == 2:
+    if count == 4:
+        seen["few"] = train(config_of(folder, output / "few", updates=1, evaluated=3))
+    else:
         seen["lora"] = train(config_of(folder, output / "lora"))
         try:
             Trainer(config_of(folder, output / "lora"))
@@ -140,7 +182,7 @@ def main(folder: Path, output: Path) -> None:
         pretend_gpus("fsdp2")
         trainer = Trainer(config_of(folder, output / "bfloat16", dtype="bfloat16"))
         batch, _ = trainer.collect(0)
-        stats = trainer.accumulate(batch, trainer.pairs(batch, 0, len(batch.advantages)))
+        stats = trainer.accumulate(batch, trainer.objective.units(batch, 0, len(batch.advantages)))
         seen["ratio"] = torch.cat([s["ratio"] for s in stats if s])
         trainer.optimizer.zero_grad()
         seen["update"] = trainer.update(batch)
@@ -148,12 +190,23 @@ def main(folder: Path, output: Path) -> None:
         if is_deepspeed_available():
             for kind, lora_rank in (("lora", 4), ("full", 0)):
                 pretend_gpus("zero2")
-                seen[f"{kind} zero2"] = train(config_of(folder, output / f"{kind} zero2", rank=lora_rank))
+                config = config_of(folder, output / f"{kind} zero2", rank=lora_rank)
+                seen[f"{kind} zero2"] = train(config)
+        forget_accelerator()
+        torch.accelerator.is_available = lambda: False
+        trainer = Trainer(config_of(folder, output / "ends"))
+        seen["ends"] = [
+            end_on_rank_1(trainer, fail),
+            end_on_rank_1(trainer, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+            end_on_rank_1(trainer, lambda: None),
+        ]
+    torch.save(seen, output / f"{count}-{rank}.pt")
+    if arguments:  # last, for it ends the process group
+        forget_accelerator()
+        assert train_command(arguments) == 0
     else:
-        seen["few"] = train(config_of(folder, output / "few", groups=3, updates=1))
-    torch.save(seen, output / f"rank{rank}.pt")
-    PartialState().destroy_process_group()
+        PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

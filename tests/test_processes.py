@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from processes import CONFIGS, PROMPTS, SIZE, config_of, train
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
+from fastflowgrpo import checkpoint
 from fastflowgrpo.config import save
 from fastflowgrpo.processes import Processes
 
@@ -34,7 +36,8 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sd3")
     tiny_sd3_pipeline().save_pretrained(path)
     (path / "prompts.txt").write_text("\n".join(PROMPTS))
-    (path / "eval.txt").write_text("\n".join(PROMPTS[:5]))
+    for count in (3, 5):
+        (path / f"{count}.txt").write_text("\n".join(PROMPTS[:count]))
     return path
 
 
@@ -44,11 +47,21 @@ def run(*command, **settings):
     )
 
 
-def in_processes(count, folder, output):
+def in_processes(count, folder, output, *arguments):
     """What each of `count` processes saw, and what they printed."""
-    done = run(*TORCHRUN, "--nproc_per_node", count, TESTS / "processes.py", folder, output)
+    done = run(*TORCHRUN, "--nproc_per_node", count, TESTS / "processes.py", folder, output, *arguments)
     assert done.returncode == 0, done.stderr
-    return [torch.load(output / f"rank{rank}.pt", weights_only=False) for rank in range(count)], done.stdout
+    return [torch.load(output / f"{count}-{rank}.pt", weights_only=False) for rank in range(count)], done.stdout
+
+
+def arguments_of(folder, run, mark):
+    """A run with a reward that draws random numbers, and kills a process if `mark` is not there."""
+    config = config_of(folder, run)
+    config.rewards = {"processes:deadly": {"mark": str(mark), "epoch": 3}}
+    config.epochs, config.save_every, config.resume, config.trackers = 5, 2, "latest", []
+    config.evaluation.every = 0
+    save(config, f"{run}.yaml")
+    return ["--config", f"{run}.yaml"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +71,8 @@ def output(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder, output):
-    return in_processes(2, folder, output)
+    (output / "mark").touch()
+    return in_processes(2, folder, output, *arguments_of(folder, output / "unbroken", output / "mark"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +86,7 @@ def one(folder, output):
     return {
         "lora": train(config_of(folder, output / "one lora")),
         "full": train(config_of(folder, output / "one full", rank=0)),
-        "few": train(config_of(folder, output / "one few", groups=3, updates=1)),
+        "few": train(config_of(folder, output / "one few", updates=1, evaluated=3)),
     }
 
 
@@ -140,19 +154,19 @@ def test_two_processes_train_as_one_does(one, two, output, case):
     assert row["trained_pairs"] == 2 * (5 * SIZE - 1)
 
 
-def test_four_processes_share_three_groups(one, four, output):
-    """One of them has none, and only accompanies the others."""
+def test_four_processes_train_as_one_does(one, four, output):
+    """Two of them have a group more; one has no evaluation prompt, and only accompanies the others."""
     seen = [rank["few"] for rank in four[0]]
-    assert [len(rank["latents"]) for rank in seen] == [2, 2, 2, 0]
+    assert [len(rank["latents"]) for rank in seen] == [4, 4, 2, 2]
     assert_same_run(seen, one["few"], output / "few", output / "one few")
 
 
 def test_each_evaluation_prompt_counts_once(one, two, four, output):
-    for name in ("lora", "few"):
+    for name, count in (("lora", 5), ("few", 3)):
         evaluation = rows(output / name)[0]["eval"]
-        assert evaluation["images"] == 2 * 5
-        lengths = [float(len(prompt)) for prompt in PROMPTS[:5]]
-        assert evaluation["scores"]["processes:place_reward/length"] == pytest.approx(sum(lengths) / 5)
+        assert evaluation["images"] == 2 * count
+        lengths = [float(len(prompt)) for prompt in PROMPTS[:count]]
+        assert evaluation["scores"]["processes:place_reward/length"] == pytest.approx(sum(lengths) / count)
         for step in (0, rows(output / name)[-1]["step"]):
             path = f"images/step-{step:06d}.png"
             picture, expected = (
@@ -163,13 +177,30 @@ def test_each_evaluation_prompt_counts_once(one, two, four, output):
 
 def test_only_the_first_process_writes_and_prints(two, output):
     printed = two[1]
-    runs = [path for path in output.iterdir() if (path.is_dir() and path.name in two[0][0]) or path.name == "bfloat16"]
-    assert printed.count("2 processes") == len(runs) >= 5
-    assert printed.count("epoch   1/") == len(runs) - 1
-    assert {path.name for path in output.iterdir()} >= {"lora", "rank0.pt", "rank1.pt"}
+    trained = [name for name in two[0][0] if (output / name).is_dir()]
+    assert len(trained) >= 4
+    assert printed.count("epoch   1/120") == len(trained)
+    assert len(re.findall("evaluation at step 4: ", printed)) == len(trained)
+    assert printed.count("epoch 5/5") == 1
     assert len(rows(output / "lora")) == 4
-    error = f"output_dir {output / 'lora'} holds a run already: give another, or --overwrite true to replace it"
-    assert [rank["error"] for rank in two[0]] == [error] * 2
+    error = f"output_dir {output / 'lora'} holds a run already: give another, --resume latest to go on with it, or "
+    assert [rank["error"][: len(error)] for rank in two[0]] == [error] * 2
+
+
+@pytest.mark.parametrize("case", ["lora", "full", "lora sharded", "full sharded"])
+def test_a_resumed_run_goes_on_as_the_one_that_was_not_left(two, case):
+    for rank in two[0]:
+        unbroken, resumed = rank[case]["gone on"].T
+        assert torch.equal(unbroken, resumed)
+
+
+def test_what_ends_one_process_ends_all_with_what_they_have(two):
+    assert two[0][0]["ends"] == [
+        "FailedElsewhere: process 1 failed: OSError: no space, True",
+        "Interrupted: SIGTERM, True",
+        "nothing",
+    ]
+    assert two[0][1]["ends"] == ["OSError: no space, True", "Interrupted: SIGTERM, True", "nothing"]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -195,18 +226,27 @@ def test_sharded_bfloat16_weights_keep_a_float32_adapter_and_a_ratio_of_one(two)
         assert rank["update"]["grad_norm"] > 0
 
 
-def test_a_process_that_fails_stops_all(folder, tmp_path):
-    config = config_of(folder, tmp_path / "run")
-    config.rewards = {"processes:fails_on_rank_1": 1}
-    save(config, tmp_path / "config.yaml")
+def test_a_run_of_which_a_process_is_killed_stops_and_once_resumed_is_the_unbroken_one(folder, two, output, tmp_path):
+    broken = tmp_path / "run"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "ddp.yaml"]
-    training = ["-m", "fastflowgrpo.train", "--config", tmp_path / "config.yaml"]
-    done = run(*launch, "--num_processes", 2, "--main_process_port", 0, *training)
-    assert done.returncode != 0
-    assert "the disk of rank 1 is gone" in done.stderr
-    assert [row.get("epoch", "eval") for row in rows(tmp_path / "run")] == ["eval", 0]
-    assert rows(tmp_path / "run")[1]["images"] == 6 * SIZE
-    assert done.stdout.count("epoch   1/") == 1
+    training = ["-m", "fastflowgrpo.train", *arguments_of(folder, broken, tmp_path / "mark")]
+    for success in (False, True):
+        done = run(*launch, "--num_processes", 2, "--main_process_port", 0, *training)
+        assert (done.returncode == 0) == success, done.stderr
+        last = checkpoint.saved(broken)[-1].name
+        assert last == ("checkpoint-10" if success else "checkpoint-4")
+    assert "goes on from" in done.stdout
+    assert rows(broken) == rows(output / "unbroken")
+    files = [path.relative_to(broken) for path in broken.glob(f"checkpoints/{last}/**/*.safetensors")]
+    assert len(files) == 5  # the weights, averaged and raw, for diffusers and for training, and the optimiser's
+    for path in files:
+        saved, expected = (load_file(run / path) for run in (broken, output / "unbroken"))
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    states = [
+        json.loads((run / f"checkpoints/{last}/training/rng.json").read_text()) for run in (broken, output / "unbroken")
+    ]
+    assert states[0] == states[1] and len(states[0]) == 2 and states[0][0] != states[0][1]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])

@@ -72,7 +72,7 @@ class Scores:
             for name in names
         }
         error = next((part.error for part in reversed(parts) if part.error), "")
-        return cls(torch.cat([torch.empty(0), *(part.values for part in parts)]), details, error)
+        return cls(torch.cat([part.values for part in parts]), details, error)
 
 
 Reward = Callable[[RewardBatch], Scores]
