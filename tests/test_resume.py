@@ -403,6 +403,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_as_they_were(model, 
     folder = run / "checkpoints"
     log = Path(f"{run}.log").read_text()
     assert f"error: {folder}/checkpoint-8 cannot be written: " in log
+    assert f"the last checkpoint is {folder}/checkpoint-4; to go on: " in log
     assert "Traceback" not in log
     assert [path.name for path in folder.iterdir()] == ["checkpoint-4"]
     assert result(run)[1] == before[1]
