@@ -50,6 +50,7 @@ class CMakeBuild(build_ext):
 BUILD = ["cmake>=3.24", "ninja", "pybind11>=3"]  # as in pyproject.toml; the tests build a wheel without isolation
 TRITON = ["triton>=3.4; sys_platform == 'linux'"]
 OCR = ["rapidocr>=3.4", "onnxruntime>=1.20", "rapidfuzz>=3"]
+PADDLE = ["paddleocr>=3", "paddlepaddle>=3", "rapidfuzz>=3"]
 SERVE = [
     "fastapi>=0.115",
     "uvicorn>=0.30",
@@ -96,6 +97,7 @@ setup(
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.8"],
         "gpu": [*TRITON, "xformers; sys_platform == 'linux'"],
         "ocr": OCR,
+        "paddle": PADDLE,
         "track": ["wandb>=0.20"],
         "serve": SERVE,
         "demo": ["matplotlib>=3.8"],

@@ -1,4 +1,5 @@
-"""The GRPO step loss on a GPU: plain eager torch, torch.compile, and the Triton kernels; see `benchmarks.kernels`."""
+"""The GRPO step loss on a GPU, forward, backward and both, and GRPO-Guard's: plain eager torch, torch.compile, and the
+Triton kernels; see `benchmarks.kernels`."""
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own are no 
 
 
 @pytest.mark.parametrize("variant", ["eager", "compile", "triton"])
-@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+@pytest.mark.parametrize("direction", ["forward", "backward", "both", "guard"])
 @pytest.mark.parametrize("size", SHAPES)
 def test_loss(benchmark, size, direction, variant):
     shape = SHAPES[size]
@@ -21,6 +22,8 @@ def test_loss(benchmark, size, direction, variant):
         torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(5)
     )
     c_x, c_v, std, dt, old_log_prob, advantage = torch.rand(6, shape[0], device="cuda").add(0.1)
+    # guided, and therefore kept in float32 by the rollout
+    old = torch.randn(shape, device="cuda") if direction == "guard" else None
     upstream = torch.ones(shape[0], device="cuda")
     velocity.requires_grad_()
     loss_function = compiled(grpo_step_loss) if variant == "compile" else grpo_step_loss
@@ -38,6 +41,7 @@ def test_loss(benchmark, size, direction, variant):
             advantage,
             clip_range=0.5,
             velocity_ref=reference,
+            velocity_old=old,
             velocity_uncond=uncond,
             guidance_scale=4.5,
             kl_weight=0.04,
@@ -54,7 +58,8 @@ def test_loss(benchmark, size, direction, variant):
         "forward": forward,
         "backward": lambda: backward(once, retain_graph=True),
         "both": lambda: backward(forward()),
+        "guard": lambda: backward(forward()),
     }[direction]
-    # five tensors read forward, five read and the gradient written backward
-    passes = {"forward": 5, "backward": 6, "both": 11}[direction]
+    # five tensors read forward, five read and the gradient written backward; of twice the size, one more read in each
+    passes = {"forward": 5, "backward": 6, "both": 11, "guard": 15}[direction]
     take(benchmark, run, passes * sample.numel() * sample.element_size())

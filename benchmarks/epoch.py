@@ -9,7 +9,7 @@ rounds differently on the way to the images and their rewards.
 Settings are those of `fastflowgrpo.train`, by default for the bundled model. At SD3.5-M's size, with random weights:
 
     python -m benchmarks.random_sd35 FOLDER
-    python -m benchmarks.epoch --config configs/sd35_medium.yaml --config benchmarks/sd35_medium.yaml --model FOLDER
+    python -m benchmarks.epoch --config configs/sd35_ocr.yaml --config benchmarks/sd35_medium.yaml --model FOLDER
 """
 
 import argparse
@@ -216,7 +216,7 @@ def run_ours(trainer: Trainer, epoch: int) -> dict[str, float]:
     trainer.report.seconds.clear()
     batch, _ = trainer.collect(epoch)
     with trainer.report.phase("update"):
-        trainer.accumulate(batch, trainer.pairs(batch, 0, len(batch.advantages)))
+        trainer.accumulate(batch, trainer.objective.units(batch, 0, len(batch.advantages)))
     return dict(trainer.report.seconds)
 
 

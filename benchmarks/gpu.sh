@@ -61,9 +61,9 @@ part tests 95 "$python" -m pytest tests/test_*kernel*.py "${workers[@]}" -q -W d
 part compiled 5 "$python" -c "import glob, sys; count = len(glob.glob('$TRITON_CACHE_DIR/**/*.cubin', recursive=True))
 print(count, 'kernels were compiled'); sys.exit(not count)"
 bench sde_step 45 work
-bench grpo_loss 70 direction
+bench grpo_loss 80 direction
 part model 40 "$python" -m benchmarks.random_sd35 "$work/sd35"
-part epoch 135 "$python" -m benchmarks.epoch --config configs/sd35_medium.yaml --config benchmarks/sd35_medium.yaml \
+part epoch 135 "$python" -m benchmarks.epoch --config configs/sd35_ocr.yaml --config benchmarks/sd35_medium.yaml \
   --model "$work/sd35" --repeats 2 --output "$out/epoch.json"
 part report 15 "$python" -m benchmarks.report "$out"
 

@@ -61,7 +61,8 @@ def main() -> None:
     groups, repeats = arguments.groups, arguments.repeats
     with ExitStack() as stack:
         made = {"rollout alone": stack.enter_context(trainer(groups, {INSTANT: 1.0}))}
-        per_image = min(epoch(made["rollout alone"], i) for i in range(2)) / (groups * RolloutConfig.group_size)
+        alone = [epoch(made["rollout alone"], i) for i in range(repeats)]
+        per_image = statistics.median(alone[1:]) / (groups * RolloutConfig.group_size)
         waiting = {"seconds": per_image}
         url = stack.enter_context(server("--rewards", json.dumps({WAITING: waiting}), "--delay", "0"))
         made["worker process"] = stack.enter_context(trainer(groups, {WAITING: {"workers": 1, **waiting}}))

@@ -15,57 +15,14 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from fastflowgrpo import architectures
 from fastflowgrpo.shapes import PIPELINE
 
 Configs = Mapping[str, Mapping[str, Any]]
 
-# The config.json of each part of stabilityai/stable-diffusion-3.5-medium, less what is the classes' default.
 PUBLISHED: Configs = {
-    "transformer": {
-        "sample_size": 128,
-        "patch_size": 2,
-        "in_channels": 16,
-        "out_channels": 16,
-        "num_layers": 24,
-        "attention_head_dim": 64,
-        "num_attention_heads": 24,
-        "joint_attention_dim": 4096,
-        "caption_projection_dim": 1536,
-        "pooled_projection_dim": 2048,
-        "pos_embed_max_size": 384,
-        "dual_attention_layers": tuple(range(13)),
-        "qk_norm": "rms_norm",
-    },
-    "vae": {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "latent_channels": 16,
-        "sample_size": 1024,
-        "scaling_factor": 1.5305,
-        "shift_factor": 0.0609,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    },
     "scheduler": {"shift": 3.0},
-    "text_encoder": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_attention_heads": 12,
-        "num_hidden_layers": 12,
-        "projection_dim": 768,
-        "vocab_size": 49408,
-    },
-    "text_encoder_2": {
-        "hidden_act": "gelu",
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_attention_heads": 20,
-        "num_hidden_layers": 32,
-        "projection_dim": 1280,
-        "vocab_size": 49408,
-    },
+    **{name: config for name, (_, config) in architectures.PUBLISHED[architectures.SD35_MEDIUM].items()},
 }
 
 

@@ -1,6 +1,7 @@
 """Tables and a plot of the results in a folder: `python -m benchmarks.report FOLDER`.
 
-Reads whatever JSON of pytest-benchmark and of `benchmarks.epoch` is there; writes report.md and speed.png beside it.
+Reads whatever JSON of pytest-benchmark, of `benchmarks.epoch` and of `benchmarks.ocr` is there; writes report.md and,
+where there are operations, speed.png beside it.
 """
 
 import argparse
@@ -119,6 +120,24 @@ def epoch_table(data: dict[str, Any]) -> str:
     return table(head, rows) + "\n\n" + "  \n".join(lines)
 
 
+def ocr_table(data: dict[str, Any]) -> str:
+    """Of the result of `benchmarks.ocr`."""
+    readers: dict[str, dict[str, Any]] = data["readers"]
+    head = ["reader", "images", "images/s", "mean score", "exact", *next(iter(readers.values()))["kinds"]]
+    rows = [
+        [
+            name,
+            str(data["images"]),
+            number(found["images_per_s"]),
+            number(found["mean"], ".4f"),
+            number(found["exact"], ".1%"),
+            *(number(score, ".3f") for score in found["kinds"].values()),
+        ]
+        for name, found in readers.items()
+    ]
+    return table(head, rows)
+
+
 def draw(operations: dict[str, dict[str, dict[str, Measured]]], path: Path) -> str:
     """The speed relative to the baseline, a panel per operation; the markdown that shows it."""
     try:
@@ -173,11 +192,14 @@ def report(folder: Path) -> str:
             versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
             rate = f"{data['dtype']} products at {data['matrix_tflop_per_s']:.3g} TFLOP/s"
             parts.append(f"## Epoch\n\n{path.name}: {data['device']}, {rate}; {versions}\n\n{epoch_table(data)}")
+        elif "readers" in data:
+            versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
+            parts.append(f"## OCR\n\n{path.name}: one thread, {data['side']} px; {versions}\n\n{ocr_table(data)}")
         else:
-            parts.append(f"{path.name} is no result of pytest-benchmark or `benchmarks.epoch`, and left out.")
+            parts.append(f"{path.name} is no result that can be made into a table, and left out.")
     operations = groups(rows)
-    if not operations and not any(part.startswith("## Epoch") for part in parts):
-        raise ValueError(f"{folder}: no JSON of pytest-benchmark or of benchmarks.epoch there")
+    if not operations and not any(part.startswith("## ") for part in parts):
+        raise ValueError(f"{folder}: no JSON of pytest-benchmark, benchmarks.epoch or benchmarks.ocr there")
     parts += [f"## {operation}\n\n{operation_table(sizes)}" for operation, sizes in operations.items()]
     if operations:
         parts.append(draw(operations, folder / "speed.png"))

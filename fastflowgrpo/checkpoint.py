@@ -29,12 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastflowgrpo.config import MAY_CHANGE, Config, ConfigError, setting_types
+from fastflowgrpo.processes import shared_like
 from fastflowgrpo.prompts import Prompt
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 KEYS = {"format", "epoch", "step", "run_id", "wall_s", "config", "prompts", "files"}  # of the manifest
-OF_A_START = ("output_dir", "overwrite", "resume")  # settings that are none of the run itself
+# Settings that are none of the run itself.
+OF_A_START = ("output_dir", "overwrite", "resume", "dry_run", "num_processes", "hub_model_id", "hub_private")
 # Settings of a reward that say where and how fast it is scored, and not what.
 REWARD_MAY_CHANGE = {"url", "base_url", "api_key_env", "device", "workers", "timeout", "required", "concurrency"}
 
@@ -188,35 +190,47 @@ def digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
 
 
+def training_state(
+    parameters: Mapping[str, Tensor], optimizer: AcceleratedOptimizer | None, ema: EMAModel | None
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors that training goes on from, "weights", "optimizer" and "ema", each by its name.
+
+    Args:
+        parameters: the trained parameters by name, in the optimiser's order.
+        optimizer: None for one that cannot be gone on with.
+    """
+    state = {"weights": dict(parameters)}
+    if optimizer is not None:
+        states = optimizer.state_dict()["state"]
+        state["optimizer"] = {
+            f"{name}/{key}": tensor
+            for index, name in enumerate(parameters)
+            for key, tensor in states.get(index, {}).items()  # none before the parameter's first gradient
+        }
+    if ema is not None:
+        state["ema"] = dict(zip(parameters, ema.shadow_params, strict=True))
+    return state
+
+
 def save_training(
     folder: Path,
-    parameters: Mapping[str, Tensor],
-    optimizer: AcceleratedOptimizer,
-    ema: EMAModel | None,
+    state: Mapping[str, Mapping[str, Tensor]],
+    averages: int | None,
     rngs: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write what training goes on from, into a new folder.
 
     Args:
-        parameters: the trained parameters by name, in the optimiser's order.
+        state: `training_state`, of whole tensors.
+        averages: steps of the average, if there is one.
         rngs: `rng_state` of each process.
         rows: of metrics.jsonl.
     """
     folder.mkdir()
-    save_file(_detached(parameters), folder / "weights.safetensors")
-    states = optimizer.state_dict()["state"]
-    flat = {
-        f"{name}/{key}": tensor
-        for index, name in enumerate(parameters)
-        for key, tensor in states.get(index, {}).items()  # none before the parameter's first gradient
-    }
-    save_file(_detached(flat), folder / "optimizer.safetensors")
-    if ema is not None:
-        averages = dict(zip(parameters, ema.shadow_params, strict=True))
-        save_file(
-            _detached(averages), folder / "ema.safetensors", metadata={"optimization_step": str(ema.optimization_step)}
-        )
+    for name, tensors in state.items():
+        metadata = {"optimization_step": str(averages)} if name == "ema" else None
+        save_file(_detached(tensors), folder / f"{name}.safetensors", metadata=metadata)
     (folder / "rng.json").write_text(json.dumps(rngs))
     (folder / "metrics.jsonl").write_text(lines(rows))
 
@@ -232,12 +246,14 @@ def load_training(
     optimizer: AcceleratedOptimizer,
     ema: EMAModel | None,
 ) -> None:
-    """Set weights, optimiser and average to those of a checkpoint; arguments as for `save_training`.
+    """Set weights, optimiser and average to those of a checkpoint; arguments as for `training_state`.
 
     Raises:
-        ConfigError: other parameters are trained.
+        ConfigError: other parameters are trained, or the checkpoint is without an optimiser.
     """
     folder = checkpoint.folder / "training"
+    if not (folder / "optimizer.safetensors").is_file():
+        raise ConfigError(f"{checkpoint.folder} was saved under DeepSpeed, without the optimiser: it has no sequel")
     weights = load_file(folder / "weights.safetensors")
     theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     ours = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
@@ -251,17 +267,18 @@ def load_training(
     index = {name: i for i, name in enumerate(parameters)}
     for path, tensor in load_file(folder / "optimizer.safetensors").items():
         name, _, key = path.rpartition("/")
-        states.setdefault(index[name], {})[key] = tensor
+        own = parameters[name]
+        states.setdefault(index[name], {})[key] = shared_like(tensor, own) if tensor.shape == own.shape else tensor
     # The groups are the present ones, for the learning rate may be another one.
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(shared_like(weights[name], parameter))
         if ema is not None:
             with safe_open(folder / "ema.safetensors", "pt") as file:
                 ema.optimization_step = int(file.metadata()["optimization_step"])
                 for name, average in zip(parameters, ema.shadow_params, strict=True):
-                    average.copy_(file.get_tensor(name))
+                    average.copy_(shared_like(file.get_tensor(name), average))
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -6,14 +6,18 @@ Nothing here imports torch, so that ``--help`` and a wrong setting answer at onc
 import difflib
 import re
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
+from itertools import zip_longest
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+
+Settings = TypeVar("Settings")
 
 TOKEN = "FASTFLOWGRPO_TOKEN"  # environment variable: the bearer token of reward servers and of their clients
 
@@ -32,23 +36,25 @@ class PolicyConfig:
     """Rank of the LoRA adapter; 0 trains the whole transformer. By default 32, and 0 for the bundled model."""
     lora_alpha: int = 64
     """LoRA scale: the update is multiplied by lora_alpha / lora_rank."""
-    lora_targets: list[str] = field(
-        default_factory=lambda: [
-            "attn.to_q",
-            "attn.to_k",
-            "attn.to_v",
-            "attn.to_out.0",
-            "attn.add_q_proj",
-            "attn.add_k_proj",
-            "attn.add_v_proj",
-            "attn.to_add_out",
-        ]
-    )
-    """Names of the linear layers that carry the adapter, matched from the end of the module name."""
+    lora_targets: list[str] | None = None
+    """Names of the linear layers that carry the adapter, matched from the end of the module name; by default the model
+    family's list, see docs/models.md."""
+    lora: str | None = None
+    """LoRA to go on from, with its own rank, scale and layers: a .safetensors file, a folder or a hub id."""
+    gradient_checkpointing: bool = False
+    """Keep only the inputs of the transformer's blocks for the backward pass and compute the rest again."""
+    attention: str | None = None
+    """Attention backend, by diffusers' names: native, flash, xformers, ...; by default diffusers' own choice."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile."""
+    distilled_guidance: float = 3.5
+    """Guidance that FLUX.1-dev takes as an input, in training and evaluation."""
     decode_batch_size: int = 32
-    """Images decoded at once."""
+    """Images, or videos, decoded at once."""
     max_sequence_length: int | None = None
-    """Number of T5 tokens in the prompt embedding; by default 256 with a T5 encoder and 0 without."""
+    """Text tokens of a prompt embedding, T5's for SD3; by default 256 for SD3 (0 without T5) and 512 for the others."""
+    embeddings_dir: str | None = None
+    """Folder of prompt embeddings: all prompts are encoded into it at the start, then the text encoders are freed."""
 
 
 @dataclass
@@ -56,9 +62,9 @@ class PromptsConfig:
     """Where prompts come from."""
 
     train: str = "shapes"
-    """Training prompts: a .txt file (one prompt a line), a GenEval .jsonl file, or "shapes"."""
+    """A .txt file (one prompt a line), a GenEval .jsonl file, or bundled ones: shapes, geneval, ocr, general."""
     eval: str | None = None
-    """Evaluation prompts, as for train; by default the bundled held-out prompts for "shapes", else none."""
+    """Evaluation prompts, as for train; by default held-out ones where train's are bundled, else some of train's."""
     per_epoch: int = 24
     """Groups (distinct prompts) per epoch."""
     mix: dict[str, float] | None = None
@@ -73,8 +79,8 @@ class RolloutConfig:
     """Images per prompt: the group that rewards are compared within."""
     num_steps: int = 10
     """Denoising steps in training (evaluation has its own)."""
-    dynamics: Literal["flow_sde", "flow_cps", "dance_sde"] = "flow_sde"
-    """Stochastic sampler of the trained steps."""
+    dynamics: Literal["flow_sde", "flow_cps", "dance_sde", "ode"] = "flow_sde"
+    """Sampler of the steps in the window; ode has no noise and no log-prob, so it is for dpo, sft and rwr alone."""
     noise_level: float = 0.7
     """Noise level a (eta for dance_sde) of the stochastic steps."""
     log_prob: Literal["auto", "normalised", "unnormalised"] = "auto"
@@ -82,7 +88,11 @@ class RolloutConfig:
     window_size: int | None = 3
     """Steps that are stochastic and trained; the others follow the ODE. null: all steps but the last."""
     window_start: tuple[int, int] = (0, 6)
-    """The window's first step is drawn from [low, high) once per group."""
+    """The window's first step is drawn from [low, high) once per group, or moves through it (window_stride)."""
+    window_stride: int = 0
+    """Steps by which the window moves, from low on and up to high - 1, in all groups at once; 0: it is drawn."""
+    window_epochs: int = 1
+    """Epochs between two moves of the window."""
     guidance_scale: float = 1.0
     """Classifier-free guidance in training; 1 runs the conditional branch alone."""
     same_noise: bool = False
@@ -91,6 +101,8 @@ class RolloutConfig:
     """Image height in pixels; by default the model's own."""
     width: int | None = None
     """Image width in pixels; by default the model's own."""
+    num_frames: int | None = None
+    """Frames of a video; by default the model's own. Only for models of videos."""
     batch_size: int = 288
     """Images sampled at once; a multiple of group_size."""
 
@@ -99,6 +111,8 @@ class RolloutConfig:
 class AdvantageConfig:
     """How rewards become advantages."""
 
+    mode: Literal["sum", "gdpo"] = "sum"
+    """Normalise the weighted sum of the rewards, or each of them before they are weighted and summed (GDPO)."""
     std: Literal["global", "group", "none"] = "global"
     """What the centred rewards are divided by: the batch's standard deviation, the group's, or nothing."""
     clip: float = 5.0
@@ -107,12 +121,23 @@ class AdvantageConfig:
 
 @dataclass
 class UpdateConfig:
-    """The policy-gradient update."""
+    """What is learned from an epoch's images, and how."""
 
+    algorithm: Literal["grpo", "grpo_guard", "dpo", "sft", "rwr"] = "grpo"
+    """Policy gradient on the sampled steps (grpo, grpo_guard), or flow matching to the images: dpo the best of a group
+    against the worst, sft the best, rwr all by weight."""
+    data: Literal["online", "offline"] = "online"
+    """Images of the policy under training or, for dpo, sft and rwr, of the model as it was loaded."""
+    noise_draws: int = 1
+    """Random noise levels at which dpo, sft and rwr learn an image."""
+    dpo_beta: float = 100.0
+    """How strongly dpo is held to the reference; lower lets it go further."""
+    rwr_temperature: float = 1.0
+    """The weights of rwr are softmax(reward / rwr_temperature) within a group."""
     per_epoch: int = 2
     """Optimiser updates per epoch; the groups of an epoch are split evenly among them."""
     batch_size: int = 288
-    """(image, step) pairs per forward and backward pass."""
+    """(image, step) or (image, noise draw) pairs per forward and backward pass."""
     learning_rate: float = 3e-4
     """AdamW learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -171,8 +196,16 @@ class Config:
     """Epochs between two checkpoints; 0 saves one only when the run ends or is interrupted."""
     checkpoints_total_limit: int | None = None
     """Checkpoints kept, the newest; by default all."""
+    dry_run: bool = False
+    """Print the batches, the memory and the FLOPs of such a run, and stop; no weights are loaded."""
+    num_processes: int | None = None
+    """Processes that dry_run reckons with; by default those of this launch."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Experiment trackers, by accelerate's names: tensorboard, wandb, ..."""
+    hub_model_id: str | None = None
+    """Repository OWNER/NAME of the Hugging Face Hub that gets the last weights and their card when the run ends."""
+    hub_private: bool | None = None
+    """Whether that repository, if it has to be made, is private; by default as its owner's settings say."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -180,9 +213,50 @@ class Config:
     """Weight of each reward, or an object with its weight and settings; my_module:my_reward for a function of yours."""
     max_missing: float = 0.1
     """Largest share of an epoch's images that may go without a score; more stop the run."""
+    reward_frames: int = 5
+    """Frames of a video that rewards score, evenly spaced; the video's score is their mean."""
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass
+class EvaluateConfig:
+    """An evaluation, `python -m fastflowgrpo.evaluate`: of a model, of its trained weights, or of both side by side."""
+
+    run: str | None = None
+    """Run directory: gives all that is not set here, from its config.yaml, and its last checkpoint."""
+    model: str = "shapes"
+    """Diffusers pipeline: a local folder, a hub id, or "shapes" for the bundled model."""
+    checkpoint: str | None = None
+    """Folder of trained weights, a LoRA or a whole transformer, as train writes them."""
+    weights: Literal["base", "trained", "both"] = "both"
+    """What is evaluated: the model as it is, with its checkpoint, or both side by side. Without one, the model."""
+    output_dir: str = "runs/evaluation"
+    """Folder of the results: evaluation.json, evaluation.md, grid.png."""
+    overwrite: bool = False
+    """Replace the results that output_dir already holds."""
+    prompts: str | None = None
+    """A .txt file (one prompt a line), a GenEval .jsonl file, or "shapes"; by default what a run evaluates on."""
+    rewards: dict[str, Any] | str = field(default_factory=lambda: Config().rewards)
+    """Names separated by commas, or an object as in train, whose weights make the total reward."""
+    num_steps: int = 40
+    """Denoising steps of the ODE."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 runs the conditional branch alone."""
+    images_per_prompt: int = 6
+    """Images per prompt."""
+    height: int | None = None
+    """Image height in pixels; by default the model's own."""
+    width: int | None = None
+    """Image width in pixels; by default the model's own."""
+    batch_size: int = 288
+    """Images sampled at once."""
+    seed: int = 0
+    """Seed of the initial noise; with 0 it is that of train's evaluations."""
+    diversity_model: str | None = None
+    """CLIP, a hub id or a folder, whose image embeddings measure diversity, beside pixels and latents."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
 
 
 @dataclass
@@ -218,6 +292,7 @@ _AT_LEAST = {
         "max_missing",
         "policy.lora_rank",
         "policy.max_sequence_length",
+        "policy.distilled_guidance",
         "rollout.guidance_scale",
         "update.learning_rate",
         "update.weight_decay",
@@ -225,20 +300,26 @@ _AT_LEAST = {
         "update.betas",
         "update.ema_decay",
         "rollout.window_start",
+        "rollout.window_stride",
         "evaluation.every",
         "evaluation.guidance_scale",
     ),
     1: (
         "epochs",
         "checkpoints_total_limit",
+        "num_processes",
+        "reward_frames",
         "policy.lora_alpha",
         "policy.decode_batch_size",
         "prompts.per_epoch",
         "rollout.window_size",
+        "rollout.window_epochs",
         "rollout.height",
         "rollout.width",
+        "rollout.num_frames",
         "rollout.batch_size",
         "update.per_epoch",
+        "update.noise_draws",
         "update.batch_size",
         "update.ema_every",
         "evaluation.num_steps",
@@ -249,6 +330,8 @@ _AT_LEAST = {
 }
 _ABOVE_ZERO = (
     "update.replay_tolerance",
+    "update.dpo_beta",
+    "update.rwr_temperature",
     "rollout.noise_level",
     "advantage.clip",
     "update.max_grad_norm",
@@ -257,6 +340,30 @@ _ABOVE_ZERO = (
 _AT_MOST_ONE = ("max_missing",)
 _BELOW_ONE = ("update.clip_range", "update.betas", "update.ema_decay")
 
+POLICY_GRADIENTS = ("grpo", "grpo_guard")
+# What only some choices read: (setting, the choices that do) -> settings that must stay at their defaults elsewhere.
+_READ_BY: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
+    ("update.algorithm", POLICY_GRADIENTS): (
+        "rollout.log_prob",
+        "advantage.mode",
+        "advantage.std",
+        "advantage.clip",
+        "update.clip_range",
+        "update.replay_tolerance",
+        "update.kl",
+        "update.kl_weight",
+    ),
+    ("update.algorithm", ("dpo", "sft", "rwr")): ("update.data", "update.noise_draws"),
+    ("update.algorithm", ("dpo",)): ("update.dpo_beta",),
+    ("update.algorithm", ("rwr",)): ("update.rwr_temperature",),
+    ("rollout.dynamics", ("flow_sde", "flow_cps", "dance_sde")): (
+        "rollout.noise_level",
+        "rollout.window_size",
+        "rollout.window_start",
+        "rollout.window_stride",
+        "rollout.same_noise",
+    ),
+}
 # What may be another from one start of a run to the next: it changes nothing that is computed but its rounding, or is
 # what a run that stopped asks for.
 MAY_CHANGE = (
@@ -266,6 +373,10 @@ MAY_CHANGE = (
     "trackers",
     "max_missing",
     "policy.decode_batch_size",
+    "policy.embeddings_dir",
+    "policy.gradient_checkpointing",
+    "policy.attention",
+    "policy.compile",
     "rollout.batch_size",
     "update.batch_size",
     "update.learning_rate",
@@ -306,7 +417,12 @@ def validate(config: Config) -> None:
                 raise ConfigError(f"{name}: must be below 1, got {value}")
 
     policy, prompts, rollout, update = config.policy, config.prompts, config.rollout, config.update
-    if policy.lora_rank != 0 and not policy.lora_targets:
+    advantage = config.advantage
+    if policy.lora is not None and policy.lora_rank == 0:
+        raise ConfigError(
+            "policy.lora_rank: is 0, which trains the whole transformer; leave it out to go on from a LoRA"
+        )
+    if policy.lora_rank != 0 and policy.lora_targets == []:
         raise ConfigError("policy.lora_targets: is empty; set policy.lora_rank to 0 to train the whole transformer")
     if rollout.dynamics == "flow_cps" and rollout.noise_level > 1:
         raise ConfigError(f"rollout.noise_level: must be at most 1 for flow_cps, got {rollout.noise_level}")
@@ -316,7 +432,19 @@ def validate(config: Config) -> None:
     if prompts.per_epoch % update.per_epoch:
         division = _division(prompts.per_epoch, update.per_epoch)
         raise ConfigError(f"prompts.per_epoch: must be a multiple of update.per_epoch, but {division}")
-    if rollout.window_size is not None:
+    if update.algorithm in POLICY_GRADIENTS and rollout.dynamics == "ode":
+        raise ConfigError(
+            f"rollout.dynamics: update.algorithm {update.algorithm} learns from log-probs, and ode has none; "
+            "choose flow_sde, flow_cps or dance_sde, or update.algorithm dpo, sft or rwr"
+        )
+    _check_unread(config)
+    if advantage.mode == "gdpo" and len(config.rewards) < 2:
+        raise ConfigError("advantage.mode: gdpo normalises each of several rewards, and there is one")
+    if rollout.window_epochs != 1 and not rollout.window_stride:
+        raise ConfigError("rollout.window_epochs: the window does not move unless rollout.window_stride is above 0")
+    if rollout.window_size is None and rollout.window_stride:
+        raise ConfigError("rollout.window_stride: all steps but the last are the window; set rollout.window_size")
+    if rollout.window_size is not None and rollout.dynamics != "ode":
         low, high = rollout.window_start
         if low >= high:
             raise ConfigError(f"rollout.window_start: low must be below high, got [{low}, {high})")
@@ -326,6 +454,18 @@ def validate(config: Config) -> None:
                 f"rollout.window_start: a window of {rollout.window_size} steps from step {high - 1} on needs {needed} "
                 f"steps, but rollout.num_steps = {rollout.num_steps} has {trained}: the last is never trained"
             )
+
+
+def _check_unread(config: Config) -> None:
+    """Raises ConfigError for a setting that was changed though nothing reads it beside the others."""
+    default = Config()
+    for (chooser, readers), names in _READ_BY.items():
+        choice = attrgetter(chooser)(config)
+        if choice not in readers:
+            values = {name: (attrgetter(name)(config), attrgetter(name)(default)) for name in names}
+            unread = [f"{name} (default {was})" for name, (value, was) in values.items() if value not in (None, was)]
+            if unread:
+                raise ConfigError(f"{chooser}: {choice} does not use {', '.join(unread)}: leave at the default")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -347,8 +487,61 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         ConfigError: A name, value or file is wrong, or the values do not fit together (see `validate`).
         SystemExit: With code 0, after ``--help`` or ``--print_config``.
     """
+    config = parse_settings(Config, "train", argv)
+    validate(config)
+    return config
+
+
+def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateConfig:
+    """Reads the settings of an evaluation, like `parse`; what is not given is the run's, if `--run` names one."""
+    config = parse_settings(EvaluateConfig, "evaluate", argv)
+    if config.run is not None:
+        config = parse_settings(EvaluateConfig, "evaluate", argv, _defaults_of_run(config.run))
+    for name in ("num_steps", "images_per_prompt", "batch_size", "height", "width"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: must be at least 1, got {value}")
+    for name in ("guidance_scale", "seed"):
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{name}: must be at least 0, got {getattr(config, name)}")
+    return config
+
+
+def read_run(run: str | Path) -> Config:
+    """The settings of the run that a directory holds.
+
+    Raises:
+        ConfigError: It holds none, or its config.yaml has a setting that is wrong or unknown.
+    """
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"run {run} is not the directory of a run: there is no {path}")
+    return parse(["--config", str(path)])
+
+
+def _defaults_of_run(run: str) -> dict[str, Any]:
+    """The settings of an evaluation that are those of a run, by dotted name."""
+    config = read_run(run)
+    evaluation, rollout = config.evaluation, config.rollout
+    return {
+        "model": config.model,
+        "rewards": config.rewards,
+        "num_steps": evaluation.num_steps,
+        "guidance_scale": rollout.guidance_scale if evaluation.guidance_scale is None else evaluation.guidance_scale,
+        "images_per_prompt": evaluation.images_per_prompt,
+        "height": rollout.height,
+        "width": rollout.width,
+        "batch_size": evaluation.batch_size,
+        **{f"policy.{name}": value for name, value in vars(config.policy).items()},
+    }
+
+
+def parse_settings(
+    cls: type[Settings], command: str, argv: Sequence[str] | None, defaults: dict[str, Any] | None = None
+) -> Settings:
+    """Reads a dataclass of settings: its defaults, other `defaults` by dotted name, then the command line's."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    types = setting_types()
+    types = setting_types(cls)
     groups = [name for name, hint in types.items() if _is_group(hint)]
     options = {"config", "print_config", "help"} | (types.keys() - set(groups))
     open_groups = tuple(f"{name}." for name, hint in types.items() if "dict[" in str(hint))  # rewards.my_reward
@@ -358,9 +551,18 @@ def parse(argv: Sequence[str] | None = None) -> Config:
             if name in groups:
                 raise ConfigError(f"{name}: is a group of settings; set one of them, as in --{name}.NAME VALUE")
             _check_name(name, options)
-    config = _build(Config, _parser().parse_args(argv).as_dict())
-    validate(config)
-    return config
+    parser = _parser(cls, command)
+    parser.set_defaults(defaults or {})
+    return _build(cls, parser.parse_args(_bare_switches(argv, types)).as_dict())
+
+
+def _bare_switches(argv: list[str], types: dict[str, Any]) -> list[str]:
+    """A switch without a value, such as --dry_run, is true."""
+    switches = {f"--{name}" for name, hint in types.items() if hint is bool}
+    return [
+        f"{argument}=true" if argument in switches and following.startswith("--") else argument
+        for argument, following in zip_longest(argv, argv[1:], fillvalue="--")
+    ]
 
 
 def save(config: Config, path: str | Path) -> None:
@@ -379,11 +581,13 @@ def setting_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 class _Parser(ArgumentParser):
+    types: Mapping[str, Any] = MappingProxyType({})  # of the settings, by dotted name
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises ConfigError instead of printing the usage."""
         match = re.search(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
-        if match and match[1] in setting_types():
-            raise ConfigError(_wrong_value(match[1], setting_types()[match[1]], match[2])) from ex
+        if match and match[1] in self.types:
+            raise ConfigError(_wrong_value(match[1], self.types[match[1]], match[2])) from ex
         raise ConfigError(message) from ex
 
 
@@ -392,20 +596,21 @@ class _ConfigFile(ActionConfigFile):
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
-            _check_tree(_read(values), setting_types())
+            _check_tree(_read(values), parser.types)
             super().__call__(parser, cfg, values, option_string)
         except ConfigError as error:
             raise ConfigError(f"{values}: {error}") from None
 
 
-def _parser() -> ArgumentParser:
+def _parser(cls: type, command: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(
-        prog="python -m fastflowgrpo.train",
+        prog=f"python -m fastflowgrpo.{command}",
         usage="%(prog)s [--config FILE] [--SETTING VALUE ...]",
     )
     parser.add_argument("--config", action=_ConfigFile, metavar="FILE", help="YAML file of settings.")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(cls)
+    parser.types = setting_types(cls)
     return parser
 
 

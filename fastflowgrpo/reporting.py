@@ -22,9 +22,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from fastflowgrpo import checkpoint
+from fastflowgrpo import __version__, checkpoint
 from fastflowgrpo.checkpoint import Checkpoint
 from fastflowgrpo.config import Config, ConfigError, save
+from fastflowgrpo.plan import Plan
+from fastflowgrpo.processes import Processes, is_main
 from fastflowgrpo.prompts import TAGS, Prompt
 from fastflowgrpo.rewards import Scores
 
@@ -46,9 +48,10 @@ WRITTEN = (
 
 
 def progress(name: str, work: int | Iterable[Any]) -> tqdm:
-    """A progress bar over a number of steps or an iterable; none where the output is no terminal."""
+    """A progress bar over a number of steps or an iterable; none where the output is no terminal, and of several
+    processes only the first's."""
     count, iterable = (work, None) if isinstance(work, int) else (None, work)
-    return tqdm(iterable, desc=name, total=count, leave=False, disable=None)
+    return tqdm(iterable, desc=name, total=count, leave=False, disable=None if is_main() else True)
 
 
 @dataclass
@@ -74,11 +77,28 @@ class Evaluation:
     """(prompts, n) bool, if the prompts have tags."""
 
     @classmethod
-    def of(cls, prompts: list[Prompt], images: Tensor, scores: Scores, copies: int) -> "Evaluation":
-        """Summarise `copies` images of each prompt: images (P * copies, 3, H, W), scores in the same order."""
+    def of(
+        cls, prompts: list[Prompt], images: Tensor, scores: Scores, copies: int, processes: Processes | None = None
+    ) -> "Evaluation":
+        """Summarise `copies` images of each prompt. Collective, if there are processes: of the images, only those that
+        are shown leave their own.
+
+        Args:
+            images: (P * copies, 3, H, W); of several processes this one's, beginning with those of `Processes.own`.
+            scores: of all prompts.
+            own: indices of this process's prompts, by default all.
+            gather: gives every process's value of what it is called with: images only of those that are shown.
+        """
         values = {"reward": scores.values, **scores.details}
         means = {name: value.nanmean().item() for name, value in values.items()}
-        groups = images.unflatten(0, (-1, copies))
+        shown = _spread(prompts, SHOWN)
+        own = processes.own(len(prompts)) if processes else range(len(prompts))
+        groups = dict(zip(own, images.split(copies), strict=False))
+        distances = {i: rms_distances(group[None]).item() for i, group in groups.items()} if copies > 1 else {}
+        pictures = {i: groups[i][:4] for i in shown if i in groups}
+        if processes:
+            parts = processes.gather((distances, pictures))
+            distances, pictures = ({i: kind[i] for kind in kinds for i in kind} for kinds in zip(*parts, strict=True))
         tag_of = [prompt.metadata.get("tag") for prompt in prompts]
         strict = values.get("geneval/strict")
         tags: dict[str, float] = {}
@@ -88,16 +108,15 @@ class Evaluation:
                 rows = [i for i, other in enumerate(tag_of) if other == tag]
                 if rows:
                     tags[tag] = strict[rows].nanmean().item()
-        shown = _spread(prompts, SHOWN)
         return cls(
             overall=sum(tags.values()) / len(tags) if tags else means["reward"],
             tags=tags,
             scores=means,
-            diversity=_diversity(groups) if copies > 1 else None,
-            images=len(images),
+            diversity=sum(distances.values()) / len(prompts) / 255 if copies > 1 else None,
+            images=len(scores.values),
             missing=int(scores.values.isnan().sum()),
             prompts=[prompts[i].text for i in shown],
-            shown=groups[shown, :4],
+            shown=torch.stack([pictures[i] for i in shown]),
             correct=None if strict is None else strict[shown, :4] == 1,
         )
 
@@ -126,10 +145,9 @@ def _spread(prompts: list[Prompt], count: int) -> list[int]:
     return chosen
 
 
-def _diversity(groups: Tensor) -> float:
-    """Mean over prompts and pairs of images of the RMS difference; groups (P, n, 3, H, W) uint8."""
-    distances = torch.stack([torch.pdist(group.flatten(1) / 255).mean() for group in groups])
-    return distances.mean().item() / groups[0, 0].numel() ** 0.5
+def rms_distances(groups: Tensor) -> Tensor:
+    """The RMS difference of two samples of a group, the mean over its pairs: groups (P, n, ...) -> (P,) float32."""
+    return torch.stack([torch.pdist(group.flatten(1).float()).mean() for group in groups]) / groups[0, 0].numel() ** 0.5
 
 
 def check_output(config: Config, resumed: Checkpoint | None) -> None:
@@ -151,29 +169,36 @@ def check_output(config: Config, resumed: Checkpoint | None) -> None:
 
 
 class Report:
-    """Writes a run directory and prints its progress."""
+    """Writes a run directory and prints its progress; of several processes only the first does, while all know the
+    rows."""
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, num_parameters: int, resumed: Checkpoint | None = None
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        plan: Plan,
+        num_parameters: int,
+        resumed: Checkpoint | None = None,
     ):
         self.config, self.accelerator = config, accelerator
         self.folder = Path(config.output_dir)
-        rollout, prompts, update = config.rollout, config.prompts, config.update
-        images = prompts.per_epoch * rollout.group_size
-        steps = rollout.window_size or rollout.num_steps - 1
-        print(
-            f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}\n"
-            f"an epoch: {prompts.per_epoch} groups x {rollout.group_size} = {images} images, "
-            f"{images * steps} (image, step) pairs in {update.per_epoch} updates"
-        )
         self.rows: list[dict[str, Any]] = []
         """Those of metrics.jsonl."""
         self.run_id, before = uuid4().hex[:8], 0.0
+        if resumed:
+            self.rows, self.run_id, before = resumed.rows(), resumed.manifest["run_id"], resumed.manifest["wall_s"]
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.start = time.perf_counter() - before
+        self.main = accelerator.is_main_process
+        if not self.main:
+            return
+        where = f", {plan.processes} processes" if plan.processes > 1 else ""
+        print(f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}{where}")
+        print(*plan.lines(), sep="\n")
         trackers: dict[str, dict[str, Any]] = {}
         if resumed is None:
             self._clear()
         else:
-            self.rows, self.run_id, before = resumed.rows(), resumed.manifest["run_id"], resumed.manifest["wall_s"]
             trackers = {"tensorboard": {"purge_step": resumed.step + 1}}
             self._go_on(resumed)
         trackers["wandb"] = {"id": self.run_id, "resume": "allow"}
@@ -181,8 +206,6 @@ class Report:
         with checkpoint.replacing(self.folder / "config.yaml") as path:
             save(config, path)
         accelerator.init_trackers(TRACKER, init_kwargs=trackers)
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.start = time.perf_counter() - before
 
     def _clear(self) -> None:
         """Remove the run that is replaced."""
@@ -228,7 +251,7 @@ class Report:
             ConfigError: one is over the tolerance.
         """
         largest = {int(step): float(difference[steps == step].max()) for step in steps.unique()}
-        print("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
+        self._say("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
         update = self.config.update
         worst = float(difference.max())
         if not worst <= update.replay_tolerance * update.clip_range:
@@ -252,35 +275,42 @@ class Report:
             parts.append(f"accuracy {metrics['geneval/strict']:.3f}")
         if metrics["missing"]:
             parts.append(f"missing {metrics['missing']}")
-        if metrics["trained_pairs"]:
+        if "ratio" in metrics:
             parts.append(f"ratio 1{metrics['ratio_min'] - 1:+.1e}..{metrics['ratio_max'] - 1:+.1e}")
             parts.append(f"clipped {metrics['clipped_above'] + metrics['clipped_below']:.0%}")
         if "kl" in metrics:
             parts.append(f"kl {metrics['kl']:.1e}")
         parts.append(f"{metrics['images_per_s']:.0f} images/s")
         parts.append(" ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value >= 0.005) + " s")
-        tqdm.write("  ".join(parts))
+        self._say("  ".join(parts))
 
     def evaluated(self, evaluation: Evaluation, step: int) -> None:
         """One line, one row, a grid of images."""
-        _grid(evaluation).save(self._image(step))
+        if self.main:
+            image_grid([evaluation]).save(self._image(step))
         self._log({"step": step, "eval": evaluation.row()})
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
         missing = f"missing {evaluation.missing}" if evaluation.missing else ""
-        tqdm.write(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {missing}".rstrip())
+        self._say(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {missing}".rstrip())
 
     def stopped(self) -> None:
         """Say where a run that does not reach its end can go on, and close the trackers."""
+        if not self.main:
+            return
         saved = checkpoint.saved(self.folder)
         if saved:
             command = f"python -m fastflowgrpo.train --config {self.folder / 'config.yaml'} --resume latest"
             print(f"the last checkpoint is {saved[-1]}; to go on: {command}", file=sys.stderr)
         else:
             print("no epoch was finished: there is no checkpoint", file=sys.stderr)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:  # and not end_training, which may wait for a process that has failed
+            tracker.finish()
 
     def finish(self, prompts: list[Prompt]) -> None:
         """`summary.json`, the pictures of the evaluation prompts, and the closing table."""
+        if not self.main:
+            self.accelerator.end_training()
+            return
         wall = self.wall()
         trained = [row for row in self.rows if "epoch" in row]
         evaluated = [row for row in self.rows if "eval" in row]
@@ -290,7 +320,7 @@ class Report:
             "wall_s": wall,
             "images_per_s": images / seconds,
             "seed": self.config.seed,
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+            "versions": versions(),
             "eval": {"first": first, "last": last},
         }
         if self.accelerator.device.type == "cuda":
@@ -314,14 +344,20 @@ class Report:
         for name, path in paths.items():
             print(f"{name:8} {path}")
 
+    def _say(self, text: str) -> None:
+        if self.main:
+            tqdm.write(text)
+
     def _image(self, step: int) -> Path:
         return self.folder / "images" / f"step-{step:06d}.png"
 
     def _log(self, row: dict[str, Any]) -> None:
-        row = _finite({**row, "wall_s": round(self.wall(), 3)})
+        row = finite({**row, "wall_s": round(self.wall(), 3)})
+        self.rows.append(row)
+        if not self.main:
+            return
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(checkpoint.lines([row]))
-        self.rows.append(row)
         self.accelerator.log(dict(_flat(row)), step=row["step"])
 
     def _curve(self, trained: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> Path | str:
@@ -347,10 +383,16 @@ class Report:
         return path
 
 
-def _finite(value: Any) -> Any:
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide about the numbers."""
+    packages = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "fastflowgrpo": __version__, **packages}
+
+
+def finite(value: Any) -> Any:
     """The value with None for every NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
+        return {name: finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -375,29 +417,34 @@ def _table(first: dict[str, Any], last: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _grid(evaluation: Evaluation) -> Image.Image:
-    """A row per prompt: its text and its images, framed green or red where correctness is known."""
-    prompts, (_, n, _, height, width) = evaluation.prompts, evaluation.shown.shape
+def image_grid(evaluations: list[Evaluation], titles: list[str] | None = None) -> Image.Image:
+    """The same prompts a row each; a block of images per evaluation, framed green or red where correctness is known,
+    under its title."""
+    prompts, (_, n, _, height, width) = evaluations[0].prompts, evaluations[0].shown.shape
     if min(height, width) < MIN_CELL:
         scale, resampling = float(-(-MIN_CELL // min(height, width))), Image.Resampling.NEAREST
     else:
         scale, resampling = min(1.0, MAX_CELL / max(height, width)), Image.Resampling.LANCZOS
     height, width = round(height * scale), round(width * scale)
     gap, frame = 16, 3
-    left = _text_width(prompts)
-    canvas = Image.new("RGB", (left + n * (width + 2 * frame) + gap, len(prompts) * (height + 2 * frame)), "white")
+    left, top, block = _text_width(prompts), 24 if titles else 0, n * (width + 2 * frame)
+    size = (left + len(evaluations) * (block + gap), top + len(prompts) * (height + 2 * frame))
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
+    for k, title in enumerate(titles or []):
+        draw.text((left + k * (block + gap) + frame, 4), title, "black", _font())
     for row, prompt in enumerate(prompts):
-        y = row * (height + 2 * frame)
+        y = top + row * (height + 2 * frame)
         draw.text((8, y + height // 2 - 8), prompt, "black", _font())
-        for column in range(n):
-            x = left + column * (width + 2 * frame)
-            if evaluation.correct is not None:
-                color = "#2a9d3a" if evaluation.correct[row, column] else "#d03030"
-                draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), color)
-            pixels = evaluation.shown[row, column].permute(1, 2, 0).numpy()
-            image = Image.fromarray(pixels).resize((width, height), resampling)
-            canvas.paste(image, (x + frame, y + frame))
+        for k, evaluation in enumerate(evaluations):
+            for column in range(n):
+                x = left + k * (block + gap) + column * (width + 2 * frame)
+                if evaluation.correct is not None:
+                    color = "#2a9d3a" if evaluation.correct[row, column] else "#d03030"
+                    draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), color)
+                pixels = evaluation.shown[row, column].permute(1, 2, 0).numpy()
+                image = Image.fromarray(pixels).resize((width, height), resampling)
+                canvas.paste(image, (x + frame, y + frame))
     return canvas
 
 

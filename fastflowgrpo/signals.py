@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
-from accelerate.utils import gather_object
+from fastflowgrpo.processes import FailedElsewhere, Processes, everywhere
 
 # Launchers pass a Ctrl+C on that the terminal has sent to every process already: what follows sooner is the same one.
 AGAIN = 1.0  # seconds
@@ -28,7 +28,8 @@ class Signals:
     """Inside it SIGTERM and Ctrl+C end what `interruptible` runs, and let everything else finish first. A second Ctrl+C
     ends the process at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
         self.signum = 0
         self.since = 0.0
         self.open = False
@@ -47,11 +48,19 @@ class Signals:
         self.previous = {}
 
     def interruptible(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """What `work` returns. It must leave the run's state as it is: a signal ends it anywhere.
+        """What `work` returns. It must leave the run's state as it is: a signal ends it anywhere, unless the processes
+        need each other within it, as for sharded weights; then it is ended before or after.
 
         Raises:
             Interrupted: a process of the run was told to end; then all of them raise it here.
+            FailedElsewhere: in another process `work` has raised what it raises there.
         """
+        if self.processes.sharded:
+            self._agree(None)
+            result = work(*arguments)
+            self._agree(None)
+            return result
+        error = None
         try:
             try:
                 self.open = True
@@ -62,9 +71,21 @@ class Signals:
                 self.open = False
         except Interrupted:
             pass
-        if signum := max(gather_object([self.signum])):
-            raise Interrupted(signum)
+        except Exception as found:
+            error = found
+        self._agree(error)
         return result
+
+    def _agree(self, error: Exception | None) -> None:
+        """Raise on every process what any of them has met."""
+        met = self.processes.gather((self.signum, error and f"{type(error).__name__}: {error}"))
+        if error is not None:
+            raise everywhere(error)
+        for process, (_, text) in enumerate(met):
+            if text:
+                raise everywhere(FailedElsewhere(f"process {process} failed: {text}"))
+        if signum := max(signum for signum, _ in met):
+            raise everywhere(Interrupted(signum))
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if not self.signum:

@@ -24,11 +24,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse(argv)
         # Only now, so that --help and a wrong setting do not wait for torch.
+        if config.dry_run:
+            from fastflowgrpo.estimate import estimate
+            from fastflowgrpo.plan import launched_processes
+
+            print(estimate(config, config.num_processes or launched_processes()))
+            return 0
         from fastflowgrpo.trainer import Trainer
 
         Trainer(config).run()
     except ConfigError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"process {rank}: "
+        print(f"{where}error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -1,58 +1,38 @@
 """The Flow-GRPO loop (arXiv 2505.05470): rollout, score, normalise, update, report."""
 
 import math
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from fastflowgrpo import checkpoint
 from fastflowgrpo.advantages import group_advantages
-from fastflowgrpo.config import Config, ConfigError, validate
-from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
-from fastflowgrpo.kernels.philox import philox_normal
-from fastflowgrpo.kernels.sde_step import guided_velocity
+from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError, validate
+from fastflowgrpo.evaluation import Samples, sample_and_score
+from fastflowgrpo.modelcard import check_push, push, write_card
+from fastflowgrpo.objective import Batch, Objective, sample_weights
+from fastflowgrpo.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
-from fastflowgrpo.prompts import Prompt, epoch_prompts, load_prompts
+from fastflowgrpo.processes import Processes, everywhere, make_accelerator, showing, whole
+from fastflowgrpo.prompts import Prompt, epoch_prompts
+from fastflowgrpo.prompts.geneval import MIX
+from fastflowgrpo.prompts.sources import run_prompts
 from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
 from fastflowgrpo.rewards import Scores, build_rewards
 from fastflowgrpo.rewards.scoring import Scoring
-from fastflowgrpo.rollout import (
-    Trajectory,
-    expand_row,
-    repeat_rows,
-    sample_groups,
-    sample_ode,
-    sample_seeds,
-    window_starts,
-)
-from fastflowgrpo.sde import resolve_log_prob, step_coefficients
+from fastflowgrpo.rollout import Trajectory, sample_groups, sliding_start, window_starts
+from fastflowgrpo.sde import step_coefficients
 from fastflowgrpo.signals import Signals
-
-# Without evaluation prompts of its own, a run shows what becomes of its first training prompts.
-EVAL_PROMPTS = 16
-# The paper trains GenEval with this mix of tags.
-TAG_MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
-
-
-@dataclass
-class Batch:
-    """The groups of an epoch, or of one update of it: G groups of `group_size` samples, in order."""
-
-    trajectory: Trajectory
-    conditioning: Conditioning
-    """A row per group."""
-    advantages: Tensor
-    """(B,): NaN where the score is missing."""
 
 
 class Trainer:
@@ -64,23 +44,28 @@ class Trainer:
 
     def __init__(self, config: Config):
         validate(config)
-        resumed = checkpoint.find(config)
-        check_output(config, resumed)
-        set_seed(config.seed)
-        self.config = config
-        self.train_prompts, self.eval_prompts = _load_prompts(config)
-        self.prompt_digests = {
-            "prompts.train": checkpoint.digest(self.train_prompts),
-            "prompts.eval": checkpoint.digest(self.eval_prompts),
-        }
-        if resumed:
-            resumed.check_prompts(self.prompt_digests)
         available = [tracker.value for tracker in get_available_trackers()]
         for tracker in config.trackers:
             if tracker not in available:
                 raise ConfigError(
                     f'trackers: "{tracker}" is unknown or not installed; there are: {", ".join(available)}'
                 )
+        self.config = config
+        self.accelerator = make_accelerator(config.trackers, config.output_dir)
+        self.processes = Processes(self.accelerator)
+        resumed = self.processes.on_main(lambda: _checked_output(config))
+        if resumed and self.processes.steps_in_backward:
+            raise ConfigError("resume: DeepSpeed keeps its optimiser to itself; use configs/accelerate/fsdp2.yaml")
+        set_seed(config.seed)
+        if (hub := config.hub_model_id) is not None:
+            self.processes.on_main(lambda: check_push(hub))
+        self.train_prompts, self.eval_prompts = run_prompts(config)
+        self.prompt_digests = {
+            "prompts.train": checkpoint.digest(self.train_prompts),
+            "prompts.eval": checkpoint.digest(self.eval_prompts),
+        }
+        if resumed:
+            resumed.check_prompts(self.prompt_digests)
         try:
             self.choose(0)
         except ValueError as error:
@@ -90,41 +75,41 @@ class Trainer:
             self.rewards.check_prompts([*self.train_prompts, *self.eval_prompts])
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        # Precision is the policy's: autocast around the trained forward pass alone would set the reference's apart.
-        self.accelerator = Accelerator(
-            mixed_precision="no", log_with=config.trackers or None, project_dir=config.output_dir
-        )
-        if self.accelerator.num_processes > 1:
-            raise ConfigError(
-                f"training runs in one process so far, and this one is of {self.accelerator.num_processes}"
-            )
+        self.plan = batch_plan(config, self.processes.count)
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
-        self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width)
-        self.embed = EmbeddingCache(self.policy)
-        self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device)
+        self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width, config.rollout.num_frames)
+        self.embed = EmbeddingCache(self.policy, config.policy.embeddings_dir)
+        if config.policy.embeddings_dir is not None:
+            self.embed.prepare(["", *(prompt.text for prompt in [*self.train_prompts, *self.eval_prompts])])
+        self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device, config.reward_frames)
         update, rollout = config.update, config.rollout
-        self.parameters = self.policy.trainable_parameters()
         self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=update.learning_rate, betas=update.betas, weight_decay=update.weight_decay
+            self.policy.trainable_parameters(),
+            lr=update.learning_rate,
+            betas=update.betas,
+            weight_decay=update.weight_decay,
         )
-        self.policy.transformer, self.optimizer = self.accelerator.prepare(self.policy.transformer, self.optimizer)
+        self.policy.transformer, self.optimizer = self.processes.prepare(
+            self.policy.transformer, self.optimizer, update.max_grad_norm
+        )
+        self.parameters = self.policy.trainable_parameters()  # others than before where they are sharded now
         self.ema = EMAModel(self.parameters, decay=update.ema_decay) if update.ema_decay else None
         self.coefficients = step_coefficients(
-            self.policy.sigmas(rollout.num_steps), rollout.dynamics, rollout.noise_level
+            self.policy.sigmas(rollout.num_steps, self.shape), rollout.dynamics, rollout.noise_level
         )
-        self.log_prob = resolve_log_prob(rollout.log_prob, rollout.dynamics)
         # The last step is sampled but never trained on.
         self.window_size = rollout.window_size or rollout.num_steps - 1
         self.window_start = rollout.window_start if rollout.window_size else (0, 1)
-        self.signals = Signals()
+        self.objective = Objective(config, self.policy, self.coefficients, self.window_size)
+        self.signals = Signals(self.processes)
         self.epoch = self.step = 0
         if resumed:
             checkpoint.load_training(resumed, self.named_parameters(), self.optimizer, self.ema)
-            checkpoint.load_rng(resumed, self.accelerator.process_index, self.accelerator.device)
+            checkpoint.load_rng(resumed, self.processes.rank, self.accelerator.device)
             self.epoch, self.step = resumed.epoch, resumed.step
         self.saved_step = self.step
         self.at_rest()
-        self.report = Report(config, self.accelerator, sum(p.numel() for p in self.parameters), resumed)
+        self.report = Report(config, self.accelerator, self.plan, sum(p.numel() for p in self.parameters), resumed)
 
     def run(self) -> None:
         """The epochs that are left, with an evaluation before the first and after the last. However it ends, the state
@@ -136,14 +121,15 @@ class Trainer:
         with self.signals:
             try:
                 self._run()
-            except BaseException:
+            except BaseException as error:
                 try:
-                    if self.step == self.rest_step:
+                    if self.step == self.rest_step and self.processes.all_raise(error):
                         self.save()
                 finally:
                     self.report.stopped()
                 raise
             self.report.finish(self.eval_prompts)
+            self.publish()
 
     def _run(self) -> None:
         config = self.config
@@ -159,7 +145,7 @@ class Trainer:
             if last:
                 return
             batch, metrics = self.collect(self.epoch)
-            if self.epoch == first:
+            if self.epoch == first and config.update.algorithm in POLICY_GRADIENTS:
                 self.check_replay(batch)
             with self.report.phase("update"):
                 metrics |= self.update(batch)
@@ -173,18 +159,32 @@ class Trainer:
         self.rng = checkpoint.rng_state(self.accelerator.device)
 
     def collect(self, epoch: int) -> tuple[Batch, dict[str, float]]:
-        """Sample and score the groups of an epoch."""
+        """Sample and score this process's groups of an epoch; the metrics are of all, and so is what advantages are
+        relative to."""
         config, size = self.config, self.config.rollout.group_size
         chosen = self.choose(epoch)
-        trajectory, conditioning, scores = self.signals.interruptible(self.sample, epoch, chosen)
+        trajectory, conditioning, unconditional, scores = self.signals.interruptible(self.sample, epoch, chosen)
+        scores = self.processes.gather_scores(scores, len(chosen), size)
         rewards, missing = scores.values, int(scores.values.isnan().sum())
         if missing == len(rewards) or missing > config.max_missing * len(rewards):
-            raise RuntimeError(
-                f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
-                f"max_missing allows a share of {config.max_missing:g}"
+            raise everywhere(
+                RuntimeError(
+                    f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
+                    f"max_missing allows a share of {config.max_missing:g}; the last error: {scores.error}"
+                )
             )
-        group_ids = torch.arange(len(chosen)).repeat_interleave(size)
-        advantages = group_advantages(rewards, group_ids, config.advantage.std)
+        if config.update.algorithm in POLICY_GRADIENTS:
+            weights = self.rewards.weights
+            advantages = group_advantages(
+                torch.stack([scores.details[name] for name in weights], 1),
+                torch.arange(len(chosen)).repeat_interleave(size),
+                config.advantage.std,
+                weights=list(weights.values()),
+                mode=config.advantage.mode,
+            )
+        else:
+            advantages = sample_weights(config.update.algorithm, rewards, size, config.update.rwr_temperature)
+        advantages = advantages.view(-1, size)[self.processes.own(len(chosen))].flatten()
         metrics = {
             "reward": rewards.nanmean().item(),
             "missing": missing,
@@ -192,27 +192,29 @@ class Trainer:
             **{name: value.nanmean().item() for name, value in scores.details.items()},
             **{f"{name}/missing": int(scores.details[name].isnan().sum()) for name in self.rewards.rewards},
         }
-        return Batch(trajectory, conditioning, advantages), metrics
+        return Batch(trajectory, conditioning, unconditional, advantages), metrics
 
-    def sample(self, epoch: int, chosen: list[Prompt]) -> tuple[Trajectory, Conditioning, Scores]:
-        """The trajectories of an epoch's groups, the conditioning of each group, and the images' scores."""
+    def sample(self, epoch: int, chosen: list[Prompt]) -> tuple[Trajectory, Conditioning, Conditioning | None, Scores]:
+        """The trajectories of this process's groups, the conditioning of each and the unconditional, the scores."""
         config, size = self.config, self.config.rollout.group_size
         groups_at_once = config.rollout.batch_size // size
-        seeds = [group_seed(config.seed, epoch, group) for group in range(len(chosen))]
+        dealt = self.processes.padded(len(chosen))
+        chosen, seeds = [chosen[i] for i in dealt], [group_seed(config.seed, epoch, group) for group in dealt]
         with self.report.phase("encode"):
             conditioning = self.embed([prompt.text for prompt in chosen])
             unconditional = self._unconditional(config.rollout.guidance_scale)
+        offline = config.update.data == "offline"
         parts: list[Trajectory] = []
         steps = config.rollout.num_steps * -(-len(chosen) // groups_at_once)
         with progress("rollout", steps) as sampling:
             for begin in range(0, len(chosen), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
-                with self.report.phase("rollout"):
+                with self.report.phase("rollout"), self.policy.reference() if offline else nullcontext():
                     part = sample_groups(
                         self.policy,
                         {name: tensor[groups] for name, tensor in conditioning.items()},
                         self.coefficients,
-                        window_starts(*self.window_start, seeds[groups]),
+                        self.starts(epoch, seeds[groups]),
                         self.window_size,
                         size,
                         seeds[groups],
@@ -220,7 +222,9 @@ class Trainer:
                         unconditional=unconditional,
                         guidance_scale=config.rollout.guidance_scale,
                         same_noise=config.rollout.same_noise,
-                        log_prob=self.log_prob,
+                        log_prob=self.objective.log_prob,
+                        keep_steps=config.update.algorithm in POLICY_GRADIENTS,
+                        keep_velocities=config.update.algorithm == "grpo_guard",
                         on_step=sampling.update,
                     )
                 with self.report.phase("decode"):
@@ -231,165 +235,138 @@ class Trainer:
         trajectory = Trajectory(
             *(torch.cat([getattr(part, name) for part in parts]) for name in Trajectory.__dataclass_fields__)
         )
-        return trajectory, conditioning, scores
+        return trajectory, conditioning, unconditional, scores
 
     def update(self, batch: Batch) -> dict[str, float]:
         """The optimiser updates of an epoch, on equal shares of its groups."""
-        config = self.config.update
-        share = len(batch.advantages) // config.per_epoch
+        config, size = self.config.update, self.config.rollout.group_size
+        share = self.config.prompts.per_epoch // config.per_epoch
+        if self.processes.steps_in_backward:
+            self.rest_step = -1  # the state is that of no whole epoch before `step` says so
         statistics: list[dict[str, Tensor]] = []
-        for begin in range(0, len(batch.advantages), share):
-            found = self.accumulate(batch, self.pairs(batch, begin, share))
+        for number in range(config.per_epoch):
+            groups = self.processes.places(number * share, (number + 1) * share)
+            units = self.objective.units(batch, groups.start * size, (groups.stop - groups.start) * size)
+            found = self.accumulate(batch, units)
             if found:
-                norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)))
                 if not math.isfinite(norm):
-                    raise FloatingPointError(
-                        "the gradient is not finite: lower update.learning_rate or use another policy.dtype"
+                    raise everywhere(
+                        FloatingPointError(
+                            "the gradient is not finite: lower update.learning_rate or use another policy.dtype"
+                        )
                     )
-                found[-1]["grad_norm"] = norm.reshape(1)
+                if self.accelerator.is_main_process:
+                    found[-1]["grad_norm"] = norm.reshape(1)
             self.step += 1  # first: from here on the state is that of no whole epoch
             self.optimizer.step()  # does nothing without a gradient
             self.optimizer.zero_grad()
             statistics += found
             if self.ema is not None and self.step % config.ema_every == 0:
+                # Its decay grows to ema_decay with the number of updates, as the paper's: (1 + s) / (10 + s).
+                self.ema.optimization_step = self.step - 1
                 self.ema.step(self.parameters)
-        return _flush(statistics)
-
-    def pairs(self, batch: Batch, begin: int, count: int) -> list[tuple[Tensor, Tensor]]:
-        """Micro-batches (rows, slots) of the (sample, step) pairs of `count` samples, less those whose advantage is 0
-        or missing. Step after step, in the order of the rollout: with equal batch sizes the replay is the rollout's
-        own batch, bit for bit."""
-        advantages = batch.advantages[begin : begin + count]
-        rows = begin + torch.nonzero((advantages != 0) & ~advantages.isnan())[:, 0]
-        slots = torch.arange(self.window_size).repeat_interleave(len(rows))
-        size = self.config.update.batch_size
-        return list(zip(rows.repeat(self.window_size).split(size), slots.split(size), strict=True)) if len(rows) else []
+        return _flush(self.processes.gather({name: tensor.cpu() for name, tensor in _joined(statistics).items()}))
 
     def accumulate(self, batch: Batch, micro_batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Tensor]]:
-        """Leave the gradient of the mean loss over the micro-batches; the statistics of each stay on the device."""
-        count = sum(len(rows) for rows, _ in micro_batches)
-        # A log-prob is a mean over a sample's elements; float16 would round the gradient of each to 0.
-        scale = batch.trajectory.final[0].numel()
-        statistics = []
-        for rows, slots in progress("update", micro_batches):
-            loss, stats = self.loss(batch, rows, slots)
-            self.accelerator.backward(scale * loss.sum())
-            statistics.append(stats)
+        """Leave the gradient of the mean loss over the units of all processes; the statistics of this one's
+        micro-batches stay on the device. Without a unit on any process, nothing happens and [] is returned."""
+        counts = self.processes.gather((sum(len(rows) for rows, _ in micro_batches), len(micro_batches)))
+        count, passes = sum(units for units, _ in counts), max(number for _, number in counts)
+        if not count:
+            return []
+        mean = self.processes.count / count  # of the processes' gradients too the mean is taken
+        # A log-prob, as an error, is a mean over a sample's elements; float16 would round the gradient of each to 0.
+        scale = mean if self.processes.steps_in_backward else batch.trajectory.final[0].numel()
+        statistics: list[dict[str, Tensor]] = [{}]
+        for number in progress("update", range(passes)):
+            with self.processes.backward_pass(self.policy.transformer, last=number + 1 == passes):
+                if number < len(micro_batches):
+                    loss, stats = self.objective.loss(batch, *micro_batches[number])
+                    self.accelerator.backward(scale * loss.sum())
+                    statistics.append(stats)
+                else:
+                    self.accelerator.backward(0 * self.filler(batch).sum())
         for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad /= scale * count
+                parameter.grad *= mean / scale
         return statistics
 
-    def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and statistics of (sample, step) pairs, (N,) each: sample rows[i] at its trained step slots[i]."""
-        config, guidance = self.config.update, self.config.rollout.guidance_scale
-        trajectory, policy = batch.trajectory, self.policy
-        at = self.coefficients.at(trajectory.steps[rows, slots], policy.device)
-        advantages = batch.advantages[rows].float().to(policy.device, non_blocking=True)
-        rows, slots = (index.to(policy.device, non_blocking=True) for index in (rows, slots))
-        sample = trajectory.latents[rows, slots]
-        conditioning = repeat_rows(batch.conditioning, rows // self.config.rollout.group_size)
-        unconditional = expand_row(self._unconditional(guidance), len(rows))
-
-        velocity_ref = velocity_uncond = None
-        with torch.no_grad():
-            if unconditional is not None:
-                velocity_uncond = policy.velocity(sample, at.sigma, unconditional)
-            if config.kl_weight:
-                with policy.reference():
-                    velocity_ref = policy.velocity(sample, at.sigma, conditioning)
-                    uncond_ref = policy.velocity(sample, at.sigma, unconditional) if unconditional is not None else None
-                velocity_ref = guided_velocity(velocity_ref, uncond_ref, guidance)
-        return grpo_step_loss(
-            policy.velocity(sample, at.sigma, conditioning),
-            sample,
-            trajectory.latents[rows, slots + 1],
-            at.c_x,
-            at.c_v,
-            at.std,
-            at.dt,
-            trajectory.log_probs[rows, slots],
-            advantages,
-            clip_range=config.clip_range,
-            advantage_clip=self.config.advantage.clip,
-            velocity_ref=velocity_ref,
-            velocity_uncond=velocity_uncond,
-            guidance_scale=guidance,
-            kl=config.kl,
-            kl_weight=config.kl_weight,
-            log_prob=self.log_prob,
-        )
+    def filler(self, batch: Batch) -> Tensor:
+        """The loss of a unit that does not count, for a process that has none left while another has: sharded weights
+        are brought together in every pass."""
+        first, none = torch.zeros(1, dtype=torch.int64), torch.zeros(len(batch.trajectory.final))
+        return self.objective.loss(replace(batch, advantages=none), first, first)[0]
 
     def check_replay(self, batch: Batch) -> None:
         """Replay some of the update's micro-batches with the weights that sampled them: they must find the log-probs of
         the rollout. Every trained step takes part, and the last micro-batch, which may be smaller than the others."""
-        micro_batches = self.pairs(batch, 0, len(batch.advantages))
-        if not micro_batches:
-            return
-        first = micro_batches[0][0]
-        for rows, slots in ((first, torch.arange(len(first)) % self.window_size), micro_batches[-1]):
-            _, stats = self.loss(batch, rows, slots)
-            self.report.replay(batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu())
+        micro_batches = self.objective.units(batch, 0, len(batch.advantages))
+        found: list[tuple[Tensor, Tensor]] = []
+        if micro_batches:
+            first = micro_batches[0][0]
+            for rows, slots in ((first, torch.arange(len(first)) % self.window_size), micro_batches[-1]):
+                _, stats = self.objective.loss(batch, rows, slots)
+                found.append((batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu()))
+        else:
+            for _ in range(2):
+                self.filler(batch)
+        everyones = [pair for pairs in self.processes.gather(found) for pair in pairs]
+        if everyones:
+            self.report.replay(*(torch.cat(tensors) for tensors in zip(*everyones, strict=True)))
 
     def evaluate(self) -> None:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
         with self.report.phase("evaluate"), self.averaged_weights():
-            images, scores = self.signals.interruptible(self.sample_evaluation)
-        evaluation = Evaluation.of(self.eval_prompts, images, scores, self.config.evaluation.images_per_prompt)
+            samples = self.signals.interruptible(self.sample_evaluation)
+        scores = self.processes.gather_scores(samples.scores, len(self.eval_prompts), samples.copies)
+        evaluation = Evaluation.of(self.eval_prompts, samples.images, scores, samples.copies, self.processes)
         self.report.evaluated(evaluation, self.step)
 
-    @torch.no_grad()
-    def sample_evaluation(self) -> tuple[Tensor, Scores]:
-        """The evaluation's images, and their scores."""
+    def sample_evaluation(self) -> Samples:
+        """The images of this process's evaluation prompts, and their scores."""
         config = self.config.evaluation
-        images_of: list[Tensor] = []
-        copies = config.images_per_prompt
-        prompts_at_once = max(1, config.batch_size // copies)
         guidance = self.config.rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
-        unconditional = self._unconditional(guidance)
-        for begin in progress("evaluation", range(0, len(self.eval_prompts), prompts_at_once)):
-            prompts = self.eval_prompts[begin : begin + prompts_at_once]
-            conditioning = self.embed([prompt.text for prompt in prompts])
-            rows = torch.arange(len(prompts), device=self.policy.device).repeat_interleave(copies)
-            # The same noise in every run and at every step: images are compared, not their luck.
-            seeds = sample_seeds(range(begin, begin + len(prompts)), copies).to(self.policy.device)
-            noise = philox_normal(seeds, 0, (len(seeds), *self.shape))
-            latents = sample_ode(
-                self.policy,
-                repeat_rows(conditioning, rows),
-                config.num_steps,
-                noise,
-                unconditional=unconditional,
-                guidance_scale=guidance,
-            )
-            images_of.append(self.scoring.submit(latents, prompts, copies))
-        scores = self.scoring.finish()  # the images are complete once it returns
-        return torch.cat(images_of), scores
+        return sample_and_score(
+            self.policy,
+            self.embed,
+            self.scoring,
+            [(i, self.eval_prompts[i]) for i in self.processes.padded(len(self.eval_prompts))],
+            self.shape,
+            num_steps=config.num_steps,
+            copies=config.images_per_prompt,
+            batch_size=config.batch_size,
+            guidance_scale=guidance,
+        )
 
     def save(self) -> None:
         """Make a checkpoint of the state after the last epoch, unless there is one or nothing was trained."""
         if self.step == self.saved_step:
             return
-        rngs = gather_object([self.rng])
+        rngs = self.processes.gather(self.rng)
+        optimizer = None if self.processes.steps_in_backward else self.optimizer
+        state = checkpoint.training_state(self.named_parameters(), optimizer, self.ema)
+        state = {name: self.processes.whole_on_main(tensors) for name, tensors in state.items()}
+        module = self.accelerator.unwrap_model(self.policy.transformer)
+        averages = self.ema.optimization_step if self.ema is not None else None
 
         def write(folder: Path) -> None:
-            with self.averaged_weights():
+            with showing(module, state["ema"] if averages else state["weights"]):
                 self.policy.save(folder)
-            training = folder / "training"
-            checkpoint.save_training(
-                training, self.named_parameters(), self.optimizer, self.ema, rngs, self.report.rows
-            )
+            if averages is not None:
+                with showing(module, state["weights"]):
+                    self.policy.save(folder / "raw")
+            checkpoint.save_training(folder / "training", state, averages, rngs, self.report.rows)
 
-        if self.accelerator.is_main_process:
-            manifest = {
-                "epoch": self.epoch,
-                "run_id": self.report.run_id,
-                "wall_s": self.report.wall(),
-                "config": checkpoint.plain(self.config),
-                "prompts": self.prompt_digests,
-            }
-            checkpoint.save(self.config.output_dir, self.config.checkpoints_total_limit, write, manifest, self.step)
-        self.accelerator.wait_for_everyone()
+        manifest = {
+            "epoch": self.epoch,
+            "run_id": self.report.run_id,
+            "wall_s": self.report.wall(),
+            "config": checkpoint.plain(self.config),
+            "prompts": self.prompt_digests,
+        }
+        output, limit = self.config.output_dir, self.config.checkpoints_total_limit
+        self.processes.on_main(lambda: checkpoint.save(output, limit, write, manifest, self.step))
         self.saved_step = self.step
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -397,6 +374,20 @@ class Trainer:
         module = self.accelerator.unwrap_model(self.policy.transformer)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         return {names[id(parameter)]: parameter for parameter in self.parameters}
+
+    def publish(self) -> None:
+        """Put a model card beside the last weights, and both on the hub if that is asked for; the run is saved already,
+        and a push that fails says how to do it again."""
+        if not self.accelerator.is_main_process:
+            return
+        run = Path(self.config.output_dir)
+        last = checkpoint.saved(run)[-1]
+        print(f"{'card':8} {write_card(run, last)}")
+        if self.config.hub_model_id is not None:
+            try:
+                print(f"{'hub':8} {push(run, last, self.config.hub_model_id, self.config.hub_private)}")
+            except ConfigError as error:
+                print(f"warning: {error}", file=sys.stderr)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -411,10 +402,17 @@ class Trainer:
         finally:
             self.ema.restore(self.parameters)
 
+    def starts(self, epoch: int, seeds: list[int]) -> list[int]:
+        """The first trained step of each group."""
+        rollout, (low, high) = self.config.rollout, self.window_start
+        if rollout.window_stride:
+            return [sliding_start(low, high, rollout.window_stride, rollout.window_epochs, epoch)] * len(seeds)
+        return window_starts(low, high, seeds)
+
     def choose(self, epoch: int) -> list[Prompt]:
         """The prompts of an epoch's groups."""
         tags = {prompt.metadata.get("tag") for prompt in self.train_prompts}
-        mix = self.config.prompts.mix or {tag: weight for tag, weight in TAG_MIX.items() if tag in tags} or None
+        mix = self.config.prompts.mix or {tag: weight for tag, weight in MIX.items() if tag in tags} or None
         count = self.config.prompts.per_epoch
         return [self.train_prompts[i] for i in epoch_prompts(self.train_prompts, count, self.config.seed, epoch, mix)]
 
@@ -423,43 +421,37 @@ class Trainer:
         return self.embed([""]) if guidance_scale != 1 else None
 
 
-def _load_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, evaluation) prompts."""
-    from fastflowgrpo.shapes import scenes
-
-    def load(setting: str, source: str, bundled: list[Prompt]) -> list[Prompt]:
-        if source == "shapes":
-            return bundled
-        try:
-            return load_prompts(source)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"prompts.{setting}: {error}") from error
-
-    train = load("train", config.prompts.train, scenes.train_prompts())
-    if config.prompts.eval is None:
-        return train, scenes.eval_prompts() if config.prompts.train == "shapes" else train[:EVAL_PROMPTS]
-    return train, load("eval", config.prompts.eval, scenes.eval_prompts())
-
-
 def group_seed(seed: int, epoch: int, group: int) -> int:
     """The seed of all that is random in a group: its window and its noise."""
     return int(np.random.SeedSequence((seed, epoch, group)).generate_state(1)[0])
 
 
+def _checked_output(config: Config) -> checkpoint.Checkpoint | None:
+    """The checkpoint to go on from, once it is known that the output folder may be written."""
+    resumed = checkpoint.find(config)
+    check_output(config, resumed)
+    return resumed
+
+
 def _flush(statistics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over an epoch's pairs, and the ratio's extremes: the only wait for the device in an update."""
-    if not statistics:
+    """Means over an epoch's units, and the ratio's extremes, of statistics on the CPU."""
+    joined = _joined(statistics)
+    if not joined:
         return {"trained_pairs": 0}
-    joined = {
-        name: torch.cat([stats[name] for stats in statistics if name in stats])
-        for name in dict.fromkeys(name for stats in statistics for name in stats)
-    }
-    ratio, difference = joined["ratio"], joined.pop("log_prob_difference")
+    units = max(len(tensor) for tensor in joined.values())
+    difference = joined.pop("log_prob_difference", None)
     values = {name: tensor.mean() for name, tensor in joined.items()}
-    values |= {
-        "ratio_min": ratio.min(),
-        "ratio_max": ratio.max(),
-        "approx_kl": (ratio - 1 - difference).mean(),
-    }
-    flat = dict(zip(values, torch.stack([value.float() for value in values.values()]).tolist(), strict=True))
-    return {"trained_pairs": len(ratio), **flat}
+    if difference is not None:
+        ratio = joined["ratio"]
+        values |= {
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
+            "approx_kl": (ratio - 1 - difference).mean(),
+        }
+    return {"trained_pairs": units, **{name: value.item() for name, value in values.items()}}
+
+
+def _joined(statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The tensors of each name one after the other, from the parts that have it."""
+    names = dict.fromkeys(name for part in statistics for name in part)
+    return {name: torch.cat([part[name] for part in statistics if name in part]) for name in names}

@@ -1,28 +1,45 @@
 """Tiny diffusers pipelines with random weights, built in memory: every part of the real ones, nothing downloaded."""
 
+import json
+from functools import cache
+
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
+from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 CLIP_LENGTH = 24
 CLIP_WIDTH = 16
 T5_WIDTH = 32
+QWEN_WIDTH = 32
 
 
 def tiny_sd3_pipeline(seed: int = 0, *, t5: bool = True) -> StableDiffusion3Pipeline:
@@ -84,6 +101,76 @@ def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
     return pipe
 
 
+def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
+    """A QwenImagePipeline with Qwen-Image's scheduler; sides of 4 n px, 16 packed channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = QwenImagePipeline(
+            transformer=QwenImageTransformer2DModel(
+                patch_size=2,
+                in_channels=16,
+                out_channels=4,
+                num_layers=2,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=QWEN_WIDTH,
+                axes_dims_rope=(4, 4, 8),
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True,
+                base_shift=0.5,
+                max_shift=0.9,
+                max_image_seq_len=8192,
+                shift_terminal=0.02,
+            ),
+            vae=AutoencoderKLQwenImage(**_VIDEO_VAE).eval(),
+            text_encoder=_qwen(),
+            tokenizer=_qwen_tokenizer(),
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
+    """A WanPipeline with Wan 2.1's scheduler, UniPC of flow_shift 3; 2 n + 1 frames, sides of 16 n px, 4 channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = WanPipeline(
+            transformer=WanTransformer3DModel(
+                patch_size=(1, 2, 2),
+                num_attention_heads=2,
+                attention_head_dim=12,
+                in_channels=4,
+                out_channels=4,
+                text_dim=T5_WIDTH,
+                freq_dim=32,
+                ffn_dim=32,
+                num_layers=2,
+                rope_max_seq_len=32,
+            ),
+            scheduler=UniPCMultistepScheduler(
+                flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction", num_train_timesteps=1000
+            ),
+            vae=AutoencoderKLWan(**_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=2).eval(),
+            text_encoder=_umt5(),
+            tokenizer=_t5_tokenizer(),
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# Wan's and Qwen-Image's are made alike.
+_VIDEO_VAE = {
+    "base_dim": 4,
+    "z_dim": 4,
+    "dim_mult": [1, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True],
+    "latents_mean": [0.1, -0.2, 0.3, -0.4],
+    "latents_std": [1.5, 2.0, 0.8, 1.2],
+}
+
+
 def _vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
@@ -141,3 +228,48 @@ def _t5() -> T5EncoderModel:
         feed_forward_proj="gated-gelu",
     )
     return T5EncoderModel(config).eval()
+
+
+def _umt5() -> UMT5EncoderModel:
+    config = UMT5Config(
+        vocab_size=len(_t5_tokenizer()), d_model=T5_WIDTH, d_kv=8, d_ff=2 * T5_WIDTH, num_layers=1, num_heads=4
+    )
+    return UMT5EncoderModel(config).eval()
+
+
+@cache
+def _qwen_tokenizer() -> Qwen2Tokenizer:
+    """Each word of the template is one token, as it is for Qwen: the pipeline cuts off the first 34 tokens."""
+    template = QwenImagePipeline(None, None, None, None, None).prompt_template_encode
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator([template], trainer)
+    model = json.loads(tokenizer.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=model["vocab"],
+        merges=[tuple(pair) for pair in model["merges"]],
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+
+
+def _qwen() -> Qwen2_5_VLForConditionalGeneration:
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(_qwen_tokenizer()),
+            "hidden_size": QWEN_WIDTH,
+            "intermediate_size": 2 * QWEN_WIDTH,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 1,
+            "out_hidden_size": QWEN_WIDTH,
+        },
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from benchmarks import epoch, report
+from benchmarks import epoch, ocr, report
 from benchmarks.random_sd35 import PUBLISHED, random_sd35
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.policy import load_policy
@@ -115,11 +115,27 @@ def test_report_of_whatever_is_there(tmp_path, capsys):
     assert "| small | eager | 2.0000 | 4.0000 | 2 | 50% | 3 | 1 | 0.25 |" in lines
     assert "| 1152 | native | 8.5 | 30 |" in lines
     assert "a.json: A GPU, torch 2, 3 benchmarks." in lines and "b.json: A CPU, 2 benchmarks." in lines
-    assert "c.json is no result of pytest-benchmark or `benchmarks.epoch`, and left out." in lines
+    assert "c.json is no result that can be made into a table, and left out." in lines
     assert any(line.startswith("d.json is not JSON") for line in lines)
     drawn = find_spec("matplotlib") is not None
     assert (tmp_path / "speed.png").exists() == drawn
     assert ("![Speed relative to the baseline](speed.png)" if drawn else "for want of matplotlib") in text
+
+
+def test_ocr_measures_both_readers_on_the_same_images(tmp_path, capsys):
+    images = list(ocr.rendered(2, [ocr.pillow_font]))
+    assert [image.kind for image in images] == [*ocr.KINDS] * 2
+    assert all(image.pixels.shape == (3, 512, 512) and image.pixels.float().std() > 1 for image in images)
+    assert len({image.prompt for image in images}) > len(ocr.KINDS), "others in each round"
+    assert torch.equal(next(ocr.rendered(1, [ocr.pillow_font])).pixels, images[0].pixels)
+    first = ocr.quoted_text(images[0].prompt)
+    found = ocr.measure(images, {"one": lambda pixels: first, "none": lambda pixels: ""})
+    assert found["none"]["mean"] == found["none"]["exact"] == 0 and found["one"]["images_per_s"] > 0
+    assert found["one"]["exact"] == 1 / len(images) and found["one"]["kinds"]["plain"] >= 0.5
+    result = {"images": 20, "side": 512, "versions": {"rapidocr": "3"}, "readers": found}
+    (tmp_path / "ocr.json").write_text(json.dumps(result))
+    text = report.report(tmp_path)
+    assert "ocr.json: one thread, 512 px; rapidocr 3" in text and "| none | 20 |" in text and "| 5.0% |" in text
 
 
 def test_report_without_a_baseline(tmp_path):
@@ -130,7 +146,7 @@ def test_report_without_a_baseline(tmp_path):
 def test_report_without_results(tmp_path, capsys):
     (tmp_path / "c.json").write_text("{}")
     assert report.main([str(tmp_path)]) == 1
-    assert f"{tmp_path}: no JSON of pytest-benchmark or of benchmarks.epoch there" in capsys.readouterr().err
+    assert f"{tmp_path}: no JSON of pytest-benchmark, benchmarks.epoch or benchmarks.ocr" in capsys.readouterr().err
     assert not (tmp_path / "report.md").exists()
 
 

@@ -8,6 +8,7 @@ from transformers import BertConfig, BertModel, CLIPModel, CLIPProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from fastflowgrpo.rewards import REWARDS, RewardBatch, build_rewards
+from fastflowgrpo.rewards import clip as module
 from fastflowgrpo.rewards.clip import CLIP, Preprocess
 
 SIZES = [(56, 56), (64, 64), (128, 128), (100, 61), (40, 57), (20, 20)]
@@ -106,12 +107,37 @@ def test_a_prompt_is_encoded_once_and_nothing_depends_on_the_batch_size(clip):
     encoder = CLIP(clip).network.text_model
     rows = []
     handle = encoder.register_forward_hook(lambda module, args, kwargs, out: rows.append(len(out[0])), with_kwargs=True)
-    parts = REWARDS["pickscore"](clip, batch_size=2)(batch(images, prompts)).values
-    handle.remove()
+    pickscore = REWARDS["pickscore"](clip, batch_size=2)
+    parts = pickscore(batch(images, prompts)).values
     assert rows == [2, 1]
+    again = pickscore(batch(images, prompts[::-1])).values
+    pickscore(batch(images[:2], ["c", "new"]))
+    handle.remove()
+    assert rows == [2, 1, 1], "once per run"
+    fresh = REWARDS["pickscore"](clip)(batch(images, prompts[::-1])).values
+    assert torch.allclose(again, fresh, atol=1e-5) and not torch.allclose(again, parts, atol=1e-3)
     assert torch.allclose(whole, parts, atol=1e-5)
     single = [REWARDS["pickscore"](clip)(batch(images[i : i + 1], [prompts[i]])).values.item() for i in range(6)]
     assert whole.tolist() == pytest.approx(single, abs=1e-5)
+
+
+def test_the_embeddings_kept_are_the_last_used(clip, monkeypatch):
+    monkeypatch.setattr(module, "TEXTS", 2)
+    reader = CLIP(clip)
+    whole = reader.embed_texts(["a", "b", "c", "a"])
+    assert whole.shape == (4, 24) and torch.equal(whole[0], whole[3]) and list(reader.texts) == ["b", "c"]
+    assert torch.equal(reader.embed_texts(["b"]), whole[1:2]) and list(reader.texts) == ["c", "b"]
+    reader.embed_texts(["d"])
+    assert list(reader.texts) == ["b", "d"]
+    sizes = {embedding.untyped_storage().nbytes() for embedding in reader.texts.values()}
+    assert sizes == {24 * 4}, "nothing else is kept alive"
+
+
+@pytest.mark.parametrize("name", ["clipscore", "pickscore", "hpsv2", "aesthetic"])
+def test_images_are_wanted_where_the_network_is_and_one_by_one(clip, head, name):
+    reward = build_rewards({name: {"model": clip} | ({"weights": head} if name == "aesthetic" else {})}).rewards[name]
+    assert reward.device == next(reward.clip.network.parameters()).device
+    assert reward.pointwise
 
 
 def test_images_of_several_sizes(clip):

@@ -37,7 +37,7 @@ WRONG = {
     "object": (["--rewards", "{bad"], "rewards: expected dict[str, Any], got {bad"),
     "choice": (
         ["--rollout.dynamics", "flow_sd"],
-        "rollout.dynamics: expected one of flow_sde, flow_cps, dance_sde, got flow_sd (did you mean 'flow_sde'?)",
+        "rollout.dynamics: expected one of flow_sde, flow_cps, dance_sde, ode, got flow_sd (did you mean 'flow_sde'?)",
     ),
     "empty": (["--update.kl", ""], "update.kl: expected one of flow_grpo, exact, velocity, got nothing"),
     "no file": (["--config", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
@@ -51,6 +51,7 @@ WRONG = {
         ["--rollout.dynamics", "flow_cps", "--rollout.noise_level", "1.2"],
         "rollout.noise_level: must be at most 1 for flow_cps, got 1.2",
     ),
+    "LoRA and full": (["--policy.lora", "x", "--policy.lora_rank", "0"], "policy.lora_rank: is 0, which trains"),
     "no layers": (["--policy.lora_targets", "[]"], "policy.lora_targets: is empty; set policy.lora_rank to 0"),
     "batch": (
         ["--rollout.batch_size", "100"],
@@ -64,6 +65,29 @@ WRONG = {
     "window": (
         ["--rollout.window_start", "[0, 8]"],
         "rollout.window_start: a window of 3 steps from step 7 on needs 10 steps, but rollout.num_steps = 10 has 9",
+    ),
+    "no log-prob": (
+        ["--rollout.dynamics", "ode", "--update.algorithm", "grpo_guard"],
+        "rollout.dynamics: update.algorithm grpo_guard learns from log-probs, and ode has none; choose flow_sde",
+    ),
+    "not of dpo": (
+        ["--update.algorithm", "dpo", "--update.clip_range", "1e-4", "--advantage.std", "group"],
+        "update.algorithm: dpo does not use advantage.std (default global), update.clip_range (default 0.01): leave",
+    ),
+    "not of grpo": (["--update.data", "offline"], "update.algorithm: grpo does not use update.data (default online)"),
+    "not of sft": (
+        ["--update.algorithm", "sft", "--update.dpo_beta", "5"],
+        "update.algorithm: sft does not use update.dpo_beta (default 100.0)",
+    ),
+    "not of the ODE": (
+        ["--update.algorithm", "sft", "--rollout.dynamics", "ode", "--rollout.same_noise", "true"],
+        "rollout.dynamics: ode does not use rollout.same_noise (default False)",
+    ),
+    "one reward": (["--advantage.mode", "gdpo"], "advantage.mode: gdpo normalises each of several rewards, and there"),
+    "no stride": (["--rollout.window_epochs", "5"], "rollout.window_epochs: the window does not move unless"),
+    "no window": (
+        ["--rollout.window_stride", "1", "--rollout.window_size", "null"],
+        "rollout.window_stride: all steps but the last are the window; set rollout.window_size",
     ),
 }
 
@@ -146,6 +170,8 @@ def test_values_at_the_limits_are_accepted():
     config = parse([*argv, "--rollout.batch_size", "2400", "--policy.lora_rank", "0", "--policy.lora_targets", "[]"])
     assert config.rollout.window_start == (6, 7)
     assert parse(["--rollout.num_steps", "2", "--rollout.window_size", "null"]).rollout.num_steps == 2
+    ode = parse(["--update.algorithm", "rwr", "--rollout.dynamics", "ode", "--rollout.num_steps", "3"])
+    assert ode.rollout.window_size == 3  # nothing reads it
 
 
 def test_later_settings_win_and_the_others_stay(tmp_path):

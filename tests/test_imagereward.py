@@ -157,6 +157,7 @@ def test_score_is_that_of_the_source(folders, size):
     ]
     assert values.tolist() == pytest.approx(expected, abs=1e-3)
     assert values.dtype == torch.float32 and values.std() > 0.05
+    assert reward.pointwise and reward.device == next(reward.text.parameters()).device
 
 
 def test_nothing_depends_on_the_batch(folders):

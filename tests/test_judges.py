@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 from reward_models import sample_images, to_pil
 
-from fastflowgrpo.rewards import RewardBatch, build_rewards
+from fastflowgrpo.config import ConfigError
+from fastflowgrpo.rewards import RewardBatch, build_rewards, remote
 from fastflowgrpo.rewards.judges import DeQA, Judge, QwenVL, UnifiedReward
+from fastflowgrpo.rewards.remote import ATTEMPTS
 
 CUT_OFF = b'{"choices": ['  # sent as if more were to come
 
@@ -148,70 +150,107 @@ def test_deqa(server):
         assert (request["max_tokens"], request["logprobs"], request["top_logprobs"]) == (1, True, 20)
 
 
-FAILURES: list[tuple[type[Judge], tuple[int, bytes] | None, str]] = [
-    (QwenVL, (500, b"out of memory"), "HTTP status 500: out of memory"),
-    (QwenVL, (429, b""), "HTTP status 429: "),
-    (QwenVL, None, "closed connection|reset"),
-    (QwenVL, (200, CUT_OFF), "IncompleteRead"),
-    (QwenVL, (200, b"<html>"), "Expecting value"),
-    (QwenVL, (200, b"[]"), r"expected a chat completion, got '\[\]'"),
-    (QwenVL, (200, b'{"choices": []}'), "expected a chat completion, got"),
-    (QwenVL, (200, b'{"choices": [{"message": {"content": [1]}}]}'), "expected a chat completion, got"),
-    (QwenVL, completion(None), "expected a chat completion, got"),
-    (QwenVL, completion(""), "no score from 1 to 5 in the answer that ends in ''"),
-    (QwenVL, completion("<Score>X</Score>"), "no score from 1 to 5"),
-    (QwenVL, completion("<Score>0</Score>"), "no score from 1 to 5"),
-    (QwenVL, completion("<Score>9</Score>"), "no score from 1 to 5"),
-    (QwenVL, completion("Score: 4"), "no score from 1 to 5"),
-    (UnifiedReward, completion("Final Score: none"), "no score from 1 to 5"),
-    (UnifiedReward, completion("Final Score: 45"), "no score from 1 to 5"),
-    (UnifiedReward, completion("Final Score: 5.5"), "no score from 1 to 5"),
-    (DeQA, completion("good"), "the server returned no top_logprobs"),
-    (DeQA, completion("good", logprobs=None), "the server returned no top_logprobs"),
-    (DeQA, completion("good", logprobs={"content": []}), "the server returned no top_logprobs"),
-    (DeQA, deqa_answer(very=0.6, good=0.4), "expected one of excellent, good, fair, poor, bad, got 'very'"),
+# a failure, the number of requests that it takes to give up, and the reason
+FAILURES: list[tuple[type[Judge], tuple[int, bytes], int, str]] = [
+    (QwenVL, (500, b"out of memory"), ATTEMPTS, "HTTP 500: out of memory"),
+    (QwenVL, (200, b"<html>"), ATTEMPTS, "expected a chat completion, got '<html>'"),
+    (QwenVL, (200, b"[]"), ATTEMPTS, r"expected a chat completion, got '\[\]'"),
+    (QwenVL, (200, b'{"choices": []}'), ATTEMPTS, "expected a chat completion, got"),
+    (QwenVL, (200, b'{"choices": [{"message": {"content": [1]}}]}'), ATTEMPTS, "expected a chat completion, got"),
+    (QwenVL, completion(None), ATTEMPTS, "expected a chat completion, got"),
+    (QwenVL, (400, b'{"detail": "the prompt is too long"}'), 1, "HTTP 400: the prompt is too long"),
+    (QwenVL, completion(""), 1, "no score from 1 to 5 in the answer that ends in ''"),
+    (QwenVL, completion("<Score>X</Score>"), 1, "no score from 1 to 5"),
+    (QwenVL, completion("<Score>0</Score>"), 1, "no score from 1 to 5"),
+    (QwenVL, completion("<Score>9</Score>"), 1, "no score from 1 to 5"),
+    (QwenVL, completion("Score: 4"), 1, "no score from 1 to 5"),
+    (UnifiedReward, completion("Final Score: none"), 1, "no score from 1 to 5"),
+    (UnifiedReward, completion("Final Score: 45"), 1, "no score from 1 to 5"),
+    (UnifiedReward, completion("Final Score: 5.5"), 1, "no score from 1 to 5"),
+    (DeQA, completion("good"), 1, "the server returned no top_logprobs"),
+    (DeQA, completion("good", logprobs=None), 1, "the server returned no top_logprobs"),
+    (DeQA, completion("good", logprobs={"content": []}), 1, "the server returned no top_logprobs"),
+    (DeQA, deqa_answer(very=0.6, good=0.4), 1, "expected one of excellent, good, fair, poor, bad, got 'very'"),
 ]
 
 
-@pytest.mark.parametrize("judge, failure, reason", FAILURES)
-def test_a_failure_is_missing_counted_and_logged(server, caplog, judge, failure, reason):
+@pytest.fixture
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote, "LONGEST_PAUSE", 0.02)
+
+
+@pytest.mark.parametrize("judge, failure, requests, reason", FAILURES)
+def test_a_failure_is_missing_counted_and_said(server, capsys, short_pauses, judge, failure, requests, reason):
     good = {
         QwenVL: completion("<Score>3</Score>"),
         UnifiedReward: completion("Final Score: 3"),
         DeQA: deqa_answer(fair=0.9, large=0.1),
     }[judge]
-    answers = iter([good, failure, good])
-    server.answer = lambda request: next(answers)
+    images: list[str] = []
+
+    def answer(request):
+        images.append(request["messages"][0]["content"][0]["image_url"]["url"])
+        return failure if images[-1] in [*dict.fromkeys(images)][1:2] else good
+
+    server.answer = answer
     scores = judge(server.url, concurrency=1)(batch(3))
     assert scores.values.isnan().tolist() == [False, True, False]
     assert scores.values[[0, 2]].tolist() == pytest.approx([0.6, 0.6])
     assert scores.details["failed"].tolist() == [0, 1, 0]
-    (record,) = caplog.records
-    assert f"{server.url}: 1 of 3 images have no score; the first because: " in record.getMessage()
-    assert re.search(reason, record.getMessage())
+    assert len(images) == 2 + requests
+    printed = capsys.readouterr().out
+    assert f"reward {judge.__name__.lower()}: 1 of 3 images not scored: " in printed
+    assert re.search(reason, printed) and re.search(reason, scores.error)
+    assert judge.pointwise
 
 
-def test_a_server_that_is_not_there(caplog):
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_refusal_stops_the_run(server, status):
+    server.answer = lambda request: (status, b'{"detail": "no"}')
+    rewards = build_rewards({"qwenvl": {"base_url": server.url}})
+    with pytest.raises(ConfigError, match=rf"^rewards\.qwenvl: {server.url} refuses: HTTP {status}: no$"):
+        rewards(batch(1))
+
+
+@pytest.mark.parametrize("failure", [None, (200, CUT_OFF), (503, b"loading"), (429, b"")])
+def test_a_server_that_is_down_is_waited_for(server, short_pauses, failure):
+    """However long: here for more requests than a failed one is given."""
+    answers = [failure] * 2 * ATTEMPTS
+    server.answer = lambda request: answers.pop() if answers else completion("<Score>5</Score>")
+    assert QwenVL(server.url, concurrency=1)(batch(2)).values.tolist() == [1, 1]
+    assert len(server.requests) == 2 * ATTEMPTS + 2
+
+
+def test_a_server_that_is_not_there_and_not_required(capsys, short_pauses):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-        scores = QwenVL(url)(batch(4))
+        scores = QwenVL(url, required=False)(batch(4))
     assert scores.values.isnan().all() and scores.details["failed"].sum() == 4
-    assert "4 of 4 images have no score" in caplog.text and "refused" in caplog.text
+    printed = capsys.readouterr().out
+    assert "4 of 4 images not scored: " in printed and "refused" in printed
 
 
-def test_a_server_that_hangs(server, caplog):
+def test_a_server_that_hangs(server, capsys, short_pauses):
     released = threading.Event()
-    server.answer = lambda request: released.wait(10) and None
-    start = time.monotonic()
-    scores = QwenVL(server.url, timeout=0.3)(batch(3))
-    assert time.monotonic() - start < 5
+    server.answer = lambda request: released.wait(60) and None
+    scores = QwenVL(server.url, timeout=0.3, required=False)(batch(3))
+    assert not released.is_set()
     released.set()
-    assert scores.values.isnan().all() and "timed out" in caplog.text
+    assert scores.values.isnan().all() and "no answer in time" in capsys.readouterr().out
+
+
+def test_images_are_spread_over_servers(server):
+    server.answer = lambda request: completion("<Score>5</Score>")
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
+        assert QwenVL([dead, server.url])(batch(6)).values.tolist() == [1] * 6
 
 
 def test_requests_run_side_by_side(server):
-    together = threading.Barrier(6, timeout=10)
+    together = threading.Barrier(6, timeout=60)
     server.answer = lambda request: completion("<Score>5</Score>") if together.wait() >= 0 else None
     assert QwenVL(server.url, concurrency=6)(batch(6)).values.tolist() == [1] * 6
 
@@ -226,11 +265,16 @@ def test_the_key_comes_from_the_environment(server, monkeypatch):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"base_url": "127.0.0.1:8000"}, "base_url must begin with http:// or https://, got '127.0.0.1:8000'"),
-        ({"base_url": "file:///etc/passwd"}, "base_url must begin with http:// or https://"),
+        (
+            {"base_url": "127.0.0.1:8000"},
+            "base_url must be http://HOST:PORT/v1 or a list of such, got '127.0.0.1:8000'",
+        ),
+        ({"base_url": "file:///etc/passwd"}, "base_url must be http://HOST:PORT/v1 or a list of such"),
+        ({"base_url": []}, "base_url must be http://HOST:PORT/v1 or a list of such"),
+        ({"required": 1}, "required must be true or false, got 1"),
         ({"timeout": 0}, "timeout must be a number of seconds above 0, got 0"),
         ({"timeout": math.nan}, "timeout must be a number of seconds above 0, got nan"),
-        ({"concurrency": 0}, "concurrency must be at least 1, got 0"),
+        ({"concurrency": 0}, "concurrency must be an integer of at least 1, got 0"),
         ({"api_key_env": "NOT_SET"}, "the environment variable NOT_SET is not set"),
         ({"uri": "x"}, r"unknown setting 'uri'"),
     ],

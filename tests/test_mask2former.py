@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPProcessor, Mask2FormerForUniversalSegmentation
 
 from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.prompts.geneval import CLASSES
 from fastflowgrpo.rewards import RewardBatch, build_rewards
 from fastflowgrpo.rewards.geneval import Detection, GenEval, check
-from fastflowgrpo.rewards.mask2former import CLASSES, Mask2FormerDetector, _best
+from fastflowgrpo.rewards.mask2former import Mask2FormerDetector, _best
 
 SIZE = (64, 128)
 COLORS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
@@ -162,6 +163,8 @@ def test_as_a_reward(folders, detector):
     assert scores.values.tolist() == pytest.approx([(r.score + r.strict) / 2 for r in results])
     assert scores.details["geneval/correct"].tolist() == [r.correct for r in results]
     assert scores.values[0] == 1 and scores.values.min() < 1
+    reward = rewards.rewards["geneval"]
+    assert reward.pointwise and reward.device == next(reward.detector.network.parameters()).device
 
 
 def test_prompts_beyond_the_detector(detector):

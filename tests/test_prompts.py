@@ -47,7 +47,10 @@ def test_file_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"folder\.txt: no such file"):
         load_prompts(str(tmp_path / "folder.txt"))
     for wrong in ("prompts.csv", "shape"):
-        with pytest.raises(ValueError, match=wrong + r': expected a \.txt file .*GenEval \.jsonl file, or "shapes"'):
+        with pytest.raises(
+            ValueError,
+            match=wrong + r": expected a \.txt file .*GenEval \.jsonl file, or shapes, geneval, ocr or general",
+        ):
             load_prompts(wrong)
     for name in ("empty.txt", "empty.jsonl"):
         (tmp_path / name).write_text("\n  \n")

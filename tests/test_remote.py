@@ -358,7 +358,8 @@ def test_a_server_that_is_killed_and_restarted_costs_a_run_nothing(folder, tmp_p
     monkeypatch.syspath_prepend(tmp_path)
     with Server(tmp_path) as server:
         name = "served:brightness"
-        Trainer(config_of(folder, tmp_path / "local", {name: 1})).run()
+        mixture = {"jpeg_compressibility": 0.5}
+        Trainer(config_of(folder, tmp_path / "local", {name: 1, **mixture})).run()
         run, port = Trainer.collect, int(server.url.rpartition(":")[2])
         restarted = []
 
@@ -375,7 +376,7 @@ def test_a_server_that_is_killed_and_restarted_costs_a_run_nothing(folder, tmp_p
         monkeypatch.setattr(remote, "REMIND", 0.0)
         settings = {"url": server.url, "encoding": "png", "batch_size": 2}
         try:
-            Trainer(config_of(folder, tmp_path / "remote", {name: settings})).run()
+            Trainer(config_of(folder, tmp_path / "remote", {name: settings, **mixture})).run()
         finally:
             restarted[0].__exit__()
     assert "has been down for " in (printed := capsys.readouterr().out) and "answers again" in printed
@@ -383,6 +384,7 @@ def test_a_server_that_is_killed_and_restarted_costs_a_run_nothing(folder, tmp_p
     assert len(remote_rows) == 4
     for ours, theirs in zip(remote_rows, local, strict=True):
         assert ours["missing"] == ours[f"{name}/missing"] == 0 and ours["images"] == 8
+        assert ours["reward"] == pytest.approx(ours[name] + 0.5 * ours["jpeg_compressibility"], abs=1e-4)
         for key in ("reward", f"{name}/corner", "log_prob", "grad_norm", "ratio_max"):
             if key in theirs:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-6), key

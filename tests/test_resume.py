@@ -21,6 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastflowgrpo import Trainer, checkpoint, signals
 from fastflowgrpo.config import ConfigError, parse
+from fastflowgrpo.objective import Objective
+from fastflowgrpo.processes import Processes, make_accelerator
 from fastflowgrpo.train import main
 
 # Forked from a process that has imported everything and computed nothing: a run takes a second, not ten.
@@ -151,12 +153,12 @@ def on_call(monkeypatch, owner, name, number, act):
 
 
 PLACES = {  # what is called, for which time, and the whole epochs that the last checkpoint has behind it
-    "update": ((Trainer, "loss"), 13, 3),  # the epoch under way is finished
+    "update": ((Objective, "loss"), 13, 3),  # the epoch under way is finished
     "scoring": ((killed_run, "noisy"), 7, 2),  # in a reward's thread; the epoch is left
     "rollout": (("fastflowgrpo.rollout", "sde_step"), 30, 3),
-    "evaluation": (("fastflowgrpo.trainer", "sample_ode"), 2, 3),
+    "evaluation": (("fastflowgrpo.evaluation", "sample_ode"), 2, 3),
     "saving": ((checkpoint, "save_training"), 1, 2),
-    "pictures": (("fastflowgrpo.reporting", "_grid"), 2, 3),
+    "pictures": (("fastflowgrpo.reporting", "image_grid"), 2, 3),
     "the end": (("fastflowgrpo.reporting", "_table"), 1, 6),
 }
 
@@ -197,11 +199,11 @@ def test_a_signal_in_the_first_epoch_leaves_nothing_to_resume_and_the_same_comma
     assert result(tmp_path / "run") == result(whole[4])
 
 
-def test_a_second_ctrl_c_ends_at_once_and_what_a_launcher_passes_on_does_not(monkeypatch):
+def test_a_second_ctrl_c_ends_at_once_and_what_a_launcher_passes_on_does_not(monkeypatch, tmp_path):
     exits, now = [], [100.0]
     monkeypatch.setattr(os, "_exit", exits.append)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with signals.Signals() as received:
+    with signals.Signals(Processes(make_accelerator([], str(tmp_path)))) as received:
         for later, signum in ((0, signal.SIGINT), (0.5, signal.SIGINT), (5, signal.SIGTERM)):
             now[0] += later
             signal.raise_signal(signum)
@@ -213,9 +215,9 @@ def test_a_second_ctrl_c_ends_at_once_and_what_a_launcher_passes_on_does_not(mon
         assert interrupted.value.signum == signal.SIGINT
 
 
-def test_a_background_job_still_ignores_ctrl_c():
+def test_a_background_job_still_ignores_ctrl_c(tmp_path):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with signals.Signals() as received:
+    with signals.Signals(Processes(make_accelerator([], str(tmp_path)))) as received:
         signal.raise_signal(signal.SIGINT)
         assert received.interruptible(lambda: 1) == 1
         signal.raise_signal(signal.SIGTERM)
@@ -417,10 +419,10 @@ def test_too_many_missing_scores_stop_the_run_with_a_checkpoint(model, whole, tm
         sample = Trainer.sample
 
         def without_scores(self, epoch, chosen):
-            trajectory, conditioning, scores = sample(self, epoch, chosen)
+            *sampled, scores = sample(self, epoch, chosen)
             if epoch == 3:
                 scores.values[2:] = torch.nan
-            return trajectory, conditioning, scores
+            return *sampled, scores
 
         patched.setattr(Trainer, "sample", without_scores)
         with pytest.raises(RuntimeError, match="6 of the 8 images of epoch 3 have no score"):

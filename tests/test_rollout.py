@@ -2,8 +2,11 @@ import pytest
 import torch
 from no_sync import NoSynchronisation
 
-from fastflowgrpo.kernels.sde_step import gaussian_log_prob, step_mean
-from fastflowgrpo.rollout import sample_groups, sample_seeds, window_starts
+from fastflowgrpo.config import PolicyConfig
+from fastflowgrpo.kernels.philox import philox_normal
+from fastflowgrpo.kernels.sde_step import gaussian_log_prob, guided_velocity, sde_step, step_mean
+from fastflowgrpo.policy import load_policy
+from fastflowgrpo.rollout import sample_groups, sample_seeds, sliding_start, window_starts
 from fastflowgrpo.sde import step_coefficients
 
 SHAPE = (2, 3, 3)
@@ -160,3 +163,108 @@ def test_on_step_is_called_once_per_step():
     calls = []
     sample(TinyPolicy(), on_step=lambda: calls.append(1))
     assert len(calls) == NUM_STEPS
+
+
+def plain_samples(policy, conditioning, coefficients, starts, window_size, group_size, seeds, shape):
+    """Every sample of every group by itself, step after step, from its group's initial noise."""
+    final = []
+    for group, start in enumerate(starts):
+        row = {name: tensor[group : group + 1] for name, tensor in conditioning.items()}
+        of_sample = sample_seeds([seeds[group]], group_size)
+        for seed in of_sample:
+            x = philox_normal(of_sample[:1], 0, (1, *shape)).to(policy.dtype)
+            for i, sigma in enumerate(coefficients.sigma):
+                velocity = policy.velocity(x, sigma.float()[None], row)
+                if start <= i < start + window_size:
+                    at = coefficients.at(torch.tensor([i]))
+                    x, _ = sde_step(velocity, x, at.c_x, at.c_v, at.std, seed=seed[None], offset=i + 1)
+                else:
+                    x, _ = sde_step(velocity, x, 1.0, float(coefficients.dt[i]), 0.0)
+            final.append(x)
+    return torch.cat(final)
+
+
+@pytest.mark.parametrize("starts", [(2, 2), (3, 1), (0, 2)])
+def test_the_steps_before_the_first_window_are_computed_once_per_group_of_one_noise(starts):
+    policy = TinyPolicy()
+    trajectory = sample(policy, starts=starts, window_size=2, group_size=3, same_noise=True)
+    rows = [len(seen) for seen in policy.seen]
+    assert rows == [2] * min(starts) + [6] * (NUM_STEPS - min(starts))
+    conditioning = {"text": torch.arange(2.0)[:, None]}
+    coefficients = step_coefficients(policy.sigmas(NUM_STEPS), "flow_sde", 0.7)
+    expected = plain_samples(TinyPolicy(), conditioning, coefficients, starts, 2, 3, (1, 2), SHAPE)
+    torch.testing.assert_close(trajectory.final, expected)
+    assert len(trajectory.final.flatten(1).unique(dim=0)) == 6
+    # a window that begins with the first step leaves nothing to share; nor does noise of its own
+    apart = TinyPolicy()
+    sample(apart, starts=(2, 2), window_size=2, group_size=3)
+    assert [len(seen) for seen in apart.seen] == [6] * NUM_STEPS
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_shared_prefix_changes_a_transformers_samples_by_rounding_alone(guidance):
+    policy = load_policy("shapes", PolicyConfig())
+    conditioning, shape = policy.encode(["a photo of a red circle", "a photo of two squares"]), (8, 3, 3)
+    coefficients = step_coefficients(policy.sigmas(NUM_STEPS), "flow_sde", 0.7)
+    unconditional = policy.encode([""]) if guidance != 1 else None
+    rows = []
+    policy.module.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["hidden_states"])), with_kwargs=True)
+    settings = {"unconditional": unconditional, "guidance_scale": guidance, "same_noise": True}
+    shared = sample_groups(policy, conditioning, coefficients, (3, 3), 2, 4, (1, 2), shape, **settings)
+    calls = 1 if guidance == 1 else 2
+    assert rows == [2] * 3 * calls + [8] * 3 * calls
+    # with a window of its own before the other's, the same group shares nothing
+    both = {name: tensor[[0, 1, 0]] for name, tensor in conditioning.items()}
+    apart = sample_groups(policy, both, coefficients, (3, 3, 0), 2, 4, (1, 2, 3), shape, **settings)
+    torch.testing.assert_close(shared.final, apart.final[:8], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(shared.latents, apart.latents[:8], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "starts", "drawn"),
+    [("flow_sde", (1, 4), [0, 2, 5]), ("flow_cps", (1, 2), [0, 2, 3]), ("ode", (0, 0), [0])],
+)
+def test_noise_is_drawn_for_the_steps_that_some_sample_needs_it_for(monkeypatch, dynamics, starts, drawn):
+    offsets = []
+
+    def counted(seed, offset, *rest):
+        offsets.append(offset)
+        return philox_normal(seed, offset, *rest)
+
+    monkeypatch.setattr("fastflowgrpo.rollout.philox_normal", counted)
+    monkeypatch.setattr("fastflowgrpo.kernels.sde_step.philox_normal", counted)
+    sample(TinyPolicy(), starts=starts, window_size=1, dynamics=dynamics)
+    assert offsets == drawn
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_velocities_are_kept_as_exact_as_they_were(dtype, guidance):
+    policy = TinyPolicy(dtype)
+    unconditional = {"text": torch.full((1, 1), 5.0)} if guidance != 1 else None
+    settings = {"unconditional": unconditional, "guidance_scale": guidance}
+    plain = sample(policy, **settings)
+    trajectory = sample(policy, keep_velocities=True, **settings)
+    assert torch.equal(plain.final, trajectory.final)
+    assert plain.velocities.numel() == 0
+    sigma = policy.sigmas(NUM_STEPS)[trajectory.steps].flatten()
+    latents = trajectory.latents[:, :-1].flatten(0, 1)
+    text = torch.arange(2.0).repeat_interleave(6)[:, None]
+    velocity = policy.velocity(latents, sigma, {"text": text})
+    uncond = policy.velocity(latents, sigma, {"text": text * 0 + 5}) if guidance != 1 else None
+    expected = guided_velocity(velocity, uncond, guidance)
+    assert torch.equal(trajectory.velocities.flatten(0, 1).float(), expected)
+
+
+def test_without_its_steps_a_trajectory_has_the_same_images():
+    kept, not_kept = sample(TinyPolicy()), sample(TinyPolicy(), keep_steps=False, keep_velocities=True)
+    assert torch.equal(kept.final, not_kept.final)
+    assert torch.equal(kept.seeds, sample_seeds((1, 2), 2))
+    for name in ("latents", "velocities", "log_probs", "steps"):
+        assert getattr(not_kept, name).shape[:2] == (4, 0)
+
+
+def test_a_sliding_window_goes_from_noise_to_data_and_stays():
+    assert [sliding_start(1, 6, 2, 3, epoch) for epoch in range(12)] == [1, 1, 1, 3, 3, 3, 5, 5, 5, 5, 5, 5]
+    assert sliding_start(0, 1, 1, 1, 10**6) == 0
+    assert [sliding_start(0, 4, 1, 1, epoch) for epoch in range(6)] == [0, 1, 2, 3, 3, 3]

@@ -4,9 +4,9 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
 from no_sync import NoSynchronisation
-from pipelines import tiny_flux_pipeline, tiny_sd3_pipeline
+from pipelines import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline, tiny_wan_pipeline
 
 from fastflowgrpo.kernels.sde_step import sde_step
 from fastflowgrpo.scheduler import FlowSDEScheduler
@@ -388,26 +388,54 @@ def flux_velocity(transformer, call, sample, timestep):
     return transformer(**call)[0]
 
 
+def qwen_velocity(transformer, call, sample, timestep):
+    """Guided, and scaled back to the conditional norm, from both prompts' calls."""
+    velocity, uncond = (flux_velocity(transformer, one, sample, timestep) for one in call)
+    guided = uncond + GUIDANCE * (velocity - uncond)
+    return guided * (torch.norm(velocity, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
+
+
+def wan_velocity(transformer, call, sample, timestep):
+    inputs = {"hidden_states": sample.to(transformer.dtype), "timestep": timestep.expand(2)}
+    velocity, uncond = (transformer(**one | inputs)[0] for one in call)
+    return uncond + GUIDANCE * (velocity - uncond)
+
+
+def wan_with_euler():
+    """Wan's pipeline with the scheduler that ours stands in for; its own is UniPC."""
+    pipe = tiny_wan_pipeline()
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)
+    return pipe
+
+
+# the pipeline, its guided velocity, the calls of the transformer in a step, arguments
 PIPELINES = {
-    "sd3": (tiny_sd3_pipeline, sd3_velocity, {}),
-    "flux": (tiny_flux_pipeline, flux_velocity, {"height": 16, "width": 16}),
+    "sd3": (tiny_sd3_pipeline, sd3_velocity, 1, {}),
+    "flux": (tiny_flux_pipeline, flux_velocity, 1, {"height": 16, "width": 16}),
+    "qwen": (
+        tiny_qwen_image_pipeline,
+        qwen_velocity,
+        2,
+        {"height": 16, "width": 16, "true_cfg_scale": GUIDANCE, "negative_prompt": ["", ""], "guidance_scale": None},
+    ),
+    "wan": (wan_with_euler, wan_velocity, 2, {"height": 16, "width": 16, "num_frames": 3}),
 }
 
 
 @pytest.fixture(params=PIPELINES, scope="module")
 def pipeline(request):
     """A pipeline, how to evaluate its transformer, and the arguments of a call."""
-    build, velocity, arguments = PIPELINES[request.param]
+    build, velocity, calls, arguments = PIPELINES[request.param]
     common = {"guidance_scale": GUIDANCE, "max_sequence_length": 16, "num_inference_steps": 5, "output_type": "latent"}
-    return build(), velocity, {**common, **arguments}
+    return build(), (velocity, calls), {**common, **arguments}
 
 
 def generate(pipeline, scheduler, **kwargs):
     pipe, _, arguments = pipeline
     original, pipe.scheduler = pipe.scheduler, scheduler(pipe.scheduler)
     try:
-        images = pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **{**arguments, **kwargs}).images
-        return images, pipe.scheduler
+        output = pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **{**arguments, **kwargs})
+        return output.frames if isinstance(pipe, WanPipeline) else output.images, pipe.scheduler
     finally:
         pipe.scheduler = original
 
@@ -426,13 +454,13 @@ def test_pipeline_without_noise_is_the_original(pipeline, dtype):
     finally:
         pipe.to(torch.float32)
     assert torch.equal(ours, expected)
-    assert scheduler.trajectory.latents.dtype == dtype
+    assert scheduler.trajectory.prev_sample_list[-1].dtype == dtype
 
 
 @pytest.mark.parametrize("settings", [{}, {"dynamics": "flow_cps"}, {"dynamics": "dance_sde"}, {"window": (1, 2)}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pipeline_replayed_from_its_trajectory_has_the_same_log_probs(pipeline, dtype, settings):
-    pipe, velocity, _ = pipeline
+    pipe, (velocity, per_step), _ = pipeline
     pipe.to(dtype)
     calls = []
     hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
@@ -441,7 +469,8 @@ def test_pipeline_replayed_from_its_trajectory_has_the_same_log_probs(pipeline, 
         hook.remove()
         trajectory = scheduler.trajectory
         replayed = []
-        for i, call in enumerate(calls):
+        for i in range(len(calls) // per_step):
+            call = calls[i] if per_step == 1 else calls[per_step * i : per_step * (i + 1)]
             c = trajectory.coefficients.at(torch.full((2,), trajectory.steps[i]))
             _, log_prob = sde_step(
                 velocity(pipe.transformer, call, trajectory.latents[i], trajectory.timesteps[i]),
@@ -463,6 +492,17 @@ def test_pipeline_replayed_from_its_trajectory_has_the_same_log_probs(pipeline, 
     assert trajectory.log_probs[1].abs().min() > 0
 
 
+def test_wans_own_scheduler_is_replaced_with_the_same_shift():
+    pipe = tiny_wan_pipeline()
+    pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, seed=0)
+    pipe(PROMPTS[0], height=16, width=16, num_frames=3, num_inference_steps=5, max_sequence_length=16)
+    trajectory = pipe.scheduler.trajectory
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    euler.set_timesteps(5)
+    assert torch.equal(trajectory.timesteps, euler.timesteps)
+    assert trajectory.log_probs.isfinite().all()
+
+
 def test_pipeline_with_a_callback(pipeline):
     seen = []
 
@@ -479,7 +519,7 @@ def test_pipeline_with_a_callback(pipeline):
 def test_pipeline_decodes_and_varies(pipeline):
     images, scheduler = generate(pipeline, drop_in(), output_type="pt")
     others, _ = generate(pipeline, drop_in(), output_type="pt")
-    assert images.shape == (2, 3, 16, 16)
+    assert images.shape in ((2, 3, 16, 16), (2, 3, 3, 16, 16))
     assert images.isfinite().all()
     assert not torch.equal(images, others)
     assert scheduler.trajectory.log_probs.isfinite().all()

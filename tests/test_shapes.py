@@ -8,6 +8,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 
 from fastflowgrpo.prompts import TAGS, check_metadata
+from fastflowgrpo.prompts.geneval import meaning
 from fastflowgrpo.rewards.geneval import check
 from fastflowgrpo.shapes import PIPELINE, scenes
 from fastflowgrpo.shapes.detector import detect_shapes
@@ -58,8 +59,8 @@ def test_training_and_held_out_prompts_are_disjoint():
     texts = {prompt.text for prompt in held_out}
     assert texts.isdisjoint(prompt.text for prompt in train_prompts())
     assert texts.isdisjoint(prompt.text for prompts in caption_prompts().values() for prompt in prompts)
-    meanings = {scenes.meaning(prompt.metadata) for prompt in train_prompts()}
-    assert meanings.isdisjoint(scenes.meaning(prompt.metadata) for prompt in held_out)
+    meanings = {meaning(prompt.metadata) for prompt in train_prompts()}
+    assert meanings.isdisjoint(meaning(prompt.metadata) for prompt in held_out)
     assert {tag: sum(p.metadata["tag"] == tag for p in held_out) for tag in TAGS} == dict.fromkeys(TAGS, 36)
 
 
@@ -80,7 +81,7 @@ def test_held_out_and_training_contents_are_spread_over_all_shapes_numbers_colou
 
 
 def test_prompts_that_ask_for_the_same_have_one_meaning():
-    by_text = {prompt.text: scenes.meaning(prompt.metadata) for tag in caption_prompts().values() for prompt in tag}
+    by_text = {prompt.text: meaning(prompt.metadata) for tag in caption_prompts().values() for prompt in tag}
     start = "a drawing of a "
     assert by_text[start + "circle left of a cross"] == by_text[start + "cross right of a circle"]
     assert by_text[start + "circle above a cross"] == by_text[start + "cross below a circle"]

@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -63,12 +64,13 @@ def disturb(trainer, scale=0.05):
 
 
 def all_stats(trainer, batch):
-    stats = [trainer.loss(batch, rows, slots)[1] for rows, slots in trainer.pairs(batch, 0, len(batch.advantages))]
+    units = trainer.objective.units(batch, 0, len(batch.advantages))
+    stats = [trainer.objective.loss(batch, rows, slots)[1] for rows, slots in units]
     return {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
 
 
 def gradient(trainer, batch):
-    trainer.accumulate(batch, trainer.pairs(batch, 0, len(batch.advantages)))
+    trainer.accumulate(batch, trainer.objective.units(batch, 0, len(batch.advantages)))
     flat = torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
     trainer.optimizer.zero_grad()
     return flat
@@ -99,7 +101,7 @@ def test_an_update_moves_the_ratio_and_the_log_prob_of_better_samples_rises(fold
     batch, _ = trainer.collect(0)
     trainer.update(batch)
     difference = all_stats(trainer, batch)["log_prob_difference"]
-    rows = torch.cat([rows for rows, _ in trainer.pairs(batch, 0, 8)])
+    rows = torch.cat([rows for rows, _ in trainer.objective.units(batch, 0, 8)])
     assert difference.abs().max() > 1e-6
     assert float((difference * batch.advantages[rows]).sum()) > 0
 
@@ -150,7 +152,7 @@ def test_a_missing_score_and_a_group_of_equal_rewards_are_left_out(folder, tmp_p
     trainer = Trainer(config_of(folder, tmp_path))
     batch, _ = trainer.collect(0)
     advantages = torch.tensor([1.0, float("nan"), -1.0, 2.0, 0, 0, 0, 0])
-    pairs = trainer.pairs(replace(batch, advantages=advantages), 0, 8)
+    pairs = trainer.objective.units(replace(batch, advantages=advantages), 0, 8)
     assert torch.cat([rows for rows, _ in pairs]).tolist() == [0, 2, 3, 0, 2, 3]
     assert torch.cat([slots for _, slots in pairs]).tolist() == [0, 0, 0, 1, 1, 1]
     before = [p.detach().clone() for p in trainer.parameters]
@@ -168,7 +170,33 @@ def test_a_gradient_that_is_not_finite_and_an_epoch_without_a_score_stop_the_run
     assert all(parameter.isfinite().all() for parameter in trainer.parameters)
     for thread in trainer.scoring.threads.values():
         thread.reward = lambda batch: Scores(torch.full((len(batch.prompts),), float("nan")))
-    with pytest.raises(RuntimeError, match="8 of the 8 images of epoch 1 have no score"):
+    with pytest.raises(RuntimeError, match=r"8 of the 8 images of epoch 1 have no score.*: it returned NaN$"):
+        trainer.collect(1)
+
+
+def test_a_reward_that_raises_costs_its_images_and_too_many_of_them_stop_the_run(folder, tmp_path, capsys):
+    trainer = Trainer(config_of(folder, tmp_path, batch_size=4, max_missing=0.5))
+    (thread,) = trainer.scoring.threads.values()
+    score, failing = thread.reward, {trainer.choose(0)[1].text}
+
+    def reward(batch):
+        if failing & set(batch.prompts):
+            raise KeyError("lost")
+        return score(batch)
+
+    thread.reward = reward
+    batch, metrics = trainer.collect(0)
+    assert batch.advantages.isnan().tolist() == [False] * 4 + [True] * 4
+    assert metrics["missing"] == metrics["jpeg_compressibility/missing"] == 4
+    assert metrics["reward"] == pytest.approx(float(metrics["jpeg_compressibility"]), abs=1e-6) != 0
+    assert trainer.update(batch)["trained_pairs"] == 4 * 2
+    assert "reward jpeg_compressibility: 4 images not scored: KeyError: 'lost'" in capsys.readouterr().out
+    failing.update(prompt.text for prompt in trainer.choose(1))
+    message = (
+        "^8 of the 8 images of epoch 1 have no score; max_missing allows a share of 0.5; "
+        "the last error: reward jpeg_compressibility: KeyError: 'lost'$"
+    )
+    with pytest.raises(RuntimeError, match=message):
         trainer.collect(1)
 
 
@@ -191,8 +219,8 @@ def test_only_the_conditional_branch_carries_gradient(folder, tmp_path):
     batch, _ = trainer.collect(0)
     with_gradient = []
     trainer.policy.module.register_forward_hook(lambda m, i, output: with_gradient.append(output[0].requires_grad))
-    rows, slots = trainer.pairs(batch, 0, 8)[0]
-    trainer.loss(batch, rows, slots)
+    rows, slots = trainer.objective.units(batch, 0, 8)[0]
+    trainer.objective.loss(batch, rows, slots)
     assert with_gradient == [False, False, False, True]
 
 
@@ -225,11 +253,29 @@ def test_evaluation_and_checkpoint_use_the_averaged_weights(folder, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(average, trainer.parameters, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(raw, trainer.parameters, strict=True))
     trainer.save()
-    saved = tmp_path / "run/checkpoints/checkpoint-3/pytorch_lora_weights.safetensors"
+    folder = tmp_path / "run/checkpoints/checkpoint-3"
     names = [name for name, p in trainer.policy.module.named_parameters() if p.requires_grad]
-    tensors = load_file(saved)
-    for name, tensor in zip(names, average, strict=True):
-        assert torch.equal(tensors["transformer." + name.replace(".default", "")], tensor)
+    for place, weights in ((folder, average), (folder / "raw", raw)):
+        tensors = load_file(place / "pytorch_lora_weights.safetensors")
+        for name, tensor in zip(names, weights, strict=True):
+            assert torch.equal(tensors["transformer." + name.replace(".default", "")], tensor)
+
+
+def test_the_average_warms_up_with_the_number_of_updates(folder, tmp_path):
+    trainer = Trainer(config_of(folder, tmp_path, ema_decay=0.5, ema_every=4, learning_rate=1e-2))
+    expected = [p.detach().clone() for p in trainer.parameters]
+    batch, _ = trainer.collect(0)
+    decays = []
+    for step in range(12):
+        trainer.update(batch)
+        if step in (3, 7, 11):
+            decays.append(min((1 + step) / (10 + step), 0.5))  # arXiv 2505.05470's code
+            expected = [
+                a + (1 - decays[-1]) * (p.detach() - a) for a, p in zip(expected, trainer.parameters, strict=True)
+            ]
+        for average, tensor in zip(trainer.ema.shadow_params, expected, strict=True):
+            torch.testing.assert_close(average, tensor)
+    assert decays == [4 / 13, 8 / 17, 0.5]
 
 
 def test_the_command_trains_a_pipeline_folder_on_a_users_own_prompts(folder, tmp_path, capsys):
@@ -281,6 +327,31 @@ def test_the_command_trains_a_pipeline_folder_on_a_users_own_prompts(folder, tmp
     )
     assert main([*command, "--overwrite", "true", "--epochs", "1"]) == 0
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "reported"),
+    [
+        ("--update.algorithm grpo_guard --rollout.window_stride 1 --rollout.same_noise true", "ratio_max"),
+        ("--update.algorithm dpo --rollout.dynamics ode --rollout.guidance_scale 3", "dpo_accuracy"),
+        ("--update.algorithm sft --update.data offline --update.noise_draws 2", "flow_matching_error"),
+        ("--update.algorithm rwr --rollout.dynamics flow_cps --update.rwr_temperature 0.1", "flow_matching_error"),
+    ],
+)
+def test_every_algorithm_is_a_setting_of_the_command(folder, tmp_path, capsys, settings, reported):
+    run = tmp_path / "run"
+    command = (
+        f"--model {folder} --prompts.train {folder / 'prompts.txt'} --output_dir {run} --policy.max_sequence_length 8 "
+        "--policy.lora_rank 4 --epochs 2 --prompts.per_epoch 2 --rollout.group_size 4 --rollout.batch_size 8 "
+        "--rollout.num_steps 9 --evaluation.num_steps 2 --evaluation.images_per_prompt 1"
+    )
+    assert main([*command.split(), *settings.split(), "--rewards", '{"jpeg_compressibility": 1}']) == 0
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in (row for row in rows if "epoch" in row):
+        assert row["grad_norm"] > 0
+        assert row["trained_pairs"] > 0
+        assert math.isfinite(row[reported])
+    assert capsys.readouterr().out.count("epoch ") == 2
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def test_processes_give_what_the_reward_gives_in_its_order(reward):
     torch.testing.assert_close(scores.values, expected.values, equal_nan=True)
     assert scores.values.isnan().tolist() == [prompt == "unscorable" for prompt in batch.prompts]
     torch.testing.assert_close(scores.details, expected.details)
+    assert scores.error == "the prompt is unscorable"
     torch.testing.assert_close(reward(batch.rows(slice(0, 1))).values, expected.values[:1])
 
 
@@ -96,7 +97,8 @@ def test_what_cannot_be_scored_is_missing_and_said(what, tmp_path, capsys):
         values = reward(batch_of(["fine", what, "fine"])).values
         reasons = {"die": "the process died", "raise": "KeyError: 'lost'", "shorten": f"expected {GROUP} numbers"}
         assert values.isnan().tolist() == [False] * GROUP + [True] * GROUP + [False] * GROUP
-        assert reasons[what] in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert reasons[what] in printed and "reward worker_rewards:bad: reward" not in printed
     finally:
         reward.close()
 

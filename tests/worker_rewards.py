@@ -12,7 +12,8 @@ from fastflowgrpo.rewards import RewardBatch, Scores
 def brightness(batch: RewardBatch, scale: float = 1.0) -> Scores:
     values = scale * batch.images.float().mean((1, 2, 3))
     values[[prompt == "unscorable" for prompt in batch.prompts]] = torch.nan
-    return Scores(values, {"height": torch.full_like(values, batch.images.shape[2])})
+    error = "the prompt is unscorable" if values.isnan().any() else ""
+    return Scores(values, {"height": torch.full_like(values, batch.images.shape[2])}, error)
 
 
 def meet(batch: RewardBatch, marks: str) -> torch.Tensor:

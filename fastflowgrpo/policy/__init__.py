@@ -1,8 +1,8 @@
 """What the training loop needs of a model, one small file per family over its diffusers pipeline."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Protocol
 
@@ -12,13 +12,21 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fastflowgrpo.config import ConfigError, PolicyConfig
+from fastflowgrpo.policy.flux import FluxPolicy
+from fastflowgrpo.policy.qwen_image import QwenImagePolicy
 from fastflowgrpo.policy.sd3 import SD3Policy
+from fastflowgrpo.policy.wan import WanPolicy
 from fastflowgrpo.shapes import PIPELINE
 
 Conditioning = dict[str, Tensor]
 """Prompt embeddings as the transformer takes them, one row per prompt in every tensor."""
 
-FAMILIES = {"StableDiffusion3Pipeline": SD3Policy}
+FAMILIES: dict[str, Callable[[DiffusionPipeline, PolicyConfig], "Policy"]] = {
+    "StableDiffusion3Pipeline": SD3Policy,
+    "FluxPipeline": FluxPolicy,
+    "QwenImagePipeline": QwenImagePolicy,
+    "WanPipeline": WanPolicy,
+}
 
 
 class Policy(Protocol):
@@ -32,17 +40,18 @@ class Policy(Protocol):
     def encode(self, prompts: list[str]) -> Conditioning:
         """Embeddings of prompts, a row each. No gradient."""
 
-    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        """Shape of one latent sample for an image size in pixels, by default the model's own."""
+    def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]:
+        """Shape of one latent sample for a size in pixels and, for a video, frames; by default the model's own."""
 
-    def sigmas(self, num_steps: int) -> Tensor:
-        """The schedule of the model's own scheduler: (num_steps + 1,), float32 on the CPU, ending with 0."""
+    def sigmas(self, num_steps: int, shape: tuple[int, ...]) -> Tensor:
+        """The schedule of the model's own pipeline for latents of a shape: (num_steps + 1,), float32 on the CPU, ending
+        with 0."""
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """v = x_1 - x_0 at (B, ...) latents; sigma (B,) float32, a conditioning row per sample."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images, uint8 (B, 3, H, W), of clean latents. No gradient."""
+        """Images, uint8 (B, 3, H, W), or videos, uint8 (B, F, 3, H, W), of clean latents. No gradient."""
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """The parameters that are trained, all float32."""
@@ -52,6 +61,12 @@ class Policy(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write the trained weights so that the family's diffusers pipeline loads them."""
+
+    def encoder_key(self) -> str:
+        """What `encode` depends on besides the prompt, as a hash."""
+
+    def drop_encoders(self) -> None:
+        """Free the memory of the text encoders; `encode` is not called again."""
 
 
 def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "cpu") -> Policy:
@@ -65,7 +80,7 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
     Raises:
         ConfigError: if there is no such pipeline or its family is not supported.
     """
-    if config.lora_rank is None:
+    if config.lora_rank is None and config.lora is None:
         config = replace(config, lora_rank=0 if model == "shapes" else 32)
     if model == "shapes":
         model = str(PIPELINE)
@@ -75,11 +90,11 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
         if name not in FAMILIES:
             raise ConfigError(
                 f'model "{model}" is a {name}; supported: {", ".join(FAMILIES)}. '
-                "CONTRIBUTING.md says how to add a family"
+                "docs/models.md says how to add a family"
             )
         pipeline_class = getattr(diffusers, name)
         # A pipeline saved without a component (SD3 without T5) loads only if told so.
-        absent = [key for key in signature(pipeline_class).parameters if index.get(key, (None,))[0] is None]
+        absent = [key for key, value in index.items() if isinstance(value, list) and value[0] is None]
         pipeline = pipeline_class.from_pretrained(model, dtype=getattr(torch, config.dtype), **dict.fromkeys(absent))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]

@@ -14,7 +14,7 @@ import torch
 
 from fastflowgrpo.config import did_you_mean
 from fastflowgrpo.prompts import Prompt
-from fastflowgrpo.rewards.clip import aesthetic, clipscore, hpsv2, pickscore
+from fastflowgrpo.rewards.clip import Aesthetic, clipscore, hpsv2, pickscore
 from fastflowgrpo.rewards.contract import Reward, RewardBatch, Scores, checked_scores
 from fastflowgrpo.rewards.geneval import GenEval
 from fastflowgrpo.rewards.imagereward import ImageReward
@@ -36,7 +36,7 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "clipscore": clipscore,
     "hpsv2": hpsv2,
     "imagereward": ImageReward,
-    "aesthetic": aesthetic,
+    "aesthetic": Aesthetic,
     "deqa": DeQA,
     "qwenvl": QwenVL,
     "unifiedreward": UnifiedReward,
@@ -47,8 +47,9 @@ REWARDS: dict[str, Callable[..., Reward]] = {
 class WeightedRewards:
     """The weighted sum of named rewards, itself a reward.
 
-    Called with a RewardBatch it returns the sum as `values`, NaN where a reward of non-zero weight is NaN, and as
-    `details` each reward's own values under its name and its details under "name/detail".
+    Called with a RewardBatch it returns the sum as `values`, NaN where a reward of non-zero weight is NaN, as
+    `details` each reward's own values under its name and its details under "name/detail", and as `error` the last one
+    that made a value NaN, with its reward's name. What a reward raises, it raises (see `checked_scores`).
     """
 
     rewards: dict[str, Callable[[RewardBatch], Any]]
@@ -73,13 +74,15 @@ class WeightedRewards:
 
     def weighted(self, scores: Mapping[str, Scores]) -> Scores:
         """The sum of the rewards' own scores of the same images."""
-        total = torch.zeros(len(next(iter(scores.values())).values))
+        total, error = torch.zeros(len(next(iter(scores.values())).values)), ""
         details: dict[str, torch.Tensor] = {}
         for name, own in scores.items():
             if self.weights[name]:
                 total += self.weights[name] * own.values
+                if own.values.isnan().any():
+                    error = f"reward {name}: {own.error or 'it returned NaN'}"
             details |= {name: own.values, **{f"{name}/{key}": value for key, value in own.details.items()}}
-        return Scores(total, details)
+        return Scores(total, details, error)
 
 
 def build_rewards(config: Mapping[str, Any]) -> WeightedRewards:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastflowgrpo.rewards.models import (
 
 CLIP_L = "openai/clip-vit-large-patch14"
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"  # TRL's copy of the published file
+TEXTS = 4096  # whose embeddings are kept; at a width of 1024 that takes 16 MB
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ class CLIP:
         self.device, self.batch_size = choose_device(device), batch_size
         self.network, self.tokenizer, self.preprocess = _load(model, self.device, choose_dtype(dtype))
         self.scale = self.network.logit_scale.float().exp().item()
+        self.texts: OrderedDict[str, torch.Tensor] = OrderedDict()  # the last used are at the end
 
     @torch.inference_mode()
     def embed_images(self, images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
@@ -114,17 +117,24 @@ class CLIP:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit embeddings float32 (B, D) of texts; each distinct one is computed once. A text longer than the model's
-        context (77 tokens) is cut."""
+        """Unit embeddings float32 (B, D) of texts. A text longer than the model's context (77 tokens) is cut.
+
+        Each distinct text is computed once; the embeddings of the last TEXTS stay on the device.
+        """
         encoder, project = self.network.text_model, self.network.text_projection
         length = self.network.config.text_config.max_position_embeddings
-        distinct = list(dict.fromkeys(texts))
-        embeddings = []
-        for part in _parts(distinct, self.batch_size):
+        distinct = dict.fromkeys(texts)
+        for part in _parts([text for text in distinct if text not in self.texts], self.batch_size):
             tokens = self.tokenizer(part, padding=True, truncation=True, max_length=length, return_tensors="pt")
-            embeddings.append(project(encoder(**tokens.to(self.device)).pooler_output))
-        row = {text: i for i, text in enumerate(distinct)}
-        return F.normalize(torch.cat(embeddings).float(), dim=-1)[[row[text] for text in texts]]
+            embeddings = F.normalize(project(encoder(**tokens.to(self.device)).pooler_output).float(), dim=-1)
+            for text, embedding in zip(part, embeddings, strict=True):
+                self.texts[text] = embedding.clone()  # a view would keep the whole part alive
+        for text in distinct:
+            self.texts.move_to_end(text)
+        rows = torch.stack([self.texts[text] for text in texts])
+        while len(self.texts) > TEXTS:
+            self.texts.popitem(last=False)
+        return rows
 
 
 def _parts(items: Any, size: int) -> list[Any]:
@@ -144,6 +154,23 @@ def _load(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, An
     return pretrained_model(CLIPModel, model, device, dtype), processor.tokenizer, preprocess
 
 
+@dataclass(frozen=True)
+class Similarity:
+    """The reward factor * cos(text, image)."""
+
+    clip: CLIP
+    factor: float
+    pointwise = True
+
+    @property
+    def device(self) -> torch.device:
+        return self.clip.device
+
+    def __call__(self, batch: RewardBatch) -> Scores:
+        cosine = (self.clip.embed_texts(batch.prompts) * self.clip.embed_images(batch.images)).sum(-1)
+        return Scores(self.factor * cosine.cpu())
+
+
 def clipscore(model: str = CLIP_L, device: str | None = None, dtype: str = "float32", batch_size: int = 32) -> Reward:
     """CLIPScore as Flow-GRPO has it (arXiv 2505.05470): scale * cos(text, image) / 30, with CLIP ViT-L/14's own scale,
     100. About 0.5 to 1.2 for photographs and their captions. Settings: see `CLIP`.
@@ -151,7 +178,7 @@ def clipscore(model: str = CLIP_L, device: str | None = None, dtype: str = "floa
     Flow-GRPO's code resizes images bilinearly; here it is done as the model was trained, bicubically.
     """
     clip = CLIP(model, device, dtype, batch_size)
-    return functools.partial(_similarity, clip, clip.scale / 30)
+    return Similarity(clip, clip.scale / 30)
 
 
 def pickscore(
@@ -160,7 +187,7 @@ def pickscore(
     """PickScore (arXiv 2305.01569), a CLIP ViT-H/14 trained on people's choices between images, divided by 26 as in
     Flow-GRPO: scale * cos(text, image) / 26, about 0.6 to 1. Settings: see `CLIP`."""
     clip = CLIP(model, device, dtype, batch_size)
-    return functools.partial(_similarity, clip, clip.scale / 26)
+    return Similarity(clip, clip.scale / 26)
 
 
 def hpsv2(
@@ -168,21 +195,10 @@ def hpsv2(
 ) -> Reward:
     """Human Preference Score v2 (arXiv 2306.09341), a CLIP ViT-H/14 trained on rankings by people: cos(text, image),
     about 0.2 to 0.35. The default is the published v2.0 in the format of transformers. Settings: see `CLIP`."""
-    return functools.partial(_similarity, CLIP(model, device, dtype, batch_size), 1.0)
+    return Similarity(CLIP(model, device, dtype, batch_size), 1.0)
 
 
-def _similarity(clip: CLIP, factor: float, batch: RewardBatch) -> Scores:
-    cosine = (clip.embed_texts(batch.prompts) * clip.embed_images(batch.images)).sum(-1)
-    return Scores(factor * cosine.cpu())
-
-
-def aesthetic(
-    model: str = CLIP_L,
-    weights: str = AESTHETIC,
-    device: str | None = None,
-    dtype: str = "float32",
-    batch_size: int = 32,
-) -> Reward:
+class Aesthetic:
     """LAION's improved aesthetic predictor: a linear head on the unit embedding of CLIP ViT-L/14, trained on ratings of
     1 to 10 (github.com/christophschuhmann/improved-aesthetic-predictor). The prompt plays no part.
 
@@ -193,14 +209,27 @@ def aesthetic(
     Raises:
         ValueError: something cannot be loaded, or the head is of another embedding's width.
     """
-    clip = CLIP(model, device, dtype, batch_size)
-    path = Path(weights) if os.path.isfile(weights) else model_file(*_hub_file(weights))
-    head = LinearHead(read_weights(path)).to(clip.device)
-    width, expected = clip.network.config.projection_dim, head.layers["0"].in_features
-    if width != expected:
-        raise ValueError(f"{weights!r} is for embeddings of width {expected}, those of {model!r} have {width}")
 
-    return lambda batch: Scores(head(clip.embed_images(batch.images)).cpu())
+    pointwise = True
+
+    def __init__(
+        self,
+        model: str = CLIP_L,
+        weights: str = AESTHETIC,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 32,
+    ) -> None:
+        self.clip = CLIP(model, device, dtype, batch_size)
+        self.device = self.clip.device
+        path = Path(weights) if os.path.isfile(weights) else model_file(*_hub_file(weights))
+        self.head = LinearHead(read_weights(path)).to(self.device)
+        width, expected = self.clip.network.config.projection_dim, self.head.layers["0"].in_features
+        if width != expected:
+            raise ValueError(f"{weights!r} is for embeddings of width {expected}, those of {model!r} have {width}")
+
+    def __call__(self, batch: RewardBatch) -> Scores:
+        return Scores(self.head(self.clip.embed_images(batch.images)).cpu())
 
 
 def _hub_file(weights: str) -> tuple[str, str]:

@@ -14,7 +14,8 @@ class RewardBatch:
     """Images to score; the other fields have one entry per image.
 
     Attributes:
-        images: uint8 (B, 3, H, W), on any device.
+        images: uint8 (B, 3, H, W), on any device; (B, F, 3, H, W), the scored frames of videos, for a reward whose
+            attribute `videos` is true.
         prompts: the text each image was made from.
         metadata: each prompt's GenEval metadata, {} if it has none.
         group_ids: int64 (B,); images of one group share their prompt.
@@ -50,10 +51,17 @@ class Scores:
     Attributes:
         values: float32 CPU tensor (B,); NaN marks an image that could not be scored.
         details: further values to report, by name, each float32 (B,).
+        error: why the last of the images that could not be scored has no score, "" if that is not known.
     """
 
     values: torch.Tensor
     details: dict[str, torch.Tensor] = field(default_factory=dict)
+    error: str = ""
+
+    @classmethod
+    def missing(cls, count: int, error: str) -> "Scores":
+        """No score for any of `count` images."""
+        return cls(torch.full((count,), torch.nan), error=error)
 
     @classmethod
     def cat(cls, parts: Sequence["Scores"]) -> "Scores":
@@ -63,12 +71,30 @@ class Scores:
             name: torch.cat([part.details.get(name, torch.full_like(part.values, torch.nan)) for part in parts])
             for name in names
         }
-        return cls(torch.cat([part.values for part in parts]), details)
+        error = next((part.error for part in reversed(parts) if part.error), "")
+        return cls(torch.cat([part.values for part in parts]), details, error)
 
 
 Reward = Callable[[RewardBatch], Scores]
-"""An attribute `pointwise` that is true says that each image's score depends on that image alone, so that several
-processes may share a group; an attribute `device`, a GPU, that the images are wanted there."""
+"""Attributes that a reward may have:
+
+- `pointwise`, true if each image's score depends on that image alone, so that several processes may share a group;
+- `device`, a torch.device or its name, where it wants the images; without one, that is the CPU. It gets them there if
+  they were made there, and else on the CPU, so that it has to move them itself;
+- `videos`, true if it takes the frames of videos together, (B, F, 3, H, W); others are called for one frame of each
+  after another;
+- `check_prompts`, called with the run's prompts at its start; raises ValueError if it cannot score one of them.
+"""
+
+
+def same_device(one: torch.device | str, other: torch.device | str) -> bool:
+    """Whether two devices or names of devices are the same one: "cuda" is the current GPU."""
+
+    def place(device: torch.device) -> tuple[str, int]:
+        current = torch.cuda.current_device() if device.type == "cuda" and device.index is None else 0
+        return device.type, current if device.index is None else device.index
+
+    return place(torch.device(one)) == place(torch.device(other))
 
 
 def checked_scores(name: str, reward: Callable[[RewardBatch], Any], batch: RewardBatch) -> Scores:
@@ -87,7 +113,7 @@ def checked_scores(name: str, reward: Callable[[RewardBatch], Any], batch: Rewar
         raise RuntimeError(f"reward {name}: {type(error).__name__}: {error}") from error
     size, scores = len(batch.prompts), output if isinstance(output, Scores) else Scores(output)
     details = {key: _vector(value, size, f"{name}/{key}") for key, value in scores.details.items()}
-    return Scores(_vector(scores.values, size, name), details)
+    return Scores(_vector(scores.values, size, name), details, scores.error)
 
 
 def _vector(values: Any, size: int, name: str) -> torch.Tensor:

@@ -135,7 +135,7 @@ class GenEval:
     Args:
         detector: "shapes" for the bundled shapes world, "mask2former" for real images, or a function (images uint8
             (B, 3, H, W), metadata of each) -> detections of each, which may have the attributes `classes` and `colors`,
-            the names it knows.
+            the names it knows, and `device`, where it wants the images.
         strict: weight of the strict result against the partial score, 0 to 1.
         settings: the detector's own, see `Mask2FormerDetector`.
 
@@ -164,6 +164,7 @@ class GenEval:
                 hint = did_you_mean(key, accepted)
                 raise ValueError(f"unknown setting {key!r}{hint}, known: {', '.join(accepted)}")
         self.detector = load(**settings)
+        self.device = getattr(self.detector, "device", None)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError, naming the prompt, if one has no valid metadata, or a class or colour that the detector

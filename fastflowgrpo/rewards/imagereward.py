@@ -53,6 +53,8 @@ class ImageReward:
         ValueError: something cannot be loaded, or a setting is wrong.
     """
 
+    pointwise = True
+
     def __init__(
         self,
         model: str = "THUDM/ImageReward",

@@ -1,6 +1,7 @@
 """JPEG size as a reward (DDPO, arXiv 2305.13301): needs no model, and shows quickly whether training works."""
 
 import io
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
@@ -18,17 +19,24 @@ def kilobytes(images: torch.Tensor) -> torch.Tensor:
     return torch.tensor(sizes, dtype=torch.float32)
 
 
+@dataclass(frozen=True)
+class JPEGSize:
+    """The reward factor * size in kB."""
+
+    factor: float
+    pointwise = True
+
+    def __call__(self, batch: RewardBatch) -> Scores:
+        size = kilobytes(batch.images)
+        return Scores(self.factor * size, {"kilobytes": size})
+
+
 def jpeg_compressibility() -> Reward:
     """Prefers images that compress well: -size / 500, the size in kB at JPEG quality 95."""
-    return lambda batch: _score(batch, sign=-1)
+    return JPEGSize(-1 / 500)
 
 
 def jpeg_incompressibility() -> Reward:
     """Prefers images that compress badly: size / 500, exactly the negative of `jpeg_compressibility` (Flow-GRPO's own
     code leaves out the / 500 here)."""
-    return lambda batch: _score(batch, sign=1)
-
-
-def _score(batch: RewardBatch, sign: int) -> Scores:
-    size = kilobytes(batch.images)
-    return Scores(sign * size / 500, {"kilobytes": size})
+    return JPEGSize(1 / 500)

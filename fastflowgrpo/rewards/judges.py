@@ -3,23 +3,18 @@
 import base64
 import io
 import json
-import logging
 import math
 import os
 import re
-import urllib.request
-from abc import ABC, abstractmethod
-from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
+from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
-from urllib.error import HTTPError
 
 import torch
 from PIL import Image
 
 from fastflowgrpo.rewards.contract import RewardBatch, Scores
-
-log = logging.getLogger(__name__)
+from fastflowgrpo.rewards.remote import Served, is_http
 
 UNIFIEDREWARD = """<image>
 You are given a text caption and a generated image based on that caption. Your task is to evaluate this image based on \
@@ -58,43 +53,46 @@ DEQA_ANSWER = "The quality of the image is"
 DEQA_LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
 
 
-class Judge(ABC):
-    """Asks the server about each image, several at a time. An image that gets no score is NaN, and 1 in the detail
-    `failed`; the first reason is logged.
+class Judge(Served):
+    """Asks a server, or several that answer alike, about each image, several at a time; what happens when one fails:
+    see `Served`. An image whose answer holds no score is missing (NaN), since at temperature 0 the next answer would
+    not either. The detail `failed` is 1 for images without a score.
 
     Args:
-        base_url: of the API, such as http://localhost:8000/v1; by default the class's.
+        base_url: of the API, such as http://localhost:8000/v1, or a list of such; by default the class's.
         model: its name on the server; by default the class's.
-        timeout: seconds to wait for the server.
-        concurrency: requests at once.
+        timeout: seconds to wait for an answer.
+        concurrency: requests in flight per URL.
         api_key_env: environment variable with the key, if the server wants one.
+        required: whether the run waits while no server answers.
 
     Raises:
         ValueError: a setting is wrong, or the environment variable is not set.
+        ConfigError: when called, if the server refuses the key or does not know the model.
     """
 
+    pointwise = True
+    unscorable = (400, 413, 422)  # a prompt that is too long, an image that is too large
     base_url = "http://127.0.0.1:8000/v1"
     model = ""
     size: int | None = None  # side in pixels to which images are resized first
 
     def __init__(
         self,
-        base_url: str | None = None,
+        base_url: str | Sequence[str] | None = None,
         model: str | None = None,
         timeout: float = 120.0,
         concurrency: int = 32,
         api_key_env: str | None = None,
+        required: bool = True,
     ) -> None:
-        self.base_url, self.model = base_url or self.base_url, model or self.model
-        if not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url must begin with http:// or https://, got {self.base_url!r}")
-        if not 0 < timeout < math.inf:
-            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout}")
-        if concurrency < 1:
-            raise ValueError(f"concurrency must be at least 1, got {concurrency}")
+        urls = [base_url or self.base_url] if isinstance(base_url, str | None) else base_url
+        if not isinstance(urls, list | tuple) or not urls or not all(is_http(url) for url in urls):
+            raise ValueError(f"base_url must be http://HOST:PORT/v1 or a list of such, got {base_url!r}")
         if api_key_env is not None and not os.environ.get(api_key_env):
             raise ValueError(f"the environment variable {api_key_env} is not set")
-        self.timeout, self.concurrency, self.api_key_env = timeout, concurrency, api_key_env
+        super().__init__(type(self).__name__.lower(), urls, timeout, required, concurrency)
+        self.model, self.api_key_env = model or self.model, api_key_env
 
     @abstractmethod
     def request(self, image: dict[str, Any], prompt: str) -> dict[str, Any]:
@@ -105,31 +103,39 @@ class Judge(ABC):
         """The score in the answer; ValueError if there is none."""
 
     def __call__(self, batch: RewardBatch) -> Scores:
-        images = [Image.fromarray(pixels) for pixels in batch.images.permute(0, 2, 3, 1).cpu().numpy()]
-        with ThreadPoolExecutor(self.concurrency) as pool:
-            answers = list(pool.map(self._score, images, batch.prompts))
-        failures = [answer for answer in answers if isinstance(answer, Exception)]
-        if failures:
-            count = f"{len(failures)} of {len(answers)}"
-            log.warning("%s: %s images have no score; the first because: %s", self.base_url, count, failures[0])
-        values = torch.tensor([math.nan if isinstance(answer, Exception) else answer for answer in answers])
-        return Scores(values, {"failed": values.isnan().float()})
+        scores = super().__call__(batch)
+        scores.details["failed"] = scores.values.isnan().float()
+        return scores
 
-    def _score(self, image: Image.Image, prompt: str) -> float | Exception:
-        """The score, or why there is none."""
+    def _parts(self, batch: RewardBatch) -> list[RewardBatch]:
+        return [batch.rows(slice(row, row + 1)) for row in range(len(batch.prompts))]
+
+    def _encode(self, part: RewardBatch) -> tuple[str, bytes, str]:
+        image = Image.fromarray(part.images[0].permute(1, 2, 0).numpy())
         if self.size is not None:
             image = image.resize((self.size, self.size))
         png = io.BytesIO()
         image.save(png, format="PNG")
         data_url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-        request = self.request({"type": "image_url", "image_url": {"url": data_url}}, prompt)
-        key = os.environ[self.api_key_env] if self.api_key_env else None
+        request = self.request({"type": "image_url", "image_url": {"url": data_url}}, part.prompts[0])
+        body = json.dumps({"model": self.model, "temperature": 0, **request}).encode()
+        return "/chat/completions", body, "application/json"
+
+    def _decode(self, body: bytes, count: int) -> Scores:
         try:
-            return self.parse(
-                chat(self.base_url, {"model": self.model, "temperature": 0, **request}, self.timeout, key)
-            )
-        except (OSError, HTTPException, ValueError) as error:
-            return error
+            answer = json.loads(body)
+            choice = answer["choices"][0]
+            if not isinstance(choice["message"]["content"], str):
+                raise TypeError("no text")
+        except (LookupError, TypeError, RecursionError, ValueError):
+            raise ValueError(f"expected a chat completion, got {body[:200].decode(errors='replace')!r}") from None
+        try:
+            return Scores(torch.tensor([self.parse(choice)]))
+        except ValueError as error:
+            return Scores.missing(1, str(error))
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {os.environ[self.api_key_env]}"} if self.api_key_env else {}
 
 
 class UnifiedReward(Judge):
@@ -199,39 +205,6 @@ class DeQA(Judge):
         if total < 0.5:
             raise ValueError(f"expected one of {', '.join(DEQA_LEVELS)}, got {choice['message']['content']!r}")
         return sum(DEQA_LEVELS[word] * p for word, p in probabilities.items()) / total / 5
-
-
-def chat(base_url: str, request: dict[str, Any], timeout: float, key: str | None = None) -> dict[str, Any]:
-    """Post a chat completion request, once.
-
-    Args:
-        base_url: of the API, such as http://localhost:8000/v1.
-        request: its JSON fields.
-        timeout: seconds to wait for the server to go on.
-        key: bearer token.
-
-    Returns:
-        The first choice of the answer.
-
-    Raises:
-        OSError, http.client.HTTPException: there was no answer, or one with an error's status.
-        ValueError: the answer is no chat completion.
-    """
-    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
-    post = urllib.request.Request(f"{base_url.rstrip('/')}/chat/completions", json.dumps(request).encode(), headers)
-    try:
-        with urllib.request.urlopen(post, timeout=timeout) as response:
-            answer = json.load(response)
-    except HTTPError as error:
-        with error:
-            raise OSError(f"HTTP status {error.code}: {error.read()[:200].decode(errors='replace')}") from None
-    try:
-        choice = answer["choices"][0]
-        if isinstance(choice["message"]["content"], str):
-            return choice
-    except (LookupError, TypeError):
-        pass
-    raise ValueError(f"expected a chat completion, got {str(answer)[:200]!r}")
 
 
 def _user(image: dict[str, Any], text: str) -> dict[str, Any]:

@@ -8,30 +8,16 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from fastflowgrpo.prompts.geneval import CLASSES, COLORS
 from fastflowgrpo.rewards.clip import CLIP, CLIP_L
 from fastflowgrpo.rewards.geneval import MAX_OBJECTS, Detection
 from fastflowgrpo.rewards.models import choose_dtype, pretrained_model
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of the score; the second for prompts with the tag counting
 MAX_INSTANCES = 100  # per image, over all classes
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 BACKGROUND = 0x99  # the grey around an object whose colour is classified
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-
-# COCO's 80 classes in the order of the detector's outputs, by GenEval's names for them.
-# fmt: off
-CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
-    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-)
-# fmt: on
 
 
 @dataclass(frozen=True)

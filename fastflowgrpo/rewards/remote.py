@@ -1,4 +1,4 @@
-"""A reward that is scored by servers: which server gets what, and what happens when one fails."""
+"""Rewards that are scored by servers: which server gets what, and what happens when one fails."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import random
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -14,13 +15,13 @@ from typing import Any
 import torch
 import urllib3
 from tqdm import tqdm
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, NewConnectionError
 from urllib3.util import parse_url
 
 from fastflowgrpo.config import TOKEN, ConfigError, did_you_mean
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards.contract import RewardBatch, Scores
-from fastflowgrpo.rewards.wire import FORMATS, MEDIA_TYPES, Answer
+from fastflowgrpo.rewards.wire import FORMATS, MEDIA_TYPES
 
 DOWN = 3  # failures in a row from which on an endpoint counts as down
 ATTEMPTS = 5  # times that images are sent before their scores count as missing
@@ -43,6 +44,10 @@ class _BusyError(_NotAnsweredError):
 
 class _FailedError(Exception):
     """The server tried and failed, or its answer makes no sense."""
+
+
+class _UnscorableError(Exception):
+    """The server takes no such request, whatever else it takes."""
 
 
 @dataclass
@@ -91,13 +96,197 @@ class Endpoint:
             self.down_since = now
 
 
-class RemoteReward:
+class Served(ABC):
+    """A reward on one or several servers that score alike, between which each batch is spread.
+
+    An image's score is missing (NaN) if the server says so, or if its request failed ATTEMPTS times; while no server
+    answers at all, a reward that is `required` waits, so that the run pauses and goes on by itself, and the scores of
+    another are missing at once. Whatever is missing or waited for is printed. The details are the server's, and per URL
+    the seconds that an image's request took.
+
+    Raises:
+        ValueError: a setting is out of range.
+        ConfigError: when called, if a server says that a request is wrong: no retry would put that right.
+    """
+
+    unscorable: tuple[int, ...] = ()  # HTTP statuses by which a server refuses one request and not the user's settings
+
+    def __init__(self, name: str, urls: Sequence[str], timeout: float, required: bool, concurrency: int) -> None:
+        if type(concurrency) is not int or concurrency < 1:
+            raise ValueError(f"concurrency must be an integer of at least 1, got {concurrency!r}")
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
+        if not isinstance(required, bool):
+            raise ValueError(f"required must be true or false, got {required!r}")
+        self.name, self.timeout, self.required, self.concurrency = name, timeout, required, concurrency
+        self.endpoints = [Endpoint(url.rstrip("/")) for url in urls]
+        self.lock = threading.Lock()
+        self.http = urllib3.PoolManager(
+            num_pools=len(urls),
+            maxsize=concurrency,
+            timeout=urllib3.Timeout(connect=min(timeout, 10.0), read=timeout),
+            retries=False,
+        )
+
+    @abstractmethod
+    def _parts(self, batch: RewardBatch) -> list[RewardBatch]:
+        """What is sent in a request each."""
+
+    @abstractmethod
+    def _encode(self, part: RewardBatch) -> tuple[str, bytes, str]:
+        """(path to append to the URL, body, content type) of a request."""
+
+    @abstractmethod
+    def _decode(self, body: bytes, count: int) -> Scores:
+        """The scores of so many images in an answer; ValueError if it makes no sense."""
+
+    @abstractmethod
+    def _headers(self) -> dict[str, str]:
+        """Headers of each request."""
+
+    def __call__(self, batch: RewardBatch) -> Scores:
+        batch = replace(batch, images=batch.images.cpu())
+        parts = self._parts(batch)
+        answers: dict[int, Scores] = {}
+        errors: list[BaseException] = []
+        stop = threading.Event()
+        todo = iter(range(len(parts)))
+
+        def work() -> None:
+            try:
+                for index in todo:
+                    answers[index] = self._score(parts[index], stop)
+            except BaseException as error:
+                errors.append(error)
+                stop.set()
+
+        # Daemons: an interrupted run does not wait for what is in flight.
+        count = min(len(parts), self.concurrency * len(self.endpoints))
+        threads = [threading.Thread(target=work, name=f"reward {self.name}", daemon=True) for _ in range(count)]
+        try:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.5)
+                    self._tell_of_endpoints()
+        finally:
+            stop.set()
+        if errors:
+            raise errors[0]
+        scores = Scores.cat([answers[index] for index in range(len(parts))])
+        if missing := int(scores.values.isnan().sum()):
+            scores.error = scores.error or "the server gives no reason"
+            self._tell(f"{missing} of {len(scores.values)} images not scored: {scores.error}")
+        return scores
+
+    def _score(self, batch: RewardBatch, stop: threading.Event) -> Scores:
+        """The scores of one request's images, or none after too many failures, or when `stop` is set."""
+        path, body, content_type = self._encode(batch)
+        count, failures = len(batch.prompts), 0
+        while (endpoint := self._acquire(stop)) is not None:
+            sent = time.monotonic()
+            try:
+                try:
+                    scores = self._read(self._request(endpoint, path, body, content_type), count)
+                except _UnscorableError as error:
+                    scores = Scores.missing(count, str(error))
+                seconds = time.monotonic() - sent
+                with self.lock:
+                    endpoint.succeeded(seconds)
+                scores.details[f"seconds/{parse_url(endpoint.url).netloc}"] = torch.full((count,), seconds)
+                return scores
+            except _BusyError as error:
+                endpoint.retry_at = time.monotonic() + error.seconds * random.uniform(1, 1.5)
+            except (_NotAnsweredError, _FailedError) as error:
+                with self.lock:
+                    endpoint.failed(sent, str(error))
+                failures += not self.required or isinstance(error, _FailedError)
+                if failures == ATTEMPTS:
+                    break
+            finally:
+                with self.lock:
+                    endpoint.in_flight -= 1
+        reason = "; ".join(f"{endpoint.url}: {endpoint.reason}" for endpoint in self.endpoints if endpoint.reason)
+        return Scores.missing(count, reason)
+
+    def _acquire(self, stop: threading.Event) -> Endpoint | None:
+        """The endpoint that should answer first, once there is one; None when there is nothing to wait for."""
+        while not stop.is_set():
+            with self.lock:
+                ready = [endpoint for endpoint in self.endpoints if endpoint.ready(self.concurrency)]
+                if ready:
+                    best = min(
+                        ready, key=lambda endpoint: ((endpoint.in_flight + 1) * endpoint.seconds, endpoint.in_flight)
+                    )
+                    best.in_flight += 1
+                    return best
+                if not self.required and all(endpoint.down for endpoint in self.endpoints):
+                    return None
+            stop.wait(0.05)
+        return None
+
+    def _request(self, endpoint: Endpoint, path: str, body: bytes, content_type: str) -> bytes:
+        """The body of the answer.
+
+        Raises:
+            _NotAnsweredError, _FailedError, _UnscorableError: there is none.
+            ConfigError: the server refuses the request.
+        """
+        headers = {"Content-Type": content_type, **self._headers()}
+        try:
+            # Not decoded: an answer that was compressed could be of any size.
+            response = self.http.request(
+                "POST", endpoint.url + path, body=body, headers=headers, preload_content=False, decode_content=False
+            )
+            with closing(response):
+                data = response.read(MAX_ANSWER)
+                if response.read(1):
+                    raise _FailedError(f"the answer is longer than {MAX_ANSWER} bytes")
+        except (HTTPError, OSError) as error:
+            raise _NotAnsweredError(_plain(error)) from error
+        if response.status == 200:
+            return data
+        said = f"HTTP {response.status}: {_detail(data)}"
+        if response.status == 429:
+            raise _BusyError(_seconds(response.headers.get("Retry-After", "1")))
+        if response.status in (408, 502, 503, 504):
+            raise _NotAnsweredError(said)
+        if response.status >= 500:
+            raise _FailedError(said)
+        if response.status in self.unscorable:
+            raise _UnscorableError(said)
+        raise ConfigError(f"{endpoint.url} refuses: {said}")
+
+    def _read(self, body: bytes, count: int) -> Scores:
+        try:
+            return self._decode(body, count)
+        except ValueError as error:
+            raise _FailedError(f"unreadable answer: {error}") from error
+
+    def _tell_of_endpoints(self) -> None:
+        """Print which endpoints went down, are still down or came back."""
+        now = time.monotonic()
+        with self.lock:
+            paused = self.required and all(endpoint.down for endpoint in self.endpoints)
+            for endpoint in self.endpoints:
+                seconds = now - endpoint.down_since
+                if endpoint.down and now - endpoint.told_at >= REMIND:
+                    endpoint.told_at = now
+                    then = "; the run waits for it" if paused else ""
+                    self._tell(f"{endpoint.url} has been down for {seconds:.0f} s ({endpoint.reason}){then}")
+                elif endpoint.told_at and not endpoint.failures:
+                    endpoint.told_at = 0.0
+                    self._tell(f"{endpoint.url} answers again, after {seconds:.0f} s")
+
+    def _tell(self, message: str) -> None:
+        tqdm.write(f"reward {self.name}: {message}")
+
+
+class RemoteReward(Served):
     """A reward with the given name on one or several servers, between which each batch is spread.
 
-    A batch is cut into requests of whole groups. An image's score is missing (NaN) if the server says so, or if its
-    request failed ATTEMPTS times; while no server answers at all, a reward that is `required` waits, so that the run
-    pauses and goes on by itself, and the scores of another are missing at once. Whatever is missing or waited for is
-    printed. The details are the server's, and per URL the seconds that an image's request took.
+    A batch is cut into requests of whole groups; see `Served`.
 
     Args:
         url: of the server, or of several that score alike.
@@ -127,31 +316,17 @@ class RemoteReward:
         concurrency: int = 4,
     ) -> None:
         urls = [url] if isinstance(url, str) else url
-        if not isinstance(urls, list | tuple) or not urls or not all(_is_http(url) for url in urls):
+        if not isinstance(urls, list | tuple) or not urls or not all(is_http(url) for url in urls):
             raise ValueError(f"url must be http://HOST:PORT or a list of such, got {url!r}")
         for setting, value, known in (("format", format, FORMATS), ("encoding", encoding, MEDIA_TYPES)):
             if value not in known:
                 raise ValueError(
                     f"unknown {setting} {value!r}{did_you_mean(str(value), known)}, known: {', '.join(known)}"
                 )
-        for setting, number in (("batch_size", batch_size), ("concurrency", concurrency)):
-            if type(number) is not int or number < 1:
-                raise ValueError(f"{setting} must be an integer of at least 1, got {number!r}")
-        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
-            raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
-        if not isinstance(required, bool):
-            raise ValueError(f"required must be true or false, got {required!r}")
-        self.name, self.timeout, self.required = name, timeout, required
-        self.format, self.encoding = format, encoding
-        self.batch_size, self.concurrency = batch_size, concurrency
-        self.endpoints = [Endpoint(url.rstrip("/")) for url in urls]
-        self.lock = threading.Lock()
-        self.http = urllib3.PoolManager(
-            num_pools=len(urls),
-            maxsize=concurrency,
-            timeout=urllib3.Timeout(connect=min(timeout, 10.0), read=timeout),
-            retries=False,
-        )
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
+        super().__init__(name, urls, timeout, required, concurrency)
+        self.format, self.encoding, self.batch_size = format, encoding, batch_size
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Ask each server of this package's format whether it has the reward and can score these prompts.
@@ -168,143 +343,22 @@ class RemoteReward:
             except (_NotAnsweredError, _FailedError) as error:
                 self._tell(f"{endpoint.url} does not answer yet: {error}")
 
-    def __call__(self, batch: RewardBatch) -> Scores:
-        batch = replace(batch, images=batch.images.cpu())
-        parts = [batch.rows(rows) for rows in batch.whole_groups(self.batch_size)]
-        answers: dict[int, Answer] = {}
-        errors: list[BaseException] = []
-        stop = threading.Event()
-        todo = iter(range(len(parts)))
+    def _parts(self, batch: RewardBatch) -> list[RewardBatch]:
+        return [batch.rows(rows) for rows in batch.whole_groups(self.batch_size)]
 
-        def work() -> None:
-            try:
-                for index in todo:
-                    answers[index] = self._score(parts[index], stop)
-            except BaseException as error:
-                errors.append(error)
-                stop.set()
+    def _encode(self, part: RewardBatch) -> tuple[str, bytes, str]:
+        return FORMATS[self.format].encode(self.name, part, self.encoding, self.timeout)
 
-        # Daemons: an interrupted run does not wait for what is in flight.
-        count = min(len(parts), self.concurrency * len(self.endpoints))
-        threads = [threading.Thread(target=work, name=f"reward {self.name}", daemon=True) for _ in range(count)]
-        try:
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.5)
-                    self._tell_of_endpoints()
-        finally:
-            stop.set()
-        if errors:
-            raise errors[0]
-        scores = Scores.cat([answers[index].scores for index in range(len(parts))])
-        if missing := int(scores.values.isnan().sum()):
-            reason = next((answer.error for answer in answers.values() if answer.error), "the server gives no reason")
-            self._tell(f"{missing} of {len(scores.values)} images not scored: {reason}")
-        return scores
+    def _decode(self, body: bytes, count: int) -> Scores:
+        return FORMATS[self.format].decode(body, count)
 
-    def _score(self, batch: RewardBatch, stop: threading.Event) -> Answer:
-        """The scores of one request's images, or none after too many failures, or when `stop` is set."""
-        path, body, content_type = FORMATS[self.format].encode(self.name, batch, self.encoding, self.timeout)
-        count, failures = len(batch.prompts), 0
-        while (endpoint := self._acquire(stop)) is not None:
-            sent = time.monotonic()
-            try:
-                answer = self._decode(self._request(endpoint, path, body, content_type), count)
-                seconds = time.monotonic() - sent
-                with self.lock:
-                    endpoint.succeeded(seconds)
-                answer.scores.details[f"seconds/{parse_url(endpoint.url).netloc}"] = torch.full((count,), seconds)
-                return answer
-            except _BusyError as error:
-                endpoint.retry_at = time.monotonic() + error.seconds * random.uniform(1, 1.5)
-            except (_NotAnsweredError, _FailedError) as error:
-                with self.lock:
-                    endpoint.failed(sent, str(error))
-                failures += not self.required or isinstance(error, _FailedError)
-                if failures == ATTEMPTS:
-                    break
-            finally:
-                with self.lock:
-                    endpoint.in_flight -= 1
-        reason = "; ".join(f"{endpoint.url}: {endpoint.reason}" for endpoint in self.endpoints if endpoint.reason)
-        return Answer(Scores(torch.full((count,), torch.nan)), reason)
-
-    def _acquire(self, stop: threading.Event) -> Endpoint | None:
-        """The endpoint that should answer first, once there is one; None when there is nothing to wait for."""
-        while not stop.is_set():
-            with self.lock:
-                ready = [endpoint for endpoint in self.endpoints if endpoint.ready(self.concurrency)]
-                if ready:
-                    best = min(
-                        ready, key=lambda endpoint: ((endpoint.in_flight + 1) * endpoint.seconds, endpoint.in_flight)
-                    )
-                    best.in_flight += 1
-                    return best
-                if not self.required and all(endpoint.down for endpoint in self.endpoints):
-                    return None
-            stop.wait(0.05)
-        return None
-
-    def _request(self, endpoint: Endpoint, path: str, body: bytes, content_type: str) -> bytes:
-        """The body of the answer.
-
-        Raises:
-            _NotAnsweredError, _FailedError: there is none.
-            ConfigError: the server refuses the request.
-        """
-        headers = {"Content-Type": content_type}
+    def _headers(self) -> dict[str, str]:
         if TOKEN in os.environ and self.format == "fastflowgrpo":
-            headers["Authorization"] = f"Bearer {os.environ[TOKEN]}"
-        try:
-            # Not decoded: an answer that was compressed could be of any size.
-            response = self.http.request(
-                "POST", endpoint.url + path, body=body, headers=headers, preload_content=False, decode_content=False
-            )
-            with closing(response):
-                data = response.read(MAX_ANSWER)
-                if response.read(1):
-                    raise _FailedError(f"the answer is longer than {MAX_ANSWER} bytes")
-        except (HTTPError, OSError) as error:
-            raise _NotAnsweredError(_plain(error)) from error
-        if response.status == 200:
-            return data
-        said = f"HTTP {response.status}: {_detail(data)}"
-        if response.status == 429:
-            raise _BusyError(_seconds(response.headers.get("Retry-After", "1")))
-        if response.status in (408, 502, 503, 504):
-            raise _NotAnsweredError(said)
-        if response.status >= 500:
-            raise _FailedError(said)
-        raise ConfigError(f"{endpoint.url} refuses: {said}")
-
-    def _decode(self, body: bytes, count: int) -> Answer:
-        try:
-            return FORMATS[self.format].decode(body, count)
-        except ValueError as error:
-            raise _FailedError(f"unreadable answer: {error}") from error
-
-    def _tell_of_endpoints(self) -> None:
-        """Print which endpoints went down, are still down or came back."""
-        now = time.monotonic()
-        with self.lock:
-            paused = self.required and all(endpoint.down for endpoint in self.endpoints)
-            for endpoint in self.endpoints:
-                seconds = now - endpoint.down_since
-                if endpoint.down and now - endpoint.told_at >= REMIND:
-                    endpoint.told_at = now
-                    then = "; the run waits for it" if paused else ""
-                    self._tell(f"{endpoint.url} has been down for {seconds:.0f} s ({endpoint.reason}){then}")
-                elif endpoint.told_at and not endpoint.failures:
-                    endpoint.told_at = 0.0
-                    self._tell(f"{endpoint.url} answers again, after {seconds:.0f} s")
-
-    def _tell(self, message: str) -> None:
-        tqdm.write(f"reward {self.name}: {message}")
+            return {"Authorization": f"Bearer {os.environ[TOKEN]}"}
+        return {}
 
 
-def _is_http(url: Any) -> bool:
+def is_http(url: Any) -> bool:
     try:
         return isinstance(url, str) and parse_url(url).scheme in ("http", "https") and bool(parse_url(url).host)
     except HTTPError:
@@ -313,7 +367,8 @@ def _is_http(url: Any) -> bool:
 
 def _plain(error: Exception) -> str:
     """What went wrong with a connection, in few words."""
-    if isinstance(error, TimeoutError | urllib3.exceptions.TimeoutError):
+    refused = isinstance(error, NewConnectionError)  # which urllib3 counts among the time-outs
+    if isinstance(error, TimeoutError | urllib3.exceptions.TimeoutError) and not refused:
         return "no answer in time"
     return str(error.__cause__ or error).rpartition(": ")[2]
 

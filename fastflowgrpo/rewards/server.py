@@ -107,7 +107,7 @@ class Metrics:
 
 
 class Scorer:
-    """A reward with a thread of its own, which scores the images of several requests at once.
+    """A reward with threads of its own, which scores the images of several requests at once.
 
     The oldest request is joined by others with images of its size, until there are `batch_size` images or it has waited
     for `delay` seconds. A request is never split, so that a groupwise reward sees whole groups.
@@ -116,9 +116,12 @@ class Scorer:
     def __init__(self, name: str, reward: Callable[[RewardBatch], Any], config: ServerConfig, metrics: Metrics):
         self.name, self.reward, self.config, self.metrics = name, reward, config, metrics
         self.waiting: deque[Job] = deque()
+        self.joined: tuple[list[Job], RewardBatch] | None = None
+        self.idle = False
         self.changed = threading.Condition()
         self.busy_since: float | None = None
-        threading.Thread(target=self._work, name=f"reward {name}", daemon=True).start()
+        for work in (self._join, self._work):
+            threading.Thread(target=work, name=f"reward {name}", daemon=True).start()
 
     @property
     def hangs(self) -> bool:
@@ -128,22 +131,39 @@ class Scorer:
     def submit(self, job: Job) -> None:
         with self.changed:
             self.waiting.append(job)
-            self.changed.notify()
+            self.changed.notify_all()
+
+    def _join(self) -> None:
+        """Copies the images of requests into a batch, a full one while another is scored: the scorer never waits."""
+        while True:
+            jobs = self._take()
+            batch = _joined([job.batch for job in jobs])
+            with self.changed:
+                self.changed.wait_for(lambda: self.joined is None)
+                self.joined, self.idle = (jobs, batch), False
+                self.changed.notify_all()
 
     def _work(self) -> None:
         with torch.no_grad():
             while True:
+                with self.changed:
+                    self.idle = self.joined is None
+                    self.changed.notify_all()
+                    self.changed.wait_for(lambda: self.joined)
+                    assert self.joined is not None
+                    (jobs, batch), self.joined = self.joined, None
+                    self.changed.notify_all()
                 # A job whose client has given up is cancelled.
-                jobs = [job for job in self._take() if job.answer.set_running_or_notify_cancel()]
-                if jobs:
+                if sum(job.answer.set_running_or_notify_cancel() for job in jobs):
                     self.busy_since = time.monotonic()
-                    self._score(jobs)
+                    self._score(jobs, batch)
                     self.busy_since = None
 
     def _take(self) -> list[Job]:
         with self.changed:
             self.changed.wait_for(lambda: self.waiting)
             first = self.waiting[0]
+            self.changed.wait_for(lambda: self.idle or self._full())
             self.changed.wait_for(self._full, first.arrived + self.config.delay - time.monotonic())
             taken: list[Job] = []
             images = 0
@@ -161,17 +181,16 @@ class Scorer:
         images = (len(job.batch.images) for job in self.waiting if job.batch.images.shape[1:] == size)
         return sum(images) >= self.config.batch_size
 
-    def _score(self, jobs: list[Job]) -> None:
-        error = None
+    def _score(self, jobs: list[Job], batch: RewardBatch) -> None:
         begin = time.monotonic()
         try:
-            scores = checked_scores(self.name, self.reward, _joined([job.batch for job in jobs]))
+            scores = checked_scores(self.name, self.reward, batch)
         except Exception as raised:
             if len(jobs) > 1:  # one request's images must not cost the others their scores
                 for job in jobs:
-                    self._score([job])
+                    self._score([job], job.batch)
                 return
-            scores, error = Scores(torch.full((len(jobs[0].batch.prompts),), torch.nan)), str(raised)
+            scores = Scores.missing(len(jobs[0].batch.prompts), str(raised))
         self.metrics.batch_size.labels(self.name).observe(len(scores.values))
         self.metrics.seconds.labels(self.name).observe(time.monotonic() - begin)
         self.metrics.images.labels(self.name).inc(len(scores.values))
@@ -180,11 +199,16 @@ class Scorer:
         for job in jobs:
             rows = slice(begin_row, begin_row := begin_row + len(job.batch.prompts))
             details = {name: _json(values[rows]) for name, values in scores.details.items()}
-            job.answer.set_result(ScoreAnswer(scores=_json(scores.values[rows]), details=details, error=error))
+            values = _json(scores.values[rows])
+            error = scores.error or None if None in values else None
+            if not job.answer.cancelled():
+                job.answer.set_result(ScoreAnswer(scores=values, details=details, error=error))
 
 
 def _joined(batches: list[RewardBatch]) -> RewardBatch:
     """One batch of several, whose groups stay apart."""
+    if len(batches) == 1:
+        return batches[0]
     group_ids, groups = [], 0
     for batch in batches:
         group_ids.append(batch.group_ids + groups)

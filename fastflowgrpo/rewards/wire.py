@@ -21,14 +21,6 @@ MEDIA_TYPES = {"raw": "application/octet-stream", "png": "image/png", "jpeg": "i
 
 
 @dataclass(frozen=True)
-class Answer:
-    """Scores, and what the server says of those that are missing."""
-
-    scores: Scores
-    error: str | None = None
-
-
-@dataclass(frozen=True)
 class Format:
     """How a batch travels.
 
@@ -39,7 +31,7 @@ class Format:
     """
 
     encode: Callable[[str, RewardBatch, str, float], tuple[str, bytes, str]]
-    decode: Callable[[bytes, int], Answer]
+    decode: Callable[[bytes, int], Scores]
 
 
 def _encode(name: str, batch: RewardBatch, encoding: str, timeout: float) -> tuple[str, bytes, str]:
@@ -58,7 +50,7 @@ def _encode(name: str, batch: RewardBatch, encoding: str, timeout: float) -> tup
     return f"/score/{name}", body, content_type
 
 
-def _decode(body: bytes, count: int) -> Answer:
+def _decode(body: bytes, count: int) -> Scores:
     try:
         answer = json.loads(body)
     except RecursionError:
@@ -66,8 +58,7 @@ def _decode(body: bytes, count: int) -> Answer:
     if not isinstance(answer, dict) or not isinstance(answer.get("details", {}), dict) or "scores" not in answer:
         raise ValueError("it is no object with scores and details")
     details = {name: _vector(values, count, name) for name, values in answer.get("details", {}).items()}
-    error = answer.get("error")
-    return Answer(Scores(_vector(answer["scores"], count, "scores"), details), None if error is None else str(error))
+    return Scores(_vector(answer["scores"], count, "scores"), details, str(answer.get("error") or ""))
 
 
 def _encode_flow_grpo(name: str, batch: RewardBatch, encoding: str, timeout: float) -> tuple[str, bytes, str]:
@@ -81,17 +72,17 @@ def _encode_flow_grpo(name: str, batch: RewardBatch, encoding: str, timeout: flo
     return "", pickle.dumps(request), "application/octet-stream"
 
 
-def _decode_flow_grpo(body: bytes, count: int) -> Answer:
+def _decode_flow_grpo(body: bytes, count: int) -> Scores:
     """`outputs` of a DeQA or UnifiedReward server, or `scores` of a GenEval server with its further results, under the
     names that `geneval` has for them. Its lists per tag are left out: an evaluation knows the tags of its prompts."""
     answer = restricted_loads(body)
     if isinstance(answer, dict) and "outputs" in answer:
-        return Answer(Scores(_vector(answer["outputs"], count, "outputs")))
+        return Scores(_vector(answer["outputs"], count, "outputs"))
     if not isinstance(answer, dict) or "scores" not in answer:
         raise ValueError("it is no dict with outputs or scores")
     names = {"scores": "score", "strict_rewards": "strict", "rewards": "correct"}
     details = {ours: _vector(answer[theirs], count, theirs) for theirs, ours in names.items() if theirs in answer}
-    return Answer(Scores(details["score"], details))
+    return Scores(details["score"], details)
 
 
 FORMATS = {"fastflowgrpo": Format(_encode, _decode), "flow_grpo": Format(_encode_flow_grpo, _decode_flow_grpo)}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards.contract import RewardBatch, Scores, checked_scores
 
-TIMEOUT = 300.0  # seconds
+TIMEOUT = 300.0  # seconds that a part may take, unless the user says else, and that a process may take to start
 ATTEMPTS = 2  # times that images are given to a process before their scores count as missing
 PARTS = 4  # of a batch per process, so that none waits long for the others
 
@@ -33,7 +33,7 @@ class WorkerReward:
     Args:
         name, settings: as in the configuration of rewards.
         workers: number of processes, each with one thread.
-        timeout: seconds for a part, and to start.
+        timeout: seconds for a part.
 
     Raises:
         ValueError: the reward cannot be made, or a setting is out of range.
@@ -48,11 +48,11 @@ class WorkerReward:
         self.workers = [_Worker(name, settings) for _ in range(workers)]
         atexit.register(self.close)
         try:
-            pointwise = [worker.ready(timeout) for worker in self.workers]
+            pointwise = [worker.ready() for worker in self.workers]
         except BaseException as error:
             self.close()
             if isinstance(error, OSError | EOFError):
-                raise ValueError(f"a process died or did not start within {timeout:g} s") from error
+                raise ValueError(f"a process died or did not start within {TIMEOUT:g} s") from error
             raise
         self.pointwise = all(pointwise)
 
@@ -118,18 +118,20 @@ class WorkerReward:
         for _ in range(ATTEMPTS):
             try:
                 answer = worker.ask(request, self.timeout)
-            except (OSError, EOFError) as error:
-                reason = str(error) if isinstance(error, TimeoutError) else "the process died"
+            except (OSError, EOFError, ValueError) as error:
+                reason = str(error) if isinstance(error, TimeoutError | ValueError) else "the process died"
                 self._tell(f"{reason}; a new one takes its place")
-                worker.replace(self.timeout)
+                worker.stop()
+                worker.start()
                 continue
             if isinstance(answer, str):
                 reason = answer
                 break
-            values, details = answer
-            return Scores(torch.from_numpy(values), {name: torch.from_numpy(value) for name, value in details.items()})
+            values, details, reason = answer
+            details = {name: torch.from_numpy(value) for name, value in details.items()}
+            return Scores(torch.from_numpy(values), details, reason)
         self._tell(f"{count} images not scored: {reason}")
-        return Scores(torch.full((count,), torch.nan))
+        return Scores.missing(count, reason)
 
     def _tell(self, message: str) -> None:
         tqdm.write(f"reward {self.name}: {message}")
@@ -148,25 +150,30 @@ class _Worker:
         self.process = context.Process(target=_work, args=(theirs, *self.arguments), daemon=True)
         self.process.start()
         theirs.close()
+        self.made: bool | None = None
 
-    def ready(self, timeout: float) -> bool:
+    def ready(self) -> bool:
         """Wait until it has made the reward; whether that is pointwise.
 
         Raises:
             ValueError: it cannot make it.
             OSError, EOFError: it died, or takes too long (TimeoutError).
         """
-        answer = self._receive(timeout)
-        if isinstance(answer, str):
-            raise ValueError(answer)
-        return bool(answer)
+        if self.made is None:
+            answer = self._receive(TIMEOUT)
+            if isinstance(answer, str):
+                raise ValueError(answer)
+            self.made = bool(answer)
+        return self.made
 
     def ask(self, request: Any, timeout: float) -> Any:
-        """Its answer to a request: a part's (values, details), or what went wrong as a string.
+        """Its answer to a request: a part's (values, details, error), or what went wrong as a string.
 
         Raises:
+            ValueError: it cannot make the reward.
             OSError, EOFError: it died, or takes too long (TimeoutError).
         """
+        self.ready()
         self.connection.send(request)
         return self._receive(timeout)
 
@@ -174,11 +181,6 @@ class _Worker:
         if not self.connection.poll(timeout):
             raise TimeoutError(f"no answer within {timeout:g} s")
         return self.connection.recv()
-
-    def replace(self, timeout: float) -> None:
-        self.stop()
-        self.start()
-        self.ready(timeout)
 
     def stop(self) -> None:
         self.process.kill()
@@ -224,7 +226,7 @@ def _work(connection: Connection, name: str, settings: dict[str, Any]) -> None:
             else:
                 connection.send(_score(name, reward, *request))
         except Exception as error:
-            connection.send(str(error) or type(error).__name__)
+            connection.send(str(error).removeprefix(f"reward {name}: ") or type(error).__name__)
 
 
 def _check(reward: Any, prompts: list[Prompt]) -> None:
@@ -241,10 +243,11 @@ def _score(
     prompts: list[str],
     metadata: list[dict[str, Any]],
     group_ids: np.ndarray,
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+) -> tuple[np.ndarray, dict[str, np.ndarray], str]:
     memory = SharedMemory(memory_name)
     images = np.ndarray(shape, np.uint8, memory.buf)[rows].copy()
     memory.close()
     batch = RewardBatch(torch.from_numpy(images), prompts, metadata, torch.from_numpy(group_ids))
     scores = checked_scores(name, reward, batch)
-    return scores.values.numpy(), {key: value.numpy() for key, value in scores.details.items()}
+    details = {key: value.numpy() for key, value in scores.details.items()}
+    return scores.values.numpy(), details, scores.error

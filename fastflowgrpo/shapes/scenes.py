@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastflowgrpo.prompts import RELATIONS, TAGS, Prompt
+from fastflowgrpo.prompts.geneval import meaning
 
 SHAPES = ("circle", "square", "triangle", "cross")
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
@@ -68,18 +69,6 @@ def _split(tag: str) -> tuple[list[tuple[str, dict[str, Any]]], list[tuple[str, 
     held_out = contents[::5]
     meanings = [meaning(metadata) for _, metadata in held_out]
     return [content for content in contents if meaning(content[1]) not in meanings], held_out
-
-
-def meaning(metadata: dict[str, Any]) -> tuple[Any, ...]:
-    """What a prompt asks for, whichever way round it says it: the same for "a circle left of a cross" and "a cross
-    right of a circle"."""
-    objects = [(item["class"], item["count"], item.get("color", "")) for item in metadata["include"]]
-    (relation, other), *_ = [tuple(item["position"]) for item in metadata["include"] if "position" in item] or [("", 0)]
-    if not relation:
-        return tuple(sorted(objects))
-    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}[relation]
-    subject = objects[1 - other]
-    return min((subject, relation, objects[other]), (objects[other], opposite, subject))
 
 
 def _prompt(wording: str, tag: str, content: tuple[str, dict[str, Any]]) -> Prompt:

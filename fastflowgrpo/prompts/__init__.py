@@ -13,6 +13,7 @@ import numpy as np
 from fastflowgrpo.config import did_you_mean
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+BUILT_IN = "shapes, geneval, ocr or general"  # prompts that a run has without a file, see sources.py
 RELATIONS = ("left of", "right of", "above", "below")
 
 
@@ -37,7 +38,7 @@ def load_prompts(source: str) -> list[Prompt]:
     """
     path = Path(source)
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f'{source}: expected a .txt file (one prompt a line), a GenEval .jsonl file, or "shapes"')
+        raise ValueError(f"{source}: expected a .txt file (one prompt a line), a GenEval .jsonl file, or {BUILT_IN}")
     if not path.is_file():
         hint = did_you_mean(path.name, (sibling.name for sibling in path.parent.glob("*")))
         raise FileNotFoundError(f"{source}: no such file{hint}")

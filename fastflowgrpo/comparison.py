@@ -1,0 +1,178 @@
+"""Evaluating a model, its trained weights, or both on the same prompts and noise, and what is written about it."""
+
+import json
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from fastflowgrpo.config import Config, ConfigError, EvaluateConfig, read_run
+from fastflowgrpo.evaluation import Measures, Statistic, difference, measures, sample_and_score, statistics
+from fastflowgrpo.policy import Policy, load_policy
+from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.trained import last_checkpoint, load_trained
+from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.prompts.sources import evaluation_prompts, run_prompts
+from fastflowgrpo.reporting import Evaluation, finite, image_grid, versions
+from fastflowgrpo.rewards import WeightedRewards, build_rewards
+from fastflowgrpo.rewards.clip import CLIP
+from fastflowgrpo.rewards.models import choose_device
+from fastflowgrpo.rewards.scoring import Scoring
+
+WRITTEN = ("evaluation.json", "evaluation.md", "grid.png")
+
+Table = dict[str, dict[str, dict[str, Statistic]]]
+"""Column (base, trained, difference) -> section -> row -> statistic."""
+
+
+def evaluate(config: EvaluateConfig) -> Table:
+    """Evaluate as `config` says, print the tables and write them, with a grid of images, into its output_dir.
+
+    Raises:
+        ConfigError: for everything that the user can put right, before anything is sampled.
+    """
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file")
+    if not config.overwrite and any((folder / name).exists() for name in WRITTEN):
+        raise ConfigError(f"output_dir {folder} holds results already: give another, or --overwrite true")
+    begin = time.perf_counter()
+    checkpoint = _checkpoint(config)
+    prompts, rewards = _prompts(config), _rewards(config)
+    try:
+        rewards.check_prompts(prompts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
+        clip = None if config.diversity_model is None else CLIP(config.diversity_model)
+    except ValueError as error:
+        raise ConfigError(f"diversity_model: {error}") from error
+    policy = _policy(config, checkpoint)
+    shape = policy.latent_shape(config.height, config.width)
+    # Made before anything is sampled: a folder that cannot be made should not be found out last.
+    folder.mkdir(parents=True, exist_ok=True)
+
+    columns = ["base"] if checkpoint is None else ["base", "trained"] if config.weights == "both" else ["trained"]
+    print(
+        f"{config.model}{f', {checkpoint}' if checkpoint else ''}: {len(prompts)} prompts x {config.images_per_prompt} "
+        f"images, {config.num_steps} steps, guidance {config.guidance_scale:g}, on {policy.device}"
+    )
+    embed, scoring = EmbeddingCache(policy), Scoring(rewards, policy.decode, policy.device)
+
+    def measure(column: str) -> tuple[Measures, Evaluation]:
+        with policy.reference() if column == "base" else nullcontext():
+            samples = sample_and_score(
+                policy,
+                embed,
+                scoring,
+                list(enumerate(prompts)),
+                shape,
+                num_steps=config.num_steps,
+                copies=config.images_per_prompt,
+                batch_size=config.batch_size,
+                guidance_scale=config.guidance_scale,
+                seed=config.seed,
+            )
+        found = measures(samples, isinstance(config.rewards, dict), clip.embed_images if clip else None)
+        return found, Evaluation.of(prompts, samples.images, samples.scores, samples.copies)
+
+    results = {column: measure(column) for column in columns}
+    measured = {column: found for column, (found, _) in results.items()}
+    if len(columns) == 2:
+        measured["difference"] = difference(measured["base"], measured["trained"])
+    table = {column: statistics(sections) for column, sections in measured.items()}
+
+    text = markdown(table)
+    print(f"\n{text}")
+    result = {
+        "settings": asdict(config),
+        "checkpoint": str(checkpoint) if checkpoint else None,
+        "prompts": len(prompts),
+        "images": len(prompts) * config.images_per_prompt,
+        **{column: _plain(sections) for column, sections in table.items()},
+        "seconds": round(time.perf_counter() - begin, 3),
+        "versions": versions(),
+    }
+    (folder / "evaluation.json").write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
+    (folder / "evaluation.md").write_text(_heading(config, checkpoint, len(prompts)) + text)
+    image_grid([shown for _, shown in results.values()], columns).save(folder / "grid.png")
+    print(f"results  {folder / 'evaluation.json'}\ntables   {folder / 'evaluation.md'}\nimages   {folder / 'grid.png'}")
+    return table
+
+
+def markdown(table: Table) -> str:
+    """A table for each section, a row for each measure, a column for each evaluation: mean ± standard error."""
+    columns = list(table)
+    evaluated = [name for name in columns if name != "difference"]
+    lines = []
+    for title, rows in table[columns[0]].items():
+        lines += [f"| {title} | {' | '.join(columns)} | missing |", f"|-|{'-:|' * (len(columns) + 1)}"]
+        for row in rows:
+            cells = [_cell(table[column][title][row], sign=column == "difference") for column in columns]
+            counts = "/".join(str(table[column][title][row].missing) for column in evaluated)
+            lines.append(f"| {row} | {' | '.join(cells)} | {counts} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(statistic: Statistic, sign: bool) -> str:
+    if math.isnan(statistic.mean):
+        return "-"
+    mean = f"{statistic.mean:{'+' if sign else ''}.3f}"
+    return mean if math.isnan(statistic.standard_error) else f"{mean} ± {statistic.standard_error:.3f}"
+
+
+def _heading(config: EvaluateConfig, checkpoint: Path | None, prompts: int) -> str:
+    about = {
+        "model": config.model,
+        "checkpoint": checkpoint,
+        "prompts": f"{prompts}, {config.images_per_prompt} images each, seed {config.seed}",
+        "sampling": f"{config.num_steps} ODE steps, guidance {config.guidance_scale:g}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+    lines = [f"- {name}: {value}" for name, value in about.items() if value is not None]
+    note = (
+        "Mean ± standard error over prompts. An image without a score is counted as missing and takes no part in means."
+    )
+    return "\n".join([*lines, "", note, "", ""])
+
+
+def _plain(sections: dict[str, dict[str, Statistic]]) -> dict[str, dict[str, dict[str, float]]]:
+    return {title: {name: asdict(value) for name, value in rows.items()} for title, rows in sections.items()}
+
+
+def _checkpoint(config: EvaluateConfig) -> Path | None:
+    """The folder of the weights to evaluate; None if it is the model alone."""
+    if config.weights == "base":
+        return None
+    if config.checkpoint is not None:
+        return Path(config.checkpoint)
+    if config.run is not None:
+        return last_checkpoint(config.run)
+    if config.weights == "trained":
+        raise ConfigError("weights: trained needs a checkpoint or a run")
+    return None
+
+
+def _policy(config: EvaluateConfig, checkpoint: Path | None) -> Policy:
+    """The policy, with the trained weights, inside whose `reference` it is the model as it was."""
+    device = choose_device(None)
+    if checkpoint is not None:
+        return load_trained(config.model, checkpoint, config.policy, device)
+    # The smallest adapter, not a second transformer: it is never on.
+    return load_policy(config.model, replace(config.policy, lora=None, lora_rank=1), device)
+
+
+def _prompts(config: EvaluateConfig) -> list[Prompt]:
+    if config.prompts is None:
+        return run_prompts(Config() if config.run is None else read_run(config.run))[1]
+    return evaluation_prompts("prompts", config.prompts)
+
+
+def _rewards(config: EvaluateConfig) -> WeightedRewards:
+    named = config.rewards
+    try:
+        return build_rewards({name.strip(): 1.0 for name in named.split(",")} if isinstance(named, str) else named)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

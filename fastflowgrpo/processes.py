@@ -1,0 +1,205 @@
+"""Several processes (ranks), one per device: which groups each samples, and all that they tell each other.
+
+Of `total` things rank r of R has r, r + R, r + 2 R, ...: no two ranks' counts differ by more than one, in any run of
+consecutive things either, such as the groups of one optimiser update.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fastflowgrpo.config import ConfigError
+from fastflowgrpo.rewards.contract import Scores
+
+# How long ranks wait for one another, who may wait for a reward server; who fails is brought down by the launcher.
+TIMEOUT = timedelta(hours=2)
+
+T = TypeVar("T")
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints: the only one, or rank 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_accelerator(trackers: list[str], project_dir: str) -> Accelerator:
+    """The accelerator of a training run, as its launcher says.
+
+    Raises:
+        ConfigError: it was launched in a way that training does not support.
+    """
+    accelerator = Accelerator(
+        # Without this several processes on a machine without an accelerator would not know of each other.
+        cpu=not torch.accelerator.is_available(),
+        # Precision is the policy's: autocast around the trained forward pass alone would set the reference's apart.
+        mixed_precision="no",
+        log_with=trackers or None,
+        project_dir=project_dir,
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=TIMEOUT),
+        ],
+    )
+    kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
+    if kind not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+    ):
+        raise ConfigError(f"accelerate: {kind.value} is not supported; configs/accelerate/ has what is")
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise ConfigError("accelerate: FSDP 1 is not supported: set fsdp_version: 2")
+    if kind == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage > 2:
+        raise ConfigError("accelerate: ZeRO-3 is not supported: use configs/accelerate/fsdp2.yaml")
+    if parallelism is not None and parallelism.non_data_parallel_size > 1:
+        raise ConfigError("accelerate: of parallelism_config only the data-parallel sizes are supported")
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError("accelerate: set gradient_accumulation_steps to 1: micro-batches are update.batch_size's")
+    return accelerator
+
+
+class Processes:
+    """The ranks of a run, seen from one of them. A method is collective where it says so: all ranks must call it."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.rank, self.count = accelerator.process_index, accelerator.num_processes
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.steps_in_backward = accelerator.distributed_type == DistributedType.DEEPSPEED
+
+    def own(self, total: int) -> list[int]:
+        """Which of `total` things are this rank's."""
+        return list(range(self.rank, total, self.count))
+
+    def padded(self, total: int) -> list[int]:
+        """`own`, and at its end another rank's thing where others have one more: the same number on every rank, so that
+        the passes through a sharded model are as many."""
+        return [index % total for index in range(self.rank, -(-total // self.count) * self.count, self.count)]
+
+    def places(self, begin: int, end: int) -> slice:
+        """Where in `own` those from begin to end are."""
+        return slice(-((self.rank - begin) // self.count), -((self.rank - end) // self.count))
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in the order of the ranks. Collective; tensors must be on the CPU."""
+        return gather_object([value])
+
+    def gather_scores(self, scores: Scores, total: int, copies: int) -> Scores:
+        """The scores of all `total` things, `copies` of each, from those of every rank's `padded` ones. Collective."""
+        count = len(self.own(total)) * copies
+        details = {name: values[:count] for name, values in scores.details.items()}
+        joined = Scores.cat(self.gather(Scores(scores.values[:count], details, scores.error)))
+        order = torch.tensor([index for rank in range(self.count) for index in range(rank, total, self.count)])
+        rows = (order.argsort()[:, None] * copies + torch.arange(copies)).flatten()
+        details = {name: values[rows] for name, values in joined.details.items()}
+        return Scores(joined.values[rows], details, joined.error)
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """What it returns on rank 0, where it is called; the ConfigError that it may raise there is raised everywhere.
+        Collective."""
+        result: Any = None
+        if self.rank == 0:
+            try:
+                result = function()
+            except ConfigError as error:
+                result = error
+        result = self.gather(result)[0]
+        if isinstance(result, ConfigError):
+            raise everywhere(result)
+        return result
+
+    def all_raise(self, error: BaseException) -> bool:
+        """Whether every rank has raised an error here, so that they can still do something together."""
+        return self.count == 1 or getattr(error, "everywhere", False)
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float) -> tuple[nn.Module, Any]:
+        """The module and its optimiser, as the launcher would have them: wrapped (DDP, DeepSpeed) or sharded (FSDP2).
+        Collective.
+
+        Args:
+            max_norm: that DeepSpeed, which steps by itself, clips gradients to.
+        """
+        if self.steps_in_backward:
+            # The batch size is for its log alone.
+            self.accelerator.deepspeed_plugin.deepspeed_config |= {
+                "gradient_clipping": max_norm,
+                "train_micro_batch_size_per_gpu": 1,
+            }
+        module, optimizer = self.accelerator.prepare(module, optimizer)
+        if isinstance(module, DistributedDataParallel):
+            module.broadcast_buffers = False  # in every forward pass; they never change
+        if isinstance(module, FSDPModule):
+            # What stayed whole after a forward pass would be stale once the averaged weights are copied in.
+            module.set_reshard_after_forward(True)
+        return module, optimizer
+
+    @contextmanager
+    def backward_pass(self, module: nn.Module, last: bool) -> Iterator[None]:
+        """Around the forward and backward pass of a micro-batch; in an update's last the gradients are averaged over
+        the ranks."""
+        self.accelerator.sync_gradients = last
+        if last:
+            yield
+        else:
+            with self.accelerator.no_sync(module):
+                yield
+
+    def whole_on_main(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On rank 0 the tensors, those that are sharded whole and on the CPU; {} elsewhere. Collective."""
+        found = {}
+        for name, tensor in tensors.items():
+            complete = whole(tensor)
+            if self.rank == 0:
+                found[name] = complete if complete is tensor else complete.cpu()
+        return found
+
+
+class FailedElsewhere(RuntimeError):
+    """Another process has failed, and says why itself."""
+
+
+Error = TypeVar("Error", bound=BaseException)
+
+
+def everywhere(error: Error) -> Error:
+    """Marks an error that every rank raises at the same point."""
+    error.everywhere = True  # type: ignore[attr-defined]
+    return error
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, whole. Collective where it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shared_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, sharded where the other one is."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+@contextmanager
+def showing(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside it the module's `state_dict` has these tensors in place of its own of the same names."""
+
+    def replace(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state.update({prefix + name: tensor.detach() for name, tensor in tensors.items()})
+
+    handle = module.register_state_dict_post_hook(replace)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,85 @@
+"""``python -m fastflowgrpo.prompts``: makes prompt files."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastflowgrpo.config import ConfigError
+from fastflowgrpo.prompts import Prompt, load_prompts, ocr
+from fastflowgrpo.prompts.sources import GENERATORS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints prompts as the command line says.
+
+    Args:
+        argv: The command line without the program; by default the process's.
+
+    Returns:
+        The exit code: 0, or 2 after an error that the user can put right.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        for prompt in _prompts(arguments):
+            print(json.dumps(prompt.metadata) if prompt.metadata else prompt.text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    if arguments.count is not None and arguments.count < 1:
+        raise ConfigError(f"--count must be at least 1, got {arguments.count}")
+    if arguments.seed < 0:
+        raise ConfigError(f"--seed must be at least 0, got {arguments.seed}")
+    generator = GENERATORS[arguments.kind]
+    settings = {"seed": arguments.seed}
+    if arguments.evaluation:
+        if arguments.exclude or arguments.count or arguments.length:
+            raise ConfigError("--evaluation has prompts of its own: it goes with --seed alone")
+        return generator.evaluation(**settings)
+    if arguments.count:
+        settings["count"] = arguments.count
+    if arguments.length:
+        if generator is not ocr:
+            raise ConfigError(f"--length is for ocr, not for {arguments.kind}")
+        if arguments.length[0] > arguments.length[1]:
+            raise ConfigError(f"--length: the least, {arguments.length[0]}, is above the most, {arguments.length[1]}")
+        settings["length"] = tuple(arguments.length)
+    return generator.generate(exclude=[p for path in arguments.exclude for p in load_prompts(path)], **settings)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError instead of printing the usage."""
+        raise ConfigError(message)
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="python -m fastflowgrpo.prompts",
+        description="Print training prompts, one a line: GenEval metadata as JSON, or plain text.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("kind", choices=GENERATORS)
+    parser.add_argument("--count", type=int, metavar="N", help="how many; by default 50000 for geneval, else 20000")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice")
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="FILE", help="evaluation prompts that training must not see"
+    )
+    parser.add_argument("--evaluation", action="store_true", help="print the held-out evaluation prompts instead")
+    parser.add_argument(
+        "--length", type=int, nargs=2, metavar=("LEAST", "MOST"), help="of ocr: characters of the texts, 3 to 24"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""``python -m fastflowgrpo.push RUN OWNER/NAME``: uploads the weights of a run to the Hugging Face Hub."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastflowgrpo.config import ConfigError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Uploads what the command line names.
+
+    Args:
+        argv: The command line without the program; by default the process's.
+
+    Returns:
+        The exit code: 0, 2 after an error that the user can put right, 130 when interrupted.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m fastflowgrpo.push", description="Upload the weights, card and pictures of a run's checkpoint."
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="repository of the hub; made if there is none")
+    parser.add_argument("--checkpoint", type=Path, help="folder of the run's checkpoint; by default its last")
+    parser.add_argument("--private", action="store_true", help="make the repository private, if it has to be made")
+    arguments = parser.parse_args(argv)
+    try:
+        # Only now, so that --help and a wrong argument do not wait for torch.
+        from fastflowgrpo.modelcard import check_push, push
+        from fastflowgrpo.policy.trained import last_checkpoint
+
+        check_push(arguments.repository)
+        checkpoint = arguments.checkpoint or last_checkpoint(arguments.run)
+        print(push(arguments.run, checkpoint, arguments.repository, arguments.private or None))
+    except ConfigError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
