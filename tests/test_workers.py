@@ -1,6 +1,8 @@
 """Rewards in processes of their own."""
 
 import multiprocessing
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -92,7 +94,9 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_nothing_is_lost(what, tmp_
 
 @pytest.mark.parametrize("what", ["die", "raise", "shorten"])
 def test_what_cannot_be_scored_is_missing_and_said(what, tmp_path, capsys):
-    reward = build_rewards({"worker_rewards:bad": {"workers": 1, "marks": str(tmp_path)}}).rewards["worker_rewards:bad"]
+    reward = build_rewards({"worker_rewards:bad": {"workers": 1, "timeout": 20, "marks": str(tmp_path)}}).rewards[
+        "worker_rewards:bad"
+    ]
     try:
         values = reward(batch_of(["fine", what, "fine"])).values
         reasons = {"die": "the process died", "raise": "KeyError: 'lost'", "shorten": f"expected {GROUP} numbers"}
@@ -109,6 +113,22 @@ def test_no_process_is_left_behind():
     assert len(set(multiprocessing.active_children()) - before) == 2
     reward.close()
     assert set(multiprocessing.active_children()) <= before
+
+
+def test_no_process_takes_the_place_of_one_that_the_end_of_the_run_has_stopped(tmp_path):
+    reward = build_rewards({"worker_rewards:bad": {"workers": 1, "timeout": 20, "marks": str(tmp_path)}}).rewards[
+        "worker_rewards:bad"
+    ]
+    stopped = reward.workers[0].process
+    with ThreadPoolExecutor() as pool:
+        scores = pool.submit(reward, batch_of(["hang"]))
+        while not (tmp_path / "hang").exists():
+            assert not scores.done()
+            time.sleep(0.01)
+        reward.close()
+        with pytest.raises((OSError, EOFError)):
+            scores.result(timeout=60)
+    assert reward.workers[0].process is stopped and not stopped.is_alive()
 
 
 @pytest.mark.parametrize(

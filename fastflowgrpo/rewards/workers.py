@@ -45,6 +45,7 @@ class WorkerReward:
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         self.name, self.timeout = name, timeout
+        self.lock, self.closed = threading.Lock(), False
         self.workers = [_Worker(name, settings) for _ in range(workers)]
         atexit.register(self.close)
         try:
@@ -58,8 +59,10 @@ class WorkerReward:
 
     def close(self) -> None:
         """End the processes."""
-        for worker in self.workers:
-            worker.stop()
+        with self.lock:
+            self.closed = True
+            for worker in self.workers:
+                worker.stop()
         atexit.unregister(self.close)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
@@ -120,9 +123,12 @@ class WorkerReward:
                 answer = worker.ask(request, self.timeout)
             except (OSError, EOFError, ValueError) as error:
                 reason = str(error) if isinstance(error, TimeoutError | ValueError) else "the process died"
-                self._tell(f"{reason}; a new one takes its place")
-                worker.stop()
-                worker.start()
+                with self.lock:
+                    if self.closed:  # by the end of the run, which waits for no part
+                        raise
+                    self._tell(f"{reason}; a new one takes its place")
+                    worker.stop()
+                    worker.start()
                 continue
             if isinstance(answer, str):
                 reason = answer
@@ -206,7 +212,8 @@ def _work(connection: Connection, name: str, settings: dict[str, Any]) -> None:
     """What a process does: make the reward, and score until the connection ends."""
     from fastflowgrpo.rewards import build_rewards
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is for the run, which ends its processes
+    for signum in (signal.SIGINT, signal.SIGTERM):  # of the whole group, they are for the run, which ends its processes
+        signal.signal(signum, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
         reward = build_rewards({name: settings}).rewards[name]
