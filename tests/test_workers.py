@@ -94,9 +94,7 @@ def test_a_process_that_dies_or_hangs_is_replaced_and_nothing_is_lost(what, tmp_
 
 @pytest.mark.parametrize("what", ["die", "raise", "shorten"])
 def test_what_cannot_be_scored_is_missing_and_said(what, tmp_path, capsys):
-    reward = build_rewards({"worker_rewards:bad": {"workers": 1, "timeout": 20, "marks": str(tmp_path)}}).rewards[
-        "worker_rewards:bad"
-    ]
+    reward = build_rewards({"worker_rewards:bad": {"workers": 1, "marks": str(tmp_path)}}).rewards["worker_rewards:bad"]
     try:
         values = reward(batch_of(["fine", what, "fine"])).values
         reasons = {"die": "the process died", "raise": "KeyError: 'lost'", "shorten": f"expected {GROUP} numbers"}
