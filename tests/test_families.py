@@ -284,8 +284,8 @@ def ratios(config):
     trainer = Trainer(config)
     disturb(trainer.parameters)
     batch, _ = trainer.collect(0)
-    pairs = trainer.pairs(batch, 0, len(batch.advantages))
-    return torch.cat([trainer.loss(batch, rows, slots)[1]["ratio"] for rows, slots in pairs])
+    pairs = trainer.objective.units(batch, 0, len(batch.advantages))
+    return torch.cat([trainer.objective.loss(batch, rows, slots)[1]["ratio"] for rows, slots in pairs])
 
 
 @pytest.mark.parametrize(("window", "guidance"), [((2, (0, 3)), 1.0), ((None, (0, 3)), 4.5)])
