@@ -314,7 +314,7 @@ def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipel
 ):
     shown = []
     monkeypatch.setattr(Report, "evaluated", lambda self, evaluation, step: shown.append(evaluation))
-    monkeypatch.setattr(Report, "finish", lambda self: None)
+    monkeypatch.setattr(Report, "finish", lambda self, prompts: None)
     folder, run = folders(name), tmp_path / "run"
     size = [f"--rollout.{key}={value}" for key, value in SIZE[name].items()]
     command = (
