@@ -4,6 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from fastflowgrpo.config import ConfigError, parse_evaluation
+from fastflowgrpo.train import leave
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,4 +32,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from fastflowgrpo.config import ConfigError, parse
@@ -49,9 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def leave(code: int) -> NoReturn:
-    """End the process, after what is registered with atexit. Python's own end aborts it where the thread of a reward is
-    within torch, as in a run that was interrupted."""
+def leave(main: Callable[[], int]) -> NoReturn:
+    """End the process with the exit code that `main` returns, or 1 and a traceback, after what is registered with
+    atexit. Python's own end aborts it where a reward's thread is within torch, as in a run that was interrupted."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -59,9 +64,4 @@ def leave(code: int) -> NoReturn:
 
 
 if __name__ == "__main__":
-    try:
-        code = main()
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    leave(code)
+    leave(main)
