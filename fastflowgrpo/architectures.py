@@ -132,13 +132,13 @@ PUBLISHED: Mapping[str, Mapping[str, Part]] = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """The modules of a pipeline, on the meta device: shapes without weights."""
+    """The modules of a pipeline, each with its `config`, on the meta device: shapes without weights."""
 
     pipeline: str
     """Class of the pipeline."""
-    transformer: nn.Module
-    vae: nn.Module
-    text_encoders: dict[str, nn.Module]
+    transformer: Any
+    vae: Any
+    text_encoders: dict[str, Any]
 
 
 def load_architecture(model: str, dtype: torch.dtype) -> Architecture:

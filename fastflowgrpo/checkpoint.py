@@ -34,6 +34,9 @@ from fastflowgrpo.prompts import Prompt
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+KEYS = {"format", "epoch", "step", "run_id", "wall_s", "config", "prompts", "files"}  # of the manifest
+# Settings that are none of the run itself.
+OF_A_START = ("output_dir", "overwrite", "resume", "dry_run", "num_processes", "hub_model_id", "hub_private")
 # Settings of a reward that say where and how fast it is scored, and not what.
 REWARD_MAY_CHANGE = {"url", "base_url", "api_key_env", "device", "workers", "timeout", "required", "concurrency"}
 
@@ -164,7 +167,7 @@ def changed_settings(before: Mapping[str, Any], config: Config) -> dict[str, tup
     A setting that the saved one does not have yet counts as its default.
     """
     old, now = _settings(plain(Config())) | _settings(before), _settings(plain(config))
-    return {name: (old.get(name), value) for name, value in now.items() if old.get(name) != value}
+    return {name: (old[name], value) for name, value in now.items() if old[name] != value and name not in OF_A_START}
 
 
 def refuse_changes(what: Path, changed: Mapping[str, tuple[Any, Any]]) -> None:
@@ -307,9 +310,12 @@ def load_rng(checkpoint: Checkpoint, process: int, device: torch.device) -> None
 def replacing(path: Path) -> Iterator[Path]:
     """Gives another path to write; then that file takes the place of `path`, whole."""
     temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    _sync(temporary)
-    temporary.replace(path)
+    try:
+        yield temporary
+        _sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _bytes(text: str) -> Tensor:
@@ -352,12 +358,13 @@ def _verified(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"is of format {manifest['format']}, and this version reads {FORMAT}")
-        files = manifest["files"]
+        if missing := KEYS - manifest.keys():
+            raise KeyError(missing)
     except OSError as error:
         raise ValueError(f"is incomplete: {MANIFEST}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"is damaged: {MANIFEST} cannot be read") from error
-    for name, description in files.items():
+    for name, description in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"is incomplete: {name} is missing")

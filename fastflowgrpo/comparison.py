@@ -11,7 +11,7 @@ from fastflowgrpo.config import Config, ConfigError, EvaluateConfig, read_run
 from fastflowgrpo.evaluation import Measures, Statistic, difference, measures, sample_and_score, statistics
 from fastflowgrpo.policy import Policy, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
-from fastflowgrpo.policy.trained import fitted_config, last_checkpoint, load_trained
+from fastflowgrpo.policy.trained import last_checkpoint, load_trained
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.prompts.sources import evaluation_prompts, run_prompts
 from fastflowgrpo.reporting import Evaluation, finite, image_grid, versions
@@ -157,17 +157,11 @@ def _checkpoint(config: EvaluateConfig) -> Path | None:
 
 def _policy(config: EvaluateConfig, checkpoint: Path | None) -> Policy:
     """The policy, with the trained weights, inside whose `reference` it is the model as it was."""
-    # Without trained weights the smallest adapter is enough: it is never on.
-    settings = replace(config.policy, lora_rank=1) if checkpoint is None else fitted_config(checkpoint, config.policy)
-    try:
-        policy = load_policy(config.model, settings, choose_device(None))
-    except ConfigError as error:
-        if checkpoint is not None and str(error).startswith("policy.lora_targets"):
-            raise ConfigError(f"checkpoint {checkpoint} does not fit the model: {error}") from error
-        raise
+    device = choose_device(None)
     if checkpoint is not None:
-        load_trained(policy, checkpoint)
-    return policy
+        return load_trained(config.model, checkpoint, config.policy, device)
+    # The smallest adapter, not a second transformer: it is never on.
+    return load_policy(config.model, replace(config.policy, lora=None, lora_rank=1), device)
 
 
 def _prompts(config: EvaluateConfig) -> list[Prompt]:

@@ -367,17 +367,16 @@ _READ_BY: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
 # What may be another from one start of a run to the next: it changes nothing that is computed but its rounding, or is
 # what a run that stopped asks for.
 MAY_CHANGE = (
-    "output_dir",
-    "overwrite",
-    "resume",
-    "dry_run",
-    "num_processes",
     "epochs",
     "save_every",
     "checkpoints_total_limit",
     "trackers",
     "max_missing",
     "policy.decode_batch_size",
+    "policy.embeddings_dir",
+    "policy.gradient_checkpointing",
+    "policy.attention",
+    "policy.compile",
     "rollout.batch_size",
     "update.batch_size",
     "update.learning_rate",

@@ -11,7 +11,8 @@ Memory of a process, in bytes:
 - weights: those that are trained in float32, all others (of text encoders and VAE too) in policy.dtype; a model that is
   trained in full has a frozen copy of itself beside it, the reference
 - gradients, optimiser, average: 4, 8 and 4 for each trained number
-- trajectory: (trained steps + 2) latents of each of its images in policy.dtype, and 4 per log-prob
+- trajectory: (trained steps + 2) latents of each of its images in policy.dtype, and 4 per log-prob; of grpo_guard each
+  step's velocity too; of dpo, sft and rwr the last latents alone
 - embeddings: of its groups' prompts, and of the 512 that are remembered
 - passes: the larger of two sums, for phases that do not meet: a rollout's (or evaluation's) forward pass with the
   decoding of the images before; an update's forward and backward pass. Full training in a lower precision adds
@@ -37,8 +38,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fastflowgrpo.architectures import Architecture, load_architecture
-from fastflowgrpo.config import Config, ConfigError
+from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError
 from fastflowgrpo.plan import Plan, batch_plan
+from fastflowgrpo.policy import FAMILIES as POLICIES
 
 CACHED_PROMPTS = 512  # what `EmbeddingCache` keeps
 FLOAT32 = 4  # bytes
@@ -142,17 +144,25 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
         ConfigError: the batches do not fit the processes, the model cannot be described, or is of another family than
             there are estimates for.
     """
-    plan = batch_plan(config, processes)
+    plan, algorithm = batch_plan(config, processes), config.update.algorithm
     sampled = max(plan.rollout_batch, config.evaluation.batch_size)
     decoded = min(config.policy.decode_batch_size, plan.rollout_batch)
-    passes = run_passes(config, sampled, plan.micro_batch, decoded)
+    of_unit = 2 if algorithm == "dpo" else 1  # images: the best and the worst
+    micro_batch, trained_images = plan.micro_batch * of_unit, plan.pairs * of_unit
+    passes = run_passes(config, sampled, micro_batch, decoded)
     trained, frozen, latent = passes.trained, passes.frozen, prod(passes.latent_shape)
     size = getattr(torch, config.policy.dtype).itemsize
     of_process = plan.groups_each[1] * plan.group_size
     autocast = trained * size if trained == frozen["transformer"] and size < FLOAT32 else 0
     branches = 1 if config.rollout.guidance_scale == 1 else 2
-    forward, train = passes.forward.flops // sampled, passes.train.flops // plan.micro_batch
-    reference = passes.reference.flops // sampled if config.update.kl_weight else 0
+    forward, train = passes.forward.flops // sampled, passes.train.flops // micro_batch
+    reference = passes.reference.flops // sampled if config.update.kl_weight or algorithm == "dpo" else 0
+    of_step = branches if algorithm in POLICY_GRADIENTS else 1  # the baselines' loss is the conditional branch's
+    kept = latent * size
+    if algorithm in POLICY_GRADIENTS:
+        kept += plan.slots * (latent * size + FLOAT32) + latent * size
+    if algorithm == "grpo_guard":
+        kept += plan.slots * latent * (FLOAT32 if branches == 2 else size)
     return Estimate(
         model=config.model,
         plan=plan,
@@ -163,7 +173,7 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
             "gradients": trained * FLOAT32,
             "optimiser": 2 * trained * FLOAT32,
             "average": trained * FLOAT32 if config.update.ema_decay else 0,
-            "trajectory": of_process * ((plan.trained_steps + 2) * latent * size + plan.trained_steps * FLOAT32),
+            "trajectory": of_process * kept,
             "embeddings": (CACHED_PROMPTS + plan.groups_each[1]) * passes.conditioning,
         },
         passes={
@@ -173,10 +183,10 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
         },
         flops={
             "rollout": plan.images * config.rollout.num_steps * branches * forward,
-            "update": plan.pairs * (train + (branches - 1) * forward),
-            "reference": plan.pairs * branches * reference,
+            "update": trained_images * (train + (of_step - 1) * forward),
+            "reference": trained_images * of_step * reference,
             "decode": plan.images * (passes.decode.flops // decoded),
-            "checkpointing": plan.pairs * (passes.checkpointed.flops // plan.micro_batch - train),
+            "checkpointing": trained_images * (passes.checkpointed.flops // micro_batch - train),
         },
     )
 
@@ -191,16 +201,17 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     """
     dtype = getattr(torch, config.policy.dtype)
     model = load_architecture(config.model, dtype)
-    transformer: Any = model.transformer
+    transformer, vae = model.transformer, model.vae
     if model.pipeline not in FAMILIES:
         raise ConfigError(f"there is no estimate for a {model.pipeline}; there are for {', '.join(FAMILIES)}")
-    modules = {"transformer": transformer, **model.text_encoders, "vae": model.vae}
+    modules = {"transformer": transformer, **model.text_encoders, "vae": vae}
     frozen = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     rank = config.policy.lora_rank
     if rank is None:
         rank = 0 if config.model == "shapes" else 32
     if rank:
-        _add_adapter(transformer, rank, config.policy.lora_targets)
+        family: Any = POLICIES[model.pipeline]
+        _add_adapter(transformer, rank, config.policy.lora_targets or list(family.lora_targets))
     else:
         transformer.requires_grad_(True)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
@@ -220,7 +231,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
             transformer.disable_adapters()
             reference = measure(lambda: inputs(transformer))
             transformer.enable_adapters()
-        decode = measure(lambda: model.vae.decode(latents, return_dict=False))
+        decode = measure(lambda: vae.decode(latents, return_dict=False))
     train = measure(update)
     transformer.enable_gradient_checkpointing()
     return Passes(
@@ -301,9 +312,9 @@ def _add_adapter(transformer: Any, rank: int, targets: list[str]) -> None:
 
 
 def _sd3(model: Architecture, config: Config, batch: int) -> Inputs:
-    c = _config(model.transformer)
+    c = model.transformer.config
     height, width = _latent_size(model, config, c.sample_size)
-    clip = _config(model.text_encoders["text_encoder"]).max_position_embeddings
+    clip = model.text_encoders["text_encoder"].config.max_position_embeddings
     tokens = clip + _tokens(config, 256 if "text_encoder_3" in model.text_encoders else 0)
     new = _allocator(model, batch)
     return Inputs(
@@ -317,7 +328,7 @@ def _sd3(model: Architecture, config: Config, batch: int) -> Inputs:
 
 
 def _flux(model: Architecture, config: Config, batch: int) -> Inputs:
-    c = _config(model.transformer)
+    c = model.transformer.config
     height, width = _latent_size(model, config, 128)
     tokens, patches = _tokens(config, 512), height * width // 4
     new = _allocator(model, batch)
@@ -338,7 +349,7 @@ def _flux(model: Architecture, config: Config, batch: int) -> Inputs:
 
 
 def _wan(model: Architecture, config: Config, batch: int) -> Inputs:
-    c, vae = _config(model.transformer), _config(model.vae)
+    c, vae = model.transformer.config, model.vae.config
     rollout, factor = config.rollout, vae.scale_factor_spatial
     height, width = (rollout.height or 480) // factor, (rollout.width or 832) // factor
     frames = ((rollout.num_frames or 81) - 1) // vae.scale_factor_temporal + 1
@@ -358,12 +369,8 @@ FAMILIES: dict[str, Callable[[Architecture, Config, int], Inputs]] = {
 }
 
 
-def _config(module: Any) -> Any:
-    return module.config
-
-
 def _latent_size(model: Architecture, config: Config, default: int) -> tuple[int, int]:
-    factor = 2 ** (len(_config(model.vae).block_out_channels) - 1)
+    factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
     height, width = config.rollout.height, config.rollout.width
     return (default if height is None else height // factor, default if width is None else width // factor)
 

@@ -53,7 +53,7 @@ def sample_and_score(
         shape: of one latent sample.
         copies: images of each prompt.
         batch_size: images at once; all copies of a prompt stay together, even if they are more.
-        seed: below 2**32.
+        seed: of the noise, at least 0.
     """
     images, distances = [], []
     prompts_at_once = max(1, batch_size // copies)

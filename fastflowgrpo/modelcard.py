@@ -188,7 +188,9 @@ def _use(config: Config, checkpoint: Path) -> str:
     given = "".join(f", {name}={value}" for name, value in arguments.items() if value is not None)
     lines += [
         "",
-        f"pipe = DiffusionPipeline.from_pretrained({', '.join([model, *options])})",
+        "pipe = DiffusionPipeline.from_pretrained(",
+        *(f"    {argument}," for argument in (model, *options)),
+        ")",
         *load,
         f"image = pipe(prompt{given}).images[0]",
     ]

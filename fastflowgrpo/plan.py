@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from fastflowgrpo.config import Config, ConfigError
+from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,11 @@ class Plan:
     processes: int
     groups: int
     group_size: int
-    trained_steps: int
+    units: int
+    """Images of a group that are trained on: all, or of sft and dpo the best, which of dpo stands for a pair."""
+    slot: str
+    """What an image is trained on several of: trained steps, or the noise draws of dpo, sft and rwr."""
+    slots: int
     updates: int
     groups_each: tuple[int, int]
     """Least and most groups of a process in an epoch."""
@@ -29,7 +33,7 @@ class Plan:
     micro_batches: int
     """Most forward and backward passes of a process in an update."""
     micro_batch: int
-    """(image, step) pairs of its largest."""
+    """Pairs of its largest."""
 
     @property
     def images(self) -> int:
@@ -37,8 +41,8 @@ class Plan:
 
     @property
     def pairs(self) -> int:
-        """(image, step) pairs of an epoch."""
-        return self.images * self.trained_steps
+        """(image, slot) pairs of an epoch."""
+        return self.groups * self.units * self.slots
 
     @property
     def busy(self) -> float:
@@ -48,14 +52,15 @@ class Plan:
     def lines(self) -> list[str]:
         """The plan in words."""
         each, of_update = (_range(*limits) for limits in (self.groups_each, self.update_groups_each))
-        images, pairs = (most * self.group_size for most in (self.groups_each[1], self.update_groups_each[1]))
+        images, pairs = self.groups_each[1] * self.group_size, self.update_groups_each[1] * self.units * self.slots
+        trained = "each" if self.units == self.group_size else "the best of each group"
         lines = [
             f"images   {self.groups} groups x {self.group_size} = {self.images} an epoch, "
-            f"{self.trained_steps} trained steps of each: {self.pairs} pairs in {_count(self.updates, 'update')}",
+            f"{_count(self.slots, self.slot)} of {trained}: {self.pairs} pairs in {_count(self.updates, 'update')}",
             f"rollout  {each} groups a process, {images} images in "
             f"{_count(self.rollout_batches, 'batch')} of {self.rollout_batch}",
             f"update   {of_update} of {self.groups // self.updates} groups a process, "
-            f"{pairs * self.trained_steps} pairs in {_count(self.micro_batches, 'micro-batch')} of {self.micro_batch}",
+            f"{pairs} pairs in {_count(self.micro_batches, 'micro-batch')} of {self.micro_batch}",
         ]
         if self.busy < 1:
             lines.append(f"uneven   processes wait {1 - self.busy:.0%} of the update for those with one more group")
@@ -76,22 +81,29 @@ def batch_plan(config: Config, processes: int) -> Plan:
             f"prompts.per_epoch: {groups} groups in {_count(update.per_epoch, 'update')} are {of_update} an update, "
             f"fewer than the {processes} processes; raise it, or lower update.per_epoch"
         )
-    steps = rollout.window_size or rollout.num_steps - 1  # the last step is never trained
+    if update.algorithm in POLICY_GRADIENTS:
+        slot, slots = "trained step", rollout.window_size or rollout.num_steps - 1  # the last step is never trained
+    else:
+        slot, slots = "noise draw", update.noise_draws
+    units = 1 if update.algorithm in ("dpo", "sft") else size
+    micro_batch = max(1, update.batch_size // 2) if update.algorithm == "dpo" else update.batch_size
     groups_each = groups // processes, -(-groups // processes)
     update_groups_each = of_update // processes, -(-of_update // processes)
-    images, pairs = groups_each[1] * size, update_groups_each[1] * size * steps
+    images, pairs = groups_each[1] * size, update_groups_each[1] * units * slots
     return Plan(
         processes=processes,
         groups=groups,
         group_size=size,
-        trained_steps=steps,
+        units=units,
+        slot=slot,
+        slots=slots,
         updates=update.per_epoch,
         groups_each=groups_each,
         rollout_batches=-(-images // rollout.batch_size),
         rollout_batch=min(images, rollout.batch_size),
         update_groups_each=update_groups_each,
-        micro_batches=-(-pairs // update.batch_size),
-        micro_batch=min(pairs, update.batch_size),
+        micro_batches=-(-pairs // micro_batch),
+        micro_batch=min(pairs, micro_batch),
     )
 
 

@@ -86,6 +86,8 @@ class Evaluation:
         Args:
             images: (P * copies, 3, H, W); of several processes this one's, beginning with those of `Processes.own`.
             scores: of all prompts.
+            own: indices of this process's prompts, by default all.
+            gather: gives every process's value of what it is called with: images only of those that are shown.
         """
         values = {"reward": scores.values, **scores.details}
         means = {name: value.nanmean().item() for name, value in values.items()}

@@ -122,9 +122,11 @@ class Trainer:
             try:
                 self._run()
             except BaseException as error:
-                if self.step == self.rest_step and self.processes.all_raise(error):
-                    self.save()
-                self.report.stopped()
+                try:
+                    if self.step == self.rest_step and self.processes.all_raise(error):
+                        self.save()
+                finally:
+                    self.report.stopped()
                 raise
             self.report.finish(self.eval_prompts)
             self.publish()

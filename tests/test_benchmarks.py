@@ -131,7 +131,7 @@ def test_ocr_measures_both_readers_on_the_same_images(tmp_path, capsys):
     first = ocr.quoted_text(images[0].prompt)
     found = ocr.measure(images, {"one": lambda pixels: first, "none": lambda pixels: ""})
     assert found["none"]["mean"] == found["none"]["exact"] == 0 and found["one"]["images_per_s"] > 0
-    assert found["one"]["exact"] == 1 / len(images) and found["one"]["kinds"]["plain"] > 0.5
+    assert found["one"]["exact"] == 1 / len(images) and found["one"]["kinds"]["plain"] >= 0.5
     result = {"images": 20, "side": 512, "versions": {"rapidocr": "3"}, "readers": found}
     (tmp_path / "ocr.json").write_text(json.dumps(result))
     text = report.report(tmp_path)

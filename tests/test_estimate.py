@@ -90,9 +90,21 @@ def test_plan_is_what_dealing_out_gives(groups, updates, processes, window):
     assert ("uneven" in "\n".join(plan.lines())) == (len(set(each)) > 1)
 
 
-@pytest.mark.parametrize("rank, guidance, kl_weight", [(4, 4.5, 0.04), (0, 1.0, 0.0)])
-def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weight, tmp_path):
+@pytest.mark.parametrize(
+    "rank, guidance, kl_weight, algorithm",
+    [
+        (4, 4.5, 0.04, "grpo"),
+        (0, 1.0, 0.0, "grpo_guard"),
+        (4, 4.5, 0.0, "dpo"),
+        (4, 4.5, 0.0, "sft"),
+        (4, 1.0, 0.0, "rwr"),
+    ],
+)
+def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weight, algorithm, tmp_path):
     config = config_of(tmp_path / "run", rank=rank, guidance=guidance, kl_weight=kl_weight)
+    config.update.algorithm = algorithm
+    config.update.noise_draws = 1 if algorithm.startswith("grpo") else 2
+    validate(config)
     found = estimate(config)
     trainer = Trainer(config)
     policy = trainer.policy
@@ -111,7 +123,7 @@ def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weigh
     assert metrics["trained_pairs"] == found.plan.pairs
     assert found.flops["rollout"] + found.flops["decode"] == sampling.get_total_flops()
     assert found.flops["update"] + found.flops["reference"] == updating.get_total_flops()
-    assert (found.flops["reference"] > 0) == (kl_weight > 0)
+    assert (found.flops["reference"] > 0) == (kl_weight > 0 or algorithm == "dpo")
 
 
 def test_memory_of_a_pass_is_that_of_real_tensors():

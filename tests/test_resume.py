@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastflowgrpo import Trainer, checkpoint, signals
 from fastflowgrpo.config import ConfigError, parse
+from fastflowgrpo.objective import Objective
 from fastflowgrpo.processes import Processes, make_accelerator
 from fastflowgrpo.train import main
 
@@ -152,12 +153,12 @@ def on_call(monkeypatch, owner, name, number, act):
 @pytest.mark.parametrize(
     ("place", "number", "epochs"),
     [
-        ((Trainer, "loss"), 13, 3),  # the update of the third epoch is finished
+        ((Objective, "loss"), 13, 3),  # the update of the third epoch is finished
         ((killed_run, "noisy"), 7, 2),  # in a reward's thread: the third epoch is left
         (("fastflowgrpo.rollout", "sde_step"), 30, 3),
-        (("fastflowgrpo.trainer", "sample_ode"), 2, 3),  # the evaluation after the third epoch
+        (("fastflowgrpo.evaluation", "sample_ode"), 2, 3),  # the evaluation after the third epoch
         ((checkpoint, "save_training"), 1, 2),
-        (("fastflowgrpo.reporting", "_grid"), 2, 3),
+        (("fastflowgrpo.reporting", "image_grid"), 2, 3),
         (("fastflowgrpo.reporting", "_table"), 1, 6),
     ],
 )
@@ -402,6 +403,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_as_they_were(model, 
     folder = run / "checkpoints"
     log = Path(f"{run}.log").read_text()
     assert f"error: {folder}/checkpoint-8 cannot be written: " in log
+    assert f"the last checkpoint is {folder}/checkpoint-4; to go on: " in log
     assert "Traceback" not in log
     assert [path.name for path in folder.iterdir()] == ["checkpoint-4"]
     assert result(run)[1] == before[1]
@@ -415,10 +417,10 @@ def test_too_many_missing_scores_stop_the_run_with_a_checkpoint(model, whole, tm
         sample = Trainer.sample
 
         def without_scores(self, epoch, chosen):
-            trajectory, conditioning, scores = sample(self, epoch, chosen)
+            *sampled, scores = sample(self, epoch, chosen)
             if epoch == 3:
                 scores.values[2:] = torch.nan
-            return trajectory, conditioning, scores
+            return *sampled, scores
 
         patched.setattr(Trainer, "sample", without_scores)
         with pytest.raises(RuntimeError, match="6 of the 8 images of epoch 3 have no score"):

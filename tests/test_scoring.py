@@ -156,7 +156,8 @@ def test_a_reward_that_returns_nan_is_named():
 
 
 @pytest.mark.parametrize("error", [ConfigError("set the token"), KeyboardInterrupt("now"), SystemExit(3)])
-def test_what_ends_a_run_does_so_at_once(error):
+def test_what_ends_a_run_does_so_at_once(error, monkeypatch):
+    monkeypatch.setattr(module, "REMIND", 10.0 * TIMEOUT)
     go_on, over = threading.Event(), threading.Event()
 
     def slow(batch):

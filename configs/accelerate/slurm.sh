@@ -1,6 +1,6 @@
 #!/bin/bash
 # 24 GPUs under Slurm: one torchrun per node, which starts a process per GPU. From the checkout, in the environment to use:
-#   sbatch configs/accelerate/slurm.sh --config configs/sd35_medium.yaml
+#   sbatch configs/accelerate/slurm.sh --config configs/sd35_ocr.yaml
 #SBATCH --job-name=fastflowgrpo
 #SBATCH --nodes=3
 #SBATCH --ntasks-per-node=1

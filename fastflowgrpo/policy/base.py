@@ -64,9 +64,8 @@ class DiffusersPolicy:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
             for module in (self.module, self._reference_module):
                 if module is not None:
-                    module._repeated_blocks = (
-                        module._repeated_blocks or module._no_split_modules
-                    )  # SD3's has no such list
+                    # SD3's transformer does not name its repeated blocks
+                    module._repeated_blocks = module._repeated_blocks or module._no_split_modules
                     module.compile_repeated_blocks(fullgraph=True)
         self.transformer = self.module
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from fastflowgrpo.config import ConfigError
 from fastflowgrpo.policy import Conditioning, Policy
+from fastflowgrpo.reporting import progress
 
 BATCH = 32  # prompts encoded at once for the disk
 
@@ -44,7 +45,7 @@ class EmbeddingCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             missing = [prompt for prompt in dict.fromkeys(prompts) if not self._has(prompt)]
-            for begin in range(0, len(missing), BATCH):
+            for begin in progress("encoding prompts", range(0, len(missing), BATCH)):
                 part = missing[begin : begin + BATCH]
                 for prompt, row in zip(part, self._encode(part), strict=True):
                     path = self._path(prompt)

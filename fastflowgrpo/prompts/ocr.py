@@ -152,4 +152,4 @@ def _prompt(rng: np.random.Generator) -> Prompt:
 
 
 def _pick(rng: np.random.Generator, choices: Sequence[str]) -> str:
-    return choices[rng.integers(len(choices))]
+    return choices[int(rng.integers(len(choices)))]
