@@ -284,8 +284,8 @@ def ratios(config):
     trainer = Trainer(config)
     disturb(trainer.parameters)
     batch, _ = trainer.collect(0)
-    pairs = trainer.pairs(batch, 0, len(batch.advantages))
-    return torch.cat([trainer.loss(batch, rows, slots)[1]["ratio"] for rows, slots in pairs])
+    pairs = trainer.objective.units(batch, 0, len(batch.advantages))
+    return torch.cat([trainer.objective.loss(batch, rows, slots)[1]["ratio"] for rows, slots in pairs])
 
 
 @pytest.mark.parametrize(("window", "guidance"), [((2, (0, 3)), 1.0), ((None, (0, 3)), 4.5)])
@@ -314,7 +314,7 @@ def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipel
 ):
     shown = []
     monkeypatch.setattr(Report, "evaluated", lambda self, evaluation, step: shown.append(evaluation))
-    monkeypatch.setattr(Report, "finish", lambda self: None)
+    monkeypatch.setattr(Report, "finish", lambda self, prompts: None)
     folder, run = folders(name), tmp_path / "run"
     size = [f"--rollout.{key}={value}" for key, value in SIZE[name].items()]
     command = (

@@ -205,7 +205,7 @@ def test_the_steps_before_the_first_window_are_computed_once_per_group_of_one_no
 def test_a_shared_prefix_changes_a_transformers_samples_by_rounding_alone(guidance):
     policy = load_policy("shapes", PolicyConfig())
     conditioning, shape = policy.encode(["a photo of a red circle", "a photo of two squares"]), (8, 3, 3)
-    coefficients = step_coefficients(policy.sigmas(NUM_STEPS), "flow_sde", 0.7)
+    coefficients = step_coefficients(policy.sigmas(NUM_STEPS, policy.latent_shape(None, None)), "flow_sde", 0.7)
     unconditional = policy.encode([""]) if guidance != 1 else None
     rows = []
     policy.module.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["hidden_states"])), with_kwargs=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -22,7 +23,7 @@ from fastflowgrpo.policy.lora import add_lora, load_lora, save_lora
 RECOMPILE_LIMIT = 64
 
 
-class DiffusersPolicy:
+class DiffusersPolicy(ABC):
     """The transformer of a diffusers pipeline, under LoRA or in full; the rest of the pipeline is frozen.
 
     A family adds `encode`, `latent_shape` and `predict`, `sigmas` where its pipeline does not leave the schedule to the
@@ -75,9 +76,9 @@ class DiffusersPolicy:
         scheduler.set_timesteps(num_steps)
         return scheduler.sigmas.cpu()
 
+    @abstractmethod
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """`velocity`, as the family's pipeline calls its transformer."""
-        raise NotImplementedError
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         with_graph = torch.is_grad_enabled()
