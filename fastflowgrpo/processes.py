@@ -140,6 +140,8 @@ class Processes:
         module, optimizer = self.accelerator.prepare(module, optimizer)
         if isinstance(module, DistributedDataParallel):
             module.broadcast_buffers = False  # in every forward pass; they never change
+            # Else a forward pass without a backward one would have the next averaged, be that an update's last or not.
+            module.require_backward_grad_sync = False
         if isinstance(module, FSDPModule):
             # What stayed whole after a forward pass would be stale once the averaged weights are copied in.
             module.set_reshard_after_forward(True)
@@ -150,11 +152,13 @@ class Processes:
         """Around the forward and backward pass of a micro-batch; in an update's last the gradients are averaged over
         the ranks."""
         self.accelerator.sync_gradients = last
-        if last:
-            yield
-        else:
-            with self.accelerator.no_sync(module):
-                yield
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(last)
+        elif isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = last
+        yield
+        if isinstance(module, DistributedDataParallel):
+            module.require_backward_grad_sync = False
 
     def whole_on_main(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """On rank 0 the tensors, those that are sharded whole and on the CPU; {} elsewhere. Collective."""

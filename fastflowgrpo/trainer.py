@@ -93,6 +93,8 @@ class Trainer:
             self.policy.transformer, self.optimizer, update.max_grad_norm
         )
         self.parameters = self.policy.trainable_parameters()  # others than before where they are sharded now
+        if self.processes.rank:
+            set_seed(config.seed + self.processes.rank)  # rewards may draw; the weights are made
         self.ema = EMAModel(self.parameters, decay=update.ema_decay) if update.ema_decay else None
         self.coefficients = step_coefficients(
             self.policy.sigmas(rollout.num_steps, self.shape), rollout.dynamics, rollout.noise_level

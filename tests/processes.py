@@ -1,8 +1,7 @@
-"""What test_processes.py has several processes do, and does itself in one; run as a script under torchrun."""
+"""What test_processes.py has several processes do, and does itself in one."""
 
 import os
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -45,9 +44,10 @@ def place_reward(batch: RewardBatch) -> Scores:
 
 
 def deadly(batch: RewardBatch, mark: str, epoch: int) -> torch.Tensor:
-    """Draws from all global random numbers, and kills rank 1 once, in a given epoch."""
+    """Draws from all global random numbers, and kills rank 1 once, in a given epoch: it is called once for the first
+    evaluation and twice an epoch."""
     deadly.calls += 1
-    if os.environ.get("RANK") == "1" and deadly.calls == 2 + epoch and not Path(mark).exists():
+    if os.environ.get("RANK") == "1" and deadly.calls > 1 + 2 * epoch and not Path(mark).exists():
         Path(mark).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return killed_run.noisy(batch)
@@ -162,8 +162,15 @@ def pretend_gpus(name: str) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def main(folder: Path, output: Path, arguments: list[str]) -> None:
-    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def main(rank: int, count: int, port: int, log: Path, folder: Path, output: Path, arguments: list[str]) -> None:
+    """One of `count` processes; its output goes to `log`, what it saw into a file in `output`."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     seen = {}
     if count == 4:
         seen["few"] = train(config_of(folder, output / "few", updates=1, evaluated=3))
@@ -206,7 +213,3 @@ def main(folder: Path, output: Path, arguments: list[str]) -> None:
         assert train_command(arguments) == 0
     else:
         PartialState().destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])

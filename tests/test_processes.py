@@ -1,11 +1,16 @@
 import json
+import multiprocessing
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -28,7 +33,10 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
 }
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+# Forked from a process that has imported everything and computed nothing.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["fastflowgrpo.train", "fastflowgrpo.trainer", "killed_run"])
+TIMEOUT = 900  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +49,27 @@ def folder(tmp_path_factory):
     return path
 
 
-def run(*command, **settings):
-    return subprocess.run(
-        [str(part) for part in command], env=ENVIRONMENT, capture_output=True, text=True, timeout=900, **settings
-    )
-
-
 def in_processes(count, folder, output, *arguments):
     """What each of `count` processes saw, and what they printed."""
-    done = run(*TORCHRUN, "--nproc_per_node", count, TESTS / "processes.py", folder, output, *arguments)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(output / f"{count}-{rank}.pt", weights_only=False) for rank in range(count)], done.stdout
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    logs = [output / f"{count}-{rank}.log" for rank in range(count)]
+    members = [
+        FORK.Process(target=processes.main, args=(rank, count, port, log, folder, output, arguments))
+        for rank, log in enumerate(logs)
+    ]
+    for member in members:
+        member.start()
+    deadline = time.monotonic() + TIMEOUT
+    while any(member.is_alive() for member in members):
+        wait([member.sentinel for member in members if member.is_alive()], 1)
+        if any(member.exitcode for member in members) or time.monotonic() > deadline:
+            for member in members:
+                member.kill()
+    printed = [log.read_text() for log in logs]
+    assert [member.exitcode for member in members] == [0] * count, "\n".join(printed)
+    return [torch.load(output / f"{count}-{rank}.pt", weights_only=False) for rank in range(count)], "".join(printed)
 
 
 def arguments_of(folder, run, mark):
@@ -59,7 +77,7 @@ def arguments_of(folder, run, mark):
     config = config_of(folder, run)
     config.rewards = {"processes:deadly": {"mark": str(mark), "epoch": 3}}
     config.epochs, config.save_every, config.resume, config.trackers = 5, 2, "latest", []
-    config.evaluation.every = 0
+    config.evaluation.every, config.update.learning_rate = 0, 1e-3
     save(config, f"{run}.yaml")
     return ["--config", f"{run}.yaml"]
 
@@ -177,7 +195,7 @@ def test_each_evaluation_prompt_counts_once(one, two, four, output):
 
 def test_only_the_first_process_writes_and_prints(two, output):
     printed = two[1]
-    trained = [name for name in two[0][0] if (output / name).is_dir()]
+    trained = [name for name in two[0][0] if (output / name / "metrics.jsonl").is_file()]
     assert len(trained) >= 4
     assert printed.count("epoch   1/120") == len(trained)
     assert len(re.findall("evaluation at step 4: ", printed)) == len(trained)
@@ -228,10 +246,11 @@ def test_sharded_bfloat16_weights_keep_a_float32_adapter_and_a_ratio_of_one(two)
 
 def test_a_run_of_which_a_process_is_killed_stops_and_once_resumed_is_the_unbroken_one(folder, two, output, tmp_path):
     broken = tmp_path / "run"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", CONFIGS / "ddp.yaml"]
-    training = ["-m", "fastflowgrpo.train", *arguments_of(folder, broken, tmp_path / "mark")]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml")]
+    launch += ["--num_processes", "2", "--main_process_port", "0"]
+    launch += ["-m", "fastflowgrpo.train", *arguments_of(folder, broken, tmp_path / "mark")]
     for success in (False, True):
-        done = run(*launch, "--num_processes", 2, "--main_process_port", 0, *training)
+        done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
         assert (done.returncode == 0) == success, done.stderr
         last = checkpoint.saved(broken)[-1].name
         assert last == ("checkpoint-10" if success else "checkpoint-4")
@@ -243,10 +262,9 @@ def test_a_run_of_which_a_process_is_killed_stops_and_once_resumed_is_the_unbrok
         saved, expected = (load_file(run / path) for run in (broken, output / "unbroken"))
         assert saved.keys() == expected.keys()
         assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
-    states = [
-        json.loads((run / f"checkpoints/{last}/training/rng.json").read_text()) for run in (broken, output / "unbroken")
-    ]
-    assert states[0] == states[1] and len(states[0]) == 2 and states[0][0] != states[0][1]
+    path = Path("checkpoints", last, "training", "rng.json")
+    states, expected = (json.loads((run / path).read_text()) for run in (broken, output / "unbroken"))
+    assert states == expected and states[0] != states[1]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
@@ -257,14 +275,14 @@ def test_shares(ranks, total):
 
     shares = []
     for Rank.process_index in range(ranks):
-        processes = Processes(Rank)
-        own, padded = processes.own(total), processes.padded(total)
+        ranks_view = Processes(Rank)
+        own, padded = ranks_view.own(total), ranks_view.padded(total)
         assert padded[: len(own)] == own
         assert len(padded) == -(-total // ranks)
         assert all(0 <= index < total for index in padded)
         for begin in range(total + 1):
             for end in range(begin, total + 1):
-                assert own[processes.places(begin, end)] == [index for index in own if begin <= index < end]
+                assert own[ranks_view.places(begin, end)] == [index for index in own if begin <= index < end]
         shares.append(own)
     assert sorted(index for own in shares for index in own) == list(range(total))
 
