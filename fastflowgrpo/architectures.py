@@ -176,6 +176,8 @@ def load_architecture(model: str, dtype: torch.dtype) -> Architecture:
         # Buffers that come from numpy are on the CPU. diffusers' own `to` would warn.
         nn.Module.to(module, "meta", dtype)
         module.requires_grad_(False).eval()
+    if not {"transformer", "vae"} <= modules.keys():
+        raise ConfigError(f'model "{model}" is a {pipeline}; docs/models.md lists what is supported')
     transformer, vae = modules.pop("transformer"), modules.pop("vae")
     return Architecture(pipeline, transformer, vae, modules)
 

@@ -135,10 +135,12 @@ def find(config: Config) -> Checkpoint | None:
             return None
         folder = known[-1]
     else:
-        folder = Path(config.resume)
-        if folder.resolve() not in [path.resolve() for path in known]:
+        meant = Path(config.resume).resolve()
+        same = [path for path in known if path.resolve() == meant]
+        if not same:
             there = f"there are: {', '.join(map(str, known))}" if known else "there is none"
-            raise ConfigError(f"resume: {folder} is no checkpoint of output_dir {config.output_dir}; {there}")
+            raise ConfigError(f"resume: {config.resume} is no checkpoint of output_dir {config.output_dir}; {there}")
+        folder = same[0]
     try:
         manifest = _verified(folder)
     except ValueError as error:
@@ -252,6 +254,10 @@ def load_training(
         ConfigError: other parameters are trained, or the checkpoint is without an optimiser.
     """
     folder = checkpoint.folder / "training"
+    if not (folder / "weights.safetensors").is_file():
+        raise ConfigError(
+            f"{checkpoint.folder} is not seen by every process: output_dir must be on a disk that all machines share"
+        )
     if not (folder / "optimizer.safetensors").is_file():
         raise ConfigError(f"{checkpoint.folder} was saved under DeepSpeed, without the optimiser: it has no sequel")
     weights = load_file(folder / "weights.safetensors")

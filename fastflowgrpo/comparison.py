@@ -49,7 +49,7 @@ def evaluate(config: EvaluateConfig) -> Table:
     except ValueError as error:
         raise ConfigError(f"diversity_model: {error}") from error
     policy = _policy(config, checkpoint)
-    shape = policy.latent_shape(config.height, config.width)
+    shape = policy.latent_shape(config.height, config.width, config.num_frames)
     # Made before anything is sampled: a folder that cannot be made should not be found out last.
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -58,7 +58,10 @@ def evaluate(config: EvaluateConfig) -> Table:
         f"{config.model}{f', {checkpoint}' if checkpoint else ''}: {len(prompts)} prompts x {config.images_per_prompt} "
         f"images, {config.num_steps} steps, guidance {config.guidance_scale:g}, on {policy.device}"
     )
-    embed, scoring = EmbeddingCache(policy), Scoring(rewards, policy.decode, policy.device)
+    embed = EmbeddingCache(policy, config.policy.embeddings_dir)
+    if config.policy.embeddings_dir is not None:
+        embed.prepare(["", *(prompt.text for prompt in prompts)])
+    scoring = Scoring(rewards, policy.decode, policy.device, config.reward_frames)
 
     def measure(column: str) -> tuple[Measures, Evaluation]:
         with policy.reference() if column == "base" else nullcontext():

@@ -237,7 +237,7 @@ class EvaluateConfig:
     overwrite: bool = False
     """Replace the results that output_dir already holds."""
     prompts: str | None = None
-    """A .txt file (one prompt a line), a GenEval .jsonl file, or "shapes"; by default what a run evaluates on."""
+    """As prompts.eval of train; by default what a run evaluates on."""
     rewards: dict[str, Any] | str = field(default_factory=lambda: Config().rewards)
     """Names separated by commas, or an object as in train, whose weights make the total reward."""
     num_steps: int = 40
@@ -250,6 +250,10 @@ class EvaluateConfig:
     """Image height in pixels; by default the model's own."""
     width: int | None = None
     """Image width in pixels; by default the model's own."""
+    num_frames: int | None = None
+    """Frames of a video; by default the model's own number."""
+    reward_frames: int = 5
+    """Frames of a video that rewards score, as in train."""
     batch_size: int = 288
     """Images sampled at once."""
     seed: int = 0
@@ -497,7 +501,7 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateConfig:
     config = parse_settings(EvaluateConfig, "evaluate", argv)
     if config.run is not None:
         config = parse_settings(EvaluateConfig, "evaluate", argv, _defaults_of_run(config.run))
-    for name in ("num_steps", "images_per_prompt", "batch_size", "height", "width"):
+    for name in ("num_steps", "images_per_prompt", "batch_size", "height", "width", "num_frames", "reward_frames"):
         value = getattr(config, name)
         if value is not None and value < 1:
             raise ConfigError(f"{name}: must be at least 1, got {value}")
@@ -531,6 +535,8 @@ def _defaults_of_run(run: str) -> dict[str, Any]:
         "images_per_prompt": evaluation.images_per_prompt,
         "height": rollout.height,
         "width": rollout.width,
+        "num_frames": rollout.num_frames,
+        "reward_frames": config.reward_frames,
         "batch_size": evaluation.batch_size,
         **{f"policy.{name}": value for name, value in vars(config.policy).items()},
     }

@@ -4,7 +4,8 @@ The model's own modules run on the meta device, where tensors have shapes and no
 at: its FLOPs, by the formulas of PyTorch's FLOP counter (2 for a multiplication and an addition; a backward pass of
 fused attention computes the scores again, which counts), and the bytes of the tensors that are alive with it. The most
 of these is what a pass needs beyond the weights when every operation runs by itself. The device's kernels may want some
-workspace more, and PyTorch's allocator some per cent, and a compiled model less.
+workspace more, and PyTorch's allocator some per cent. With policy.compile an update takes less, but a rollout's pass
+keeps its activations, which is not counted here.
 
 Memory of a process, in bytes:
 

@@ -24,7 +24,19 @@ PICTURES = {"before_after.png": "Images before and after", "curve.png": "Scores 
 UPLOADED = (CARD, *PICTURES, LORA, f"{FULL}/*")
 PLACE = "FOLDER_OR_REPOSITORY"  # in a card that does not know where it will lie
 # Of a run's settings: how it was watched and kept, not what was done.
-NO_RECIPE = ("output_dir", "overwrite", "save_every", "trackers", "hub_model_id", "hub_private", "evaluation")
+NO_RECIPE = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "dry_run",
+    "num_processes",
+    "save_every",
+    "checkpoints_total_limit",
+    "trackers",
+    "hub_model_id",
+    "hub_private",
+    "evaluation",
+)
 # Of a reward's settings: addresses and accounts, which are nobody else's business.
 PRIVATE = ("url", "base_url", "api_key_env", "device")
 
@@ -177,12 +189,19 @@ def _use(config: Config, checkpoint: Path) -> str:
         load = []
     if config.model == "shapes":
         lines.append("from fastflowgrpo.shapes import PIPELINE")
-    guidance = config.evaluation.guidance_scale
-    arguments = {
-        "num_inference_steps": config.evaluation.num_steps,
-        "guidance_scale": rollout.guidance_scale if guidance is None else guidance,
+    guidance, family = config.evaluation.guidance_scale, index["_class_name"]
+    scale = rollout.guidance_scale if guidance is None else guidance
+    arguments: dict[str, Any] = {"num_inference_steps": config.evaluation.num_steps}
+    if family in ("FluxPipeline", "QwenImagePipeline"):
+        arguments |= {"true_cfg_scale": scale, "negative_prompt": '""'} if scale != 1 else {}
+        if family == "FluxPipeline":  # whose guidance_scale is an input of the model
+            arguments["guidance_scale"] = config.policy.distilled_guidance
+    else:
+        arguments["guidance_scale"] = scale
+    arguments |= {
         "height": rollout.height,
         "width": rollout.width,
+        "num_frames": rollout.num_frames,
         "max_sequence_length": 0 if "text_encoder_3" in absent else config.policy.max_sequence_length,
     }
     given = "".join(f", {name}={value}" for name, value in arguments.items() if value is not None)
@@ -192,7 +211,9 @@ def _use(config: Config, checkpoint: Path) -> str:
         *(f"    {argument}," for argument in (model, *options)),
         ")",
         *load,
-        f"image = pipe(prompt{given}).images[0]",
+        f"video = pipe(prompt{given}).frames[0]"
+        if family == "WanPipeline"
+        else f"image = pipe(prompt{given}).images[0]",
     ]
     return "\n".join(["## Use", "", "```python", *lines, "```"])
 

@@ -36,7 +36,6 @@ MIN_CELL, MAX_CELL = 96, 256  # pixels; smaller images are enlarged in grids, la
 TRACKER = "fastflowgrpo"  # project name of the trackers, and TensorBoard's folder
 # What a run writes into its folder, and all that --overwrite removes.
 WRITTEN = (
-    "config.yaml",
     "metrics.jsonl",
     "summary.json",
     "images",
@@ -44,6 +43,7 @@ WRITTEN = (
     TRACKER,
     "before_after.png",
     "curve.png",
+    "config.yaml",  # last: by it a run that was killed in between is known
 )
 
 
@@ -86,8 +86,6 @@ class Evaluation:
         Args:
             images: (P * copies, 3, H, W); of several processes this one's, beginning with those of `Processes.own`.
             scores: of all prompts.
-            own: indices of this process's prompts, by default all.
-            gather: gives every process's value of what it is called with: images only of those that are shown.
         """
         values = {"reward": scores.values, **scores.details}
         means = {name: value.nanmean().item() for name, value in values.items()}
@@ -163,9 +161,13 @@ def check_output(config: Config, resumed: Checkpoint | None) -> None:
             "or --overwrite true to replace it"
         )
     # A run that was killed before its first checkpoint begins anew, and makes the same again.
-    if (folder / "config.yaml").exists():
-        before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        checkpoint.refuse_changes(folder, checkpoint.changed_settings(before, config))
+    if not (folder / "config.yaml").exists():
+        found = ", ".join(name for name in WRITTEN if (folder / name).exists())
+        raise ConfigError(
+            f"output_dir {folder} holds {found}, but no config.yaml: give another, or --overwrite true to remove them"
+        )
+    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    checkpoint.refuse_changes(folder, checkpoint.changed_settings(before, config))
 
 
 class Report:
@@ -202,9 +204,10 @@ class Report:
             trackers = {"tensorboard": {"purge_step": resumed.step + 1}}
             self._go_on(resumed)
         trackers["wandb"] = {"id": self.run_id, "resume": "allow"}
-        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         with checkpoint.replacing(self.folder / "config.yaml") as path:
             save(config, path)
+        (self.folder / "images").mkdir(exist_ok=True)
         accelerator.init_trackers(TRACKER, init_kwargs=trackers)
 
     def _clear(self) -> None:
@@ -241,7 +244,7 @@ class Report:
         begin = time.perf_counter()
         yield
         if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()  # decoding and rewards go on behind it, on streams of their own
         self.seconds[name] += time.perf_counter() - begin
 
     def replay(self, steps: Tensor, difference: Tensor) -> None:

@@ -105,7 +105,7 @@ def sample_groups(
         prefix = range(shared)
         sample = _ode_steps(policy, sample, conditioning, coefficients, prefix, unconditional, guidance_scale, on_step)
         sample = sample.repeat_interleave(group_size, 0)
-    conditioning = repeat_rows(conditioning, group.to(device))
+    conditioning = repeat_rows(conditioning, group.to(device, non_blocking=True))
     unconditional = expand_row(unconditional, batch_size)
 
     kept = window_size if keep_steps else 0

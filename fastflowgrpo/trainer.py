@@ -18,7 +18,7 @@ from fastflowgrpo import checkpoint
 from fastflowgrpo.advantages import group_advantages
 from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError, validate
 from fastflowgrpo.evaluation import Samples, sample_and_score
-from fastflowgrpo.modelcard import check_push, push, write_card
+from fastflowgrpo.modelcard import CARD, check_push, push, write_card
 from fastflowgrpo.objective import Batch, Objective, sample_weights
 from fastflowgrpo.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
@@ -80,7 +80,10 @@ class Trainer:
         self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width, config.rollout.num_frames)
         self.embed = EmbeddingCache(self.policy, config.policy.embeddings_dir)
         if config.policy.embeddings_dir is not None:
-            self.embed.prepare(["", *(prompt.text for prompt in [*self.train_prompts, *self.eval_prompts])])
+            texts = ["", *dict.fromkeys(prompt.text for prompt in [*self.train_prompts, *self.eval_prompts])]
+            self.embed.write(texts[self.processes.rank :: self.processes.count])
+            self.processes.gather(None)  # on disks that are not shared each encodes what it lacks
+            self.embed.prepare(texts)
         self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device, config.reward_frames)
         update, rollout = config.update, config.rollout
         self.optimizer = torch.optim.AdamW(
@@ -265,7 +268,7 @@ class Trainer:
             self.optimizer.zero_grad()
             statistics += found
             if self.ema is not None and self.step % config.ema_every == 0:
-                # Its decay grows to ema_decay with the number of updates, as the paper's: (1 + s) / (10 + s).
+                # Its decay grows to ema_decay with the updates, as in the paper's code: s / (9 + s) after s of them.
                 self.ema.optimization_step = self.step - 1
                 self.ema.step(self.parameters)
         return _flush(self.processes.gather({name: tensor.cpu() for name, tensor in _joined(statistics).items()}))
@@ -308,7 +311,7 @@ class Trainer:
         if micro_batches:
             first = micro_batches[0][0]
             for rows, slots in ((first, torch.arange(len(first)) % self.window_size), micro_batches[-1]):
-                _, stats = self.objective.loss(batch, rows, slots)
+                stats = self.objective.loss(batch, rows, slots)[1]  # the loss would hold a graph beside the next one
                 found.append((batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu()))
         else:
             for _ in range(2):
@@ -384,7 +387,8 @@ class Trainer:
             return
         run = Path(self.config.output_dir)
         last = checkpoint.saved(run)[-1]
-        print(f"{'card':8} {write_card(run, last)}")
+        card = last / CARD
+        print(f"{'card':8} {card if card.is_file() else write_card(run, last)}")
         if self.config.hub_model_id is not None:
             try:
                 print(f"{'hub':8} {push(run, last, self.config.hub_model_id, self.config.hub_private)}")

@@ -208,6 +208,25 @@ def test_requests_that_nobody_waits_for_any_more_are_not_scored():
     assert seen == [["first"], ["last"]]
 
 
+def test_a_request_that_was_given_up_is_not_scored_with_those_that_share_its_batch():
+    seen, release = [], threading.Event()
+
+    def reward(batch):
+        seen.append(batch.prompts)
+        release.wait(60)
+        return [1.0] * len(batch.prompts)
+
+    with hosted({"served:r": reward}, delay=0.0, batch_size=2) as url, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(score, url, "r", {"prompts": ["first"]}, file(4, 4), kind=PNG)
+        while not seen:
+            time.sleep(0.01)
+        patient = pool.submit(score, url, "r", {"prompts": ["patient"]}, file(4, 4), kind=PNG)
+        assert score(url, "r", {"prompts": ["given up"], "timeout": 0.5}, file(4, 4), kind=PNG)[0] == 503
+        release.set()
+        assert (first.result()[0], patient.result()[0]) == (200, 200)
+    assert seen == [["first"], ["patient"]]
+
+
 # refusals
 
 

@@ -36,7 +36,12 @@ class EmbeddingCache:
         self.rows: OrderedDict[str, Conditioning] = OrderedDict()
 
     def prepare(self, prompts: Iterable[str]) -> None:
-        """Encode into the folder what it lacks of the prompts, all that will be asked for, then free the encoders.
+        """`write` the prompts, all that will be asked for, then free the encoders."""
+        self.write(prompts)
+        self.policy.drop_encoders()
+
+    def write(self, prompts: Iterable[str]) -> None:
+        """Encode into the folder what it lacks of the prompts.
 
         Raises:
             ConfigError: the folder cannot be written.
@@ -54,7 +59,6 @@ class EmbeddingCache:
                     unfinished.replace(path)
         except OSError as error:
             raise ConfigError(f"policy.embeddings_dir {self.folder} cannot be written: {error}") from error
-        self.policy.drop_encoders()
 
     def __call__(self, prompts: list[str]) -> Conditioning:
         """Embeddings with a row per prompt; what is neither in memory nor on disk is encoded.

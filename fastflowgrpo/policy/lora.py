@@ -37,11 +37,15 @@ def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> Non
     """
     module, trouble = pipeline.transformer, f"policy.lora: {source}"
     try:
-        weights, metadata = pipeline.lora_state_dict(source, return_lora_metadata=True)
+        # FLUX's loader gives alphas that stand among the weights apart, and SD3's leaves them there.
+        weights, *alphas, metadata = pipeline.lora_state_dict(source, return_alphas=True, return_lora_metadata=True)
+        scales = {name: float(alpha) for name, alpha in alphas[0].items()} if alphas and alphas[0] else None
         others = sorted({name.split(".")[0] for name in weights} - {"transformer"})
         if others:
             raise ConfigError(f"{trouble} has weights for {', '.join(others)}, of which this model trains none")
-        module.load_lora_adapter(weights, prefix="transformer", adapter_name=ADAPTER, metadata=metadata)
+        module.load_lora_adapter(
+            weights, prefix="transformer", adapter_name=ADAPTER, metadata=metadata, network_alphas=scales
+        )
     except ConfigError:
         raise
     except Exception as error:

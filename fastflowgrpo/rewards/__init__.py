@@ -109,9 +109,10 @@ def build_rewards(config: Mapping[str, Any]) -> WeightedRewards:
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ValueError(f"rewards.{name}: the weight must be a finite number, got {weight!r}")
         weights[name] = float(weight)
-        if settings.get("workers") or "url" in settings or name in REWARDS:
-            if settings.get("workers"):
-                workers, timeout = settings.pop("workers"), settings.pop("timeout", TIMEOUT)
+        workers = settings.pop("workers", 0)
+        if workers or "url" in settings or name in REWARDS:
+            if workers:
+                timeout = settings.pop("timeout", TIMEOUT)
                 factory: Callable[[], Any] = functools.partial(WorkerReward, name, settings, workers, timeout)
             else:
                 make = functools.partial(RemoteReward, name) if "url" in settings else REWARDS[name]

@@ -17,6 +17,9 @@ def choose_device(device: str | None) -> torch.device:
     """The device of that name, by default the GPU if there is one; ValueError if it cannot be used."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and torch.cuda.is_available():
+        # By the process's place among those of this machine: a reward's worker process has no current GPU of its own.
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, TypeError) as error:

@@ -135,7 +135,7 @@ class _RewardThread:
     """Calls one reward, batch after batch. A daemon: a run that is interrupted does not wait for it."""
 
     def __init__(self, name: str, reward: Callable[[RewardBatch], Any], device: torch.device):
-        self.name, self.reward = name, reward
+        self.name, self.reward, self.device = name, reward, device
         wanted = getattr(reward, "device", None) or "cpu"
         try:
             self.on_device = same_device(wanted, device)
@@ -158,6 +158,8 @@ class _RewardThread:
     @torch.no_grad()
     def _work(self) -> None:
         torch.set_num_threads(self.num_threads)  # of this thread alone
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # a new thread begins with GPU 0
         while True:
             future, batch, events = self.queue.get()
             try:

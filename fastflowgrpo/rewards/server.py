@@ -154,9 +154,10 @@ class Scorer:
                     (jobs, batch), self.joined = self.joined, None
                     self.changed.notify_all()
                 # A job whose client has given up is cancelled.
-                if sum(job.answer.set_running_or_notify_cancel() for job in jobs):
+                live = [job for job in jobs if job.answer.set_running_or_notify_cancel()]
+                if live:
                     self.busy_since = time.monotonic()
-                    self._score(jobs, batch)
+                    self._score(live, batch if len(live) == len(jobs) else _joined([job.batch for job in live]))
                     self.busy_since = None
 
     def _take(self) -> list[Job]:
@@ -201,8 +202,7 @@ class Scorer:
             details = {name: _json(values[rows]) for name, values in scores.details.items()}
             values = _json(scores.values[rows])
             error = scores.error or None if None in values else None
-            if not job.answer.cancelled():
-                job.answer.set_result(ScoreAnswer(scores=values, details=details, error=error))
+            job.answer.set_result(ScoreAnswer(scores=values, details=details, error=error))
 
 
 def _joined(batches: list[RewardBatch]) -> RewardBatch:
