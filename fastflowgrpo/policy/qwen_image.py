@@ -23,6 +23,10 @@ class QwenImagePolicy(DiffusersPolicy):
 
     def __init__(self, pipeline: QwenImagePipeline, config: PolicyConfig):
         super().__init__(pipeline, config)
+        # Nothing reads the text stream after the last block: DDP would wait for its gradients.
+        last = self.module.transformer_blocks[-1]
+        for part in (last.attn.to_add_out, last.txt_mlp):
+            part.requires_grad_(False)
         self._mean, self._std = latent_statistics(pipeline.vae)
 
     @torch.no_grad()
