@@ -463,6 +463,7 @@ def test_tensorboard_shows_every_step_once(model, tmp_path):
     process.kill()
     end(process)
     done = json.loads((checkpoint.saved(run)[-1] / "manifest.json").read_text())["epoch"]
+    time.sleep(1.1)  # TensorBoard orders a run's files by the second in which they were made
     assert main(command(model, run, epochs=done + 2, **settings)) == 0
     events = EventAccumulator(str(run / "fastflowgrpo"))
     events.Reload()
