@@ -1,35 +1,55 @@
 """Host time of the kernels' eager calls, on a machine without a GPU too: `python -m benchmarks.host`.
 
-Tensors are on the CPU and kernels are replaced by nothing, so what is timed is the checks, the choice of the backend,
-the allocations and the arguments of the launches, by the direct path and through torch's dispatcher. Triton's own
-launch comes on top.
+Tensors are on the CPU and nothing runs: Triton compiles for sm_90 and launches through a driver that does nothing.
+Timed are the checks, the choice of the backend, the allocations and the arguments of the launches, by the direct path
+and through torch's dispatcher; and what Triton's own launch adds, up to the call of the driver.
 """
 
 import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
 
 from fastflowgrpo.kernels import grpo_loss_triton, sde_step_triton, triton_operation, velocity_gradient_triton
 from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
 from fastflowgrpo.kernels.sde_step import sde_step
 
 
+def nothing(*arguments: Any, **options: Any) -> None:
+    pass
+
+
 class NoKernel:
     """Stands in for a kernel: `kernel[grid](...)` does nothing."""
 
     def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return self.run
+        return nothing
 
-    def run(self, *arguments: Any, **options: Any) -> None:
-        pass
+
+# What Triton asks of a driver before a launch, and a launch that does nothing.
+NO_DRIVER = SimpleNamespace(
+    get_current_device=lambda: 0,
+    get_current_stream=lambda device: 0,
+    get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    launcher_cls=lambda source, metadata: nothing,
+    utils=SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 1 << 17},
+        load_binary=lambda *arguments: (None, None, 0, 0, 1024),
+    ),
+)
 
 
 def microseconds(function: Callable[[], object], calls: int = 100, rounds: int = 100) -> float:
     """Of one call, in the fastest of the rounds: the others were disturbed."""
+    function()
     fastest = float("inf")
     for _ in range(rounds):
         start = time.perf_counter()
@@ -40,11 +60,10 @@ def microseconds(function: Callable[[], object], calls: int = 100, rounds: int =
 
 
 def main() -> int:
-    for module in (grpo_loss_triton, sde_step_triton, velocity_gradient_triton):
-        for name in list(vars(module)):
-            if name.endswith("_kernel"):
-                setattr(module, name, NoKernel())
+    if triton_operation.INTERPRETED:
+        raise SystemExit("unset TRITON_INTERPRET: the interpreter's launches are not Triton's")
     os.environ["TRITON_INTERPRET"] = "1"  # lets CPU tensors through
+    triton.runtime.driver.set_active(NO_DRIVER)
     torch.set_num_threads(1)
     velocity, sample, prev_sample, uncond, reference = torch.randn(5, 24, 16, 64, 64).bfloat16().unbind()
     c_x, c_v, std, dt, old_log_prob, advantage = torch.rand(6, 24).add(0.1).unbind()
@@ -66,11 +85,18 @@ def main() -> int:
         "loss with a gradient": lambda: loss(trained),
         "loss and backward": lambda: torch.autograd.grad(loss(trained), trained, upstream),
     }
-    direct = {name: microseconds(call) for name, call in calls.items()}
-    triton_operation.is_eager = lambda *values: False
-    print(f"microseconds of host time, torch {torch.__version__}\n{'':<24}{'direct':>8}{'dispatcher':>12}")
-    for name, call in calls.items():
-        print(f"{name:<24}{direct[name]:>8.1f}{microseconds(call):>12.1f}")
+    launched = {name: microseconds(call) for name, call in calls.items()}
+    with ExitStack() as stack:
+        for module in (grpo_loss_triton, sde_step_triton, velocity_gradient_triton):
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                stack.enter_context(patch.object(module, name, NoKernel()))
+        direct = {name: microseconds(call) for name, call in calls.items()}
+        stack.enter_context(patch.object(triton_operation, "is_eager", lambda *values: False))
+        dispatched = {name: microseconds(call) for name, call in calls.items()}
+    print(f"microseconds of host time, torch {torch.__version__}, triton {triton.__version__}")
+    print(f"{'':<24}{'direct':>8}{'dispatcher':>12}{'direct and launch':>19}")
+    for name in calls:
+        print(f"{name:<24}{direct[name]:>8.1f}{dispatched[name]:>12.1f}{launched[name]:>19.1f}")
     return 0
 
 
