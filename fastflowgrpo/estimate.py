@@ -30,7 +30,6 @@ from unittest.mock import patch
 from weakref import finalize
 
 import torch
-from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +41,7 @@ from fastflowgrpo.architectures import Architecture, load_architecture
 from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError
 from fastflowgrpo.plan import Plan, batch_plan
 from fastflowgrpo.policy import FAMILIES as POLICIES
+from fastflowgrpo.policy.lora import keep_float32
 
 CACHED_PROMPTS = 512  # what `EmbeddingCache` keeps
 FLOAT32 = 4  # bytes
@@ -309,7 +309,7 @@ def _add_adapter(transformer: Any, rank: int, targets: list[str]) -> None:
             transformer.add_adapter(LoraConfig(r=rank, target_modules=targets))
     except ValueError as error:
         raise ConfigError(f"policy.lora_targets: {error}") from error
-    cast_training_params(transformer, dtype=torch.float32)
+    keep_float32(transformer)
 
 
 def _sd3(model: Architecture, config: Config, batch: int) -> Inputs:

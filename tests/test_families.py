@@ -377,6 +377,25 @@ def test_a_saved_lora_is_gone_on_from(folders, tmp_path, name):
     assert sum(parameter.grad is not None for parameter in second.trainable_parameters()) > 10
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", BUILD)
+def test_a_float32_adapter_computes_what_the_saved_one_does_in_the_models_dtype(folders, tmp_path, name, dtype):
+    policy = load(folders(name), dtype=dtype)
+    disturb(policy.trainable_parameters())
+    policy.save(tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(folders(name), dtype=policy.dtype)
+    pipeline.load_lora_weights(tmp_path)
+    latents, sigma, conditioning = inputs(policy, name)
+    velocity = policy.velocity(latents, sigma, conditioning)
+    velocity.float().square().mean().backward()
+    gradients = [parameter.grad for parameter in policy.trainable_parameters() if parameter.grad is not None]
+    assert len(gradients) > 10 and all(gradient.dtype == torch.float32 for gradient in gradients)
+    policy.transformer = pipeline.transformer
+    with torch.no_grad():
+        assert torch.equal(policy.velocity(latents, sigma, conditioning), velocity)
+
+
 def test_a_lora_that_does_not_fit_is_refused(folders, tmp_path):
     load(folders("wan")).save(tmp_path / "wan")
     load(folders("sd3"), lora_rank=3).save(tmp_path / "sd3")

@@ -60,7 +60,7 @@ class DiffusersPolicy(ABC):
         else:
             self._reference_module = deepcopy(self.module)
             self.module.requires_grad_(True)
-        cast_training_params(self.module, dtype=torch.float32)
+            cast_training_params(self.module)
         if config.compile:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
             for module in (self.module, self._reference_module):

@@ -6,8 +6,10 @@ from pathlib import Path
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastflowgrpo.config import ConfigError
 
@@ -27,6 +29,7 @@ def add_lora(module: ModelMixin, targets: Sequence[str], rank: int, alpha: int) 
             raise ConfigError(f"policy.lora_targets: no linear layer is called {target}; there are: {known}")
     adapter = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     module.add_adapter(adapter, adapter_name=ADAPTER)
+    keep_float32(module)
 
 
 def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> None:
@@ -52,7 +55,7 @@ def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> Non
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{trouble} cannot be loaded into a {type(module).__name__}: {reason}") from error
     # Once more, now that the adapter is float32: diffusers gives it the dtype of the layers under it.
-    cast_training_params(module)
+    keep_float32(module)
     own = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
     unbound = set_peft_model_state_dict(module, own, ADAPTER).unexpected_keys
     bound = get_peft_model_state_dict(module, adapter_name=ADAPTER)
@@ -63,6 +66,23 @@ def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> Non
     if rank is not None and ranks != {rank}:
         found = ", ".join(map(str, sorted(ranks)))
         raise ConfigError(f"{trouble} has rank {found}, not policy.lora_rank {rank}: leave policy.lora_rank out")
+
+
+def keep_float32(module: nn.Module) -> None:
+    """Make the adapter's weights float32, and compute with them in the dtype of the layer's input, as sampling with the
+    saved adapter does; peft would convert every activation to float32 instead."""
+    cast_training_params(module)
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear):
+            layer.cast_input_dtype_enabled = False
+            for part in (*layer.lora_A.values(), *layer.lora_B.values()):
+                part.__class__ = _InInputDtype
+
+
+class _InInputDtype(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
 
 
 def save_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
