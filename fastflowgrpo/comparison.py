@@ -8,10 +8,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fastflowgrpo.config import Config, ConfigError, EvaluateConfig, read_run
-from fastflowgrpo.evaluation import Measures, Statistic, difference, measures, sample_and_score, statistics
+from fastflowgrpo.evaluation import (
+    Measures,
+    Statistic,
+    difference,
+    diversity,
+    measures,
+    sample_and_score,
+    statistics,
+)
 from fastflowgrpo.policy import Policy, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.policy.trained import last_checkpoint, load_trained
+from fastflowgrpo.processes import Processes, make_accelerator
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.prompts.sources import evaluation_prompts, run_prompts
 from fastflowgrpo.reporting import Evaluation, finite, image_grid, versions
@@ -29,15 +38,17 @@ Table = dict[str, dict[str, dict[str, Statistic]]]
 def evaluate(config: EvaluateConfig) -> Table:
     """Evaluate as `config` says, print the tables and write them, with a grid of images, into its output_dir.
 
+    Of several processes each samples and scores its share of the prompts, and the first prints and writes.
+
     Raises:
         ConfigError: for everything that the user can put right, before anything is sampled.
     """
-    folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir {folder} is a file")
-    if not config.overwrite and any((folder / name).exists() for name in WRITTEN):
-        raise ConfigError(f"output_dir {folder} holds results already: give another, or --overwrite true")
     begin = time.perf_counter()
+    processes = Processes(make_accelerator([], config.output_dir))
+    if processes.sharded or processes.steps_in_backward:
+        raise ConfigError("accelerate: an evaluation does not shard the model: use configs/accelerate/ddp.yaml")
+    folder = Path(config.output_dir)
+    processes.on_main(lambda: _check_output(folder, config.overwrite))
     checkpoint = _checkpoint(config)
     prompts, rewards = _prompts(config), _rewards(config)
     try:
@@ -54,13 +65,16 @@ def evaluate(config: EvaluateConfig) -> Table:
     folder.mkdir(parents=True, exist_ok=True)
 
     columns = ["base"] if checkpoint is None else ["base", "trained"] if config.weights == "both" else ["trained"]
-    print(
-        f"{config.model}{f', {checkpoint}' if checkpoint else ''}: {len(prompts)} prompts x {config.images_per_prompt} "
-        f"images, {config.num_steps} steps, guidance {config.guidance_scale:g}, on {policy.device}"
-    )
+    if processes.rank == 0:
+        print(
+            f"{config.model}{f', {checkpoint}' if checkpoint else ''}: {len(prompts)} prompts x "
+            f"{config.images_per_prompt} images, {config.num_steps} steps, guidance {config.guidance_scale:g}, on "
+            f"{policy.device}{f' and {processes.count - 1} more' if processes.count > 1 else ''}"
+        )
     embed = EmbeddingCache(policy, config.policy.embeddings_dir)
+    own = [(i, prompts[i]) for i in processes.padded(len(prompts))]
     if config.policy.embeddings_dir is not None:
-        embed.prepare(["", *(prompt.text for prompt in prompts)])
+        embed.prepare(["", *(prompt.text for _, prompt in own)])
     scoring = Scoring(rewards, policy.decode, policy.device, config.reward_frames)
 
     def measure(column: str) -> tuple[Measures, Evaluation]:
@@ -69,7 +83,7 @@ def evaluate(config: EvaluateConfig) -> Table:
                 policy,
                 embed,
                 scoring,
-                list(enumerate(prompts)),
+                own,
                 shape,
                 num_steps=config.num_steps,
                 copies=config.images_per_prompt,
@@ -77,31 +91,44 @@ def evaluate(config: EvaluateConfig) -> Table:
                 guidance_scale=config.guidance_scale,
                 seed=config.seed,
             )
-        found = measures(samples, isinstance(config.rewards, dict), clip.embed_images if clip else None)
-        return found, Evaluation.of(prompts, samples.images, samples.scores, samples.copies)
+        scores = processes.gather_scores(samples.scores, len(prompts), samples.copies)
+        distances = diversity(samples, clip.embed_images if clip else None)
+        distances = processes.gather_rows(distances, len(prompts))
+        found = measures(prompts, samples.copies, scores, distances, total=isinstance(config.rewards, dict))
+        return found, Evaluation.of(prompts, samples.images, scores, samples.copies, processes)
 
     results = {column: measure(column) for column in columns}
     measured = {column: found for column, (found, _) in results.items()}
     if len(columns) == 2:
         measured["difference"] = difference(measured["base"], measured["trained"])
     table = {column: statistics(sections) for column, sections in measured.items()}
-
-    text = markdown(table)
-    print(f"\n{text}")
-    result = {
-        "settings": asdict(config),
-        "checkpoint": str(checkpoint) if checkpoint else None,
-        "prompts": len(prompts),
-        "images": len(prompts) * config.images_per_prompt,
-        **{column: _plain(sections) for column, sections in table.items()},
-        "seconds": round(time.perf_counter() - begin, 3),
-        "versions": versions(),
-    }
-    (folder / "evaluation.json").write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
-    (folder / "evaluation.md").write_text(_heading(config, checkpoint, len(prompts)) + text)
-    image_grid([shown for _, shown in results.values()], columns).save(folder / "grid.png")
-    print(f"results  {folder / 'evaluation.json'}\ntables   {folder / 'evaluation.md'}\nimages   {folder / 'grid.png'}")
+    if processes.rank == 0:
+        result = {
+            "settings": asdict(config),
+            "checkpoint": str(checkpoint) if checkpoint else None,
+            "prompts": len(prompts),
+            "images": len(prompts) * config.images_per_prompt,
+            **{column: _plain(sections) for column, sections in table.items()},
+            "processes": processes.count,
+            "seconds": round(time.perf_counter() - begin, 3),
+            "versions": versions(),
+        }
+        text = markdown(table)
+        (folder / "evaluation.json").write_text(json.dumps(finite(result), indent=2, allow_nan=False) + "\n")
+        (folder / "evaluation.md").write_text(_heading(config, checkpoint, len(prompts)) + text)
+        image_grid([shown for _, shown in results.values()], columns).save(folder / "grid.png")
+        print(f"\n{text}")
+        for title, name in zip(("results", "tables", "images"), WRITTEN, strict=True):
+            print(f"{title:<8} {folder / name}")
+    processes.accelerator.end_training()
     return table
+
+
+def _check_output(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file")
+    if not overwrite and any((folder / name).exists() for name in WRITTEN):
+        raise ConfigError(f"output_dir {folder} holds results already: give another, or --overwrite true")
 
 
 def markdown(table: Table) -> str:

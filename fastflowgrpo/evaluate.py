@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from fastflowgrpo.config import ConfigError, parse_evaluation
-from fastflowgrpo.train import leave
+from fastflowgrpo.train import leave, refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         evaluate(config)
     except ConfigError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return refuse(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

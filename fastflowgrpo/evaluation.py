@@ -21,7 +21,6 @@ from fastflowgrpo.rollout import repeat_rows, sample_ode, sample_seeds
 class Samples:
     """The images of P prompts, `copies` of each, in order."""
 
-    prompts: list[Prompt]
     copies: int
     images: Tensor
     """(P * copies, 3, H, W) uint8 on the CPU."""
@@ -74,7 +73,7 @@ def sample_and_score(
         images.append(scoring.submit(latents, chosen, copies))
         distances.append(rms_distances(latents.unflatten(0, (-1, copies))))
     scores = scoring.finish()
-    return Samples([prompt for _, prompt in prompts], copies, torch.cat(images), scores, torch.cat(distances).cpu())
+    return Samples(copies, torch.cat(images), scores, torch.cat(distances).cpu())
 
 
 @dataclass(frozen=True)
@@ -127,30 +126,41 @@ Measures = dict[str, dict[str, Tensor]]
 GENEVAL = {"geneval/strict": "GenEval, strict", "geneval/correct": "GenEval, official check"}
 
 
-def measures(samples: Samples, total: bool = True, embed_images: Callable[[Tensor], Tensor] | None = None) -> Measures:
-    """What an evaluation measures.
+def diversity(samples: Samples, embed_images: Callable[[Tensor], Tensor] | None = None) -> dict[str, Tensor]:
+    """How different the images of a prompt are, (P,) each; {} of one image.
 
     Args:
-        total: whether the weighted sum of the rewards has a meaning.
         embed_images: from uint8 images (B, 3, H, W) to unit embeddings (B, D), whose cosine distance is a diversity.
-
-    Returns:
-        GenEval accuracies by tag where there are any, every score, and the diversity of each prompt's images.
     """
-    groups = samples.images.unflatten(0, (-1, samples.copies))
-    scores = {"reward": samples.scores.values} if total else {}
-    scores = {name: value.view(-1, samples.copies) for name, value in {**scores, **samples.scores.details}.items()}
+    if samples.copies == 1:
+        return {}
+    groups = (-1, samples.copies)
+    found = {"pixels": rms_distances(samples.images.unflatten(0, groups)) / 255, "latents": samples.latent_distances}
+    if embed_images is not None:
+        found["CLIP"] = cosine_distances(embed_images(samples.images).cpu().unflatten(0, groups))
+    return found
+
+
+def measures(
+    prompts: Sequence[Prompt], copies: int, scores: Scores, distances: dict[str, Tensor], total: bool = True
+) -> Measures:
+    """What an evaluation measures: GenEval accuracies by tag where there are any, every score, and the diversity.
+
+    Args:
+        scores: of `copies` images of each prompt.
+        distances: from `diversity`.
+        total: whether the weighted sum of the rewards has a meaning.
+    """
+    values = {"reward": scores.values} if total else {}
+    values = {name: value.view(-1, copies) for name, value in {**values, **scores.details}.items()}
     sections: Measures = {}
     for name, title in GENEVAL.items():
-        if name in scores:
-            rows = {tag: [i for i, p in enumerate(samples.prompts) if p.metadata.get("tag") == tag] for tag in TAGS}
-            sections[title] = {tag: scores[name][of_tag] for tag, of_tag in rows.items() if of_tag}
-    sections["Scores"] = scores
-    if samples.copies > 1:
-        diversity = {"pixels": rms_distances(groups) / 255, "latents": samples.latent_distances}
-        if embed_images is not None:
-            diversity["CLIP"] = cosine_distances(embed_images(samples.images).cpu().unflatten(0, (-1, samples.copies)))
-        sections["Diversity"] = {name: value[:, None] for name, value in diversity.items()}
+        if name in values:
+            rows = {tag: [i for i, p in enumerate(prompts) if p.metadata.get("tag") == tag] for tag in TAGS}
+            sections[title] = {tag: values[name][of_tag] for tag, of_tag in rows.items() if of_tag}
+    sections["Scores"] = values
+    if distances:
+        sections["Diversity"] = {name: value[:, None] for name, value in distances.items()}
     return sections
 
 

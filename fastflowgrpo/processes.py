@@ -33,10 +33,10 @@ def is_main() -> bool:
 
 
 def make_accelerator(trackers: list[str], project_dir: str) -> Accelerator:
-    """The accelerator of a training run, as its launcher says.
+    """The accelerator of a training run or an evaluation, as its launcher says.
 
     Raises:
-        ConfigError: it was launched in a way that training does not support.
+        ConfigError: it was launched in a way that neither supports.
     """
     accelerator = Accelerator(
         # Without this several processes on a machine without an accelerator would not know of each other.
@@ -101,10 +101,19 @@ class Processes:
         count = len(self.own(total)) * copies
         details = {name: values[:count] for name, values in scores.details.items()}
         joined = Scores.cat(self.gather(Scores(scores.values[:count], details, scores.error)))
-        order = torch.tensor([index for rank in range(self.count) for index in range(rank, total, self.count)])
-        rows = (order.argsort()[:, None] * copies + torch.arange(copies)).flatten()
+        rows = (self._order(total)[:, None] * copies + torch.arange(copies)).flatten()
         details = {name: values[rows] for name, values in joined.details.items()}
         return Scores(joined.values[rows], details, joined.error)
+
+    def gather_rows(self, rows: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
+        """Tensors (total, ...) on the CPU, from those of every rank's `padded` things of the same names. Collective."""
+        count, order = len(self.own(total)), self._order(total)
+        parts = self.gather({name: tensor[:count] for name, tensor in rows.items()})
+        return {name: torch.cat([part[name] for part in parts])[order] for name in rows}
+
+    def _order(self, total: int) -> Tensor:
+        """Where each of `total` things is among every rank's own, one rank after the other."""
+        return torch.tensor([index for rank in range(self.count) for index in range(rank, total, self.count)]).argsort()
 
     def on_main(self, function: Callable[[], T]) -> T:
         """What it returns on rank 0, where it is called; the ConfigError that it may raise there is raised everywhere.

@@ -34,10 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         Trainer(config).run()
     except ConfigError as error:
-        rank = os.environ.get("RANK", "0")
-        where = "" if rank == "0" else f"process {rank}: "
-        print(f"{where}error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return refuse(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -47,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + getattr(interrupt, "signum", signal.SIGINT)
     return 0
+
+
+def refuse(error: ConfigError) -> int:
+    """Print what the user can put right, in one line, and return the exit code for it."""
+    rank = os.environ.get("RANK", "0")
+    where = "" if rank == "0" else f"process {rank}: "
+    print(f"{where}error:", " ".join(str(error).split()), file=sys.stderr)
+    return 2
 
 
 def leave(main: Callable[[], int]) -> NoReturn:

@@ -3,16 +3,18 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from PIL import Image
 from pipelines import tiny_sd3_pipeline
 from reward_models import clip_folder, sample_images
 from safetensors.torch import load_file, save_file
 
-from fastflowgrpo import train
+from fastflowgrpo import comparison, train
 from fastflowgrpo.config import parse_evaluation
 from fastflowgrpo.evaluate import main
 from fastflowgrpo.evaluation import (
@@ -20,6 +22,7 @@ from fastflowgrpo.evaluation import (
     Statistic,
     cosine_distances,
     difference,
+    diversity,
     measures,
     sample_and_score,
     statistics,
@@ -206,30 +209,36 @@ def test_statistics():
     assert Statistic.average(parts) == Statistic(pytest.approx(0.4), pytest.approx(0.25), 7, 1)
 
 
-def samples_of(images, values, tags=(None, None)):
-    prompts = [Prompt(f"prompt {i}", {"tag": tag} if tag else {}) for i, tag in enumerate(tags)]
-    details = {"geneval/strict": values} if tags[0] else {}
-    return Samples(prompts, len(images) // len(tags), images, Scores(values, details), torch.zeros(len(tags)))
+def samples_of(images, copies=2):
+    return Samples(copies, images, Scores(torch.zeros(len(images)), {}), torch.zeros(len(images) // copies))
 
 
 def test_measures_and_their_difference():
-    images = sample_images(20, 30)[:4]
-    base = measures(samples_of(images, torch.tensor([0.0, 1.0, math.nan, 1.0]), ("counting", "colors")))
-    trained = measures(samples_of(images, torch.tensor([3.0, math.nan, 1.0, 0.0]), ("counting", "colors")))
+    prompts = [Prompt("two dogs", {"tag": "counting"}), Prompt("a red dog", {"tag": "colors"})]
+
+    def measured(*values):
+        values = torch.tensor(values)
+        return measures(prompts, 2, Scores(values, {"geneval/strict": values}), {"pixels": values[:2]})
+
+    base, trained = measured(0.0, 1.0, math.nan, 1.0), measured(3.0, math.nan, 1.0, 0.0)
     found = statistics(difference(base, trained))["GenEval, strict"]
     assert set(found) == {"overall", "counting", "colors"}
     assert (found["counting"].mean, found["counting"].missing) == (3, 1)
     assert (found["colors"].mean, found["colors"].missing) == (-1, 1)
     assert found["overall"].mean == 1
     assert statistics(base)["GenEval, strict"]["overall"].mean == 0.75
+    assert statistics(base)["Diversity"]["pixels"].mean == 0.5
+    plain = measures([Prompt("a"), Prompt("b")], 2, Scores(torch.zeros(4), {}), {}, total=False)
+    assert plain == {"Scores": {}}
 
+
+def test_diversity():
+    images = sample_images(20, 30)[:4]
     groups = images.double().div(255).unflatten(0, (2, 2))
     expected = (groups[:, 0] - groups[:, 1]).square().mean((1, 2, 3)).sqrt()
-    assert base["Diversity"]["pixels"][:, 0].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
-    collapsed = measures(samples_of(images[[0, 0, 1, 1]], torch.zeros(4)))
-    assert collapsed["Diversity"]["pixels"].tolist() == [[0], [0]]
-    assert "Diversity" not in measures(samples_of(images[:2], torch.zeros(2)))
-    assert "reward" not in measures(samples_of(images, torch.zeros(4)), total=False)["Scores"]
+    assert diversity(samples_of(images))["pixels"].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert diversity(samples_of(images[[0, 0, 1, 1]]))["pixels"].tolist() == [0, 0]
+    assert diversity(samples_of(images, copies=1)) == {}
 
 
 def test_clip_diversity(tmp_path):
@@ -238,8 +247,8 @@ def test_clip_diversity(tmp_path):
     cosine = embeddings @ embeddings.T
     pairs = [[(0, 1), (0, 2), (1, 2)], [(3, 4), (3, 5), (4, 5)]]
     expected = [sum(1 - float(cosine[pair]) for pair in group) / 3 for group in pairs]
-    found = measures(samples_of(images, torch.zeros(6)), embed_images=clip.embed_images)["Diversity"]["CLIP"]
-    assert found[:, 0].tolist() == pytest.approx(expected, rel=1e-4)
+    found = diversity(samples_of(images, copies=3), clip.embed_images)["CLIP"]
+    assert found.tolist() == pytest.approx(expected, rel=1e-4)
     assert cosine_distances(embeddings[[0, 0, 0]][None]).item() == pytest.approx(0, abs=1e-6)
 
 
@@ -256,7 +265,6 @@ def test_noise_is_a_function_of_seed_index_and_copy(lora_run):
         drawn = sample_and_score(
             policy, embed, scoring, share, shape, num_steps=2, copies=copies, batch_size=4, seed=seed
         )
-        assert [prompt.text for prompt in drawn.prompts] == [prompt.text for _, prompt in share]
         assert len(drawn.images) == len(drawn.scores.values) == copies * len(share)
         return drawn.images.unflatten(0, (-1, copies)).int()
 
@@ -278,6 +286,13 @@ def test_every_setting_comes_from_the_run_or_the_command_line(lora_run):
     assert (config.policy.dtype, config.policy.lora_alpha, config.policy.max_sequence_length) == ("float16", 32, 8)
     assert config.model == str(lora_run.parent / "model")
     assert config.rewards == {"jpeg_compressibility": 1}
+
+
+def test_a_sharded_evaluation_is_refused(lora_run, tmp_path, capsys, monkeypatch):
+    launched = SimpleNamespace(process_index=0, num_processes=1, distributed_type=DistributedType.FSDP)
+    monkeypatch.setattr(comparison, "make_accelerator", lambda *_: launched)
+    assert main(["--run", str(lora_run), "--output_dir", str(tmp_path / "out")]) == 2
+    assert "an evaluation does not shard the model: use configs/accelerate/ddp.yaml" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from torch.distributed.run import get_args_parser
 
 from fastflowgrpo import checkpoint
 from fastflowgrpo.config import save
+from fastflowgrpo.evaluate import main as evaluate
 from fastflowgrpo.processes import Processes
 
 TESTS = Path(__file__).parent
@@ -70,6 +71,13 @@ def in_processes(count, folder, output, *arguments):
     printed = [log.read_text() for log in logs]
     assert [member.exitcode for member in members] == [0] * count, "\n".join(printed)
     return [torch.load(output / f"{count}-{rank}.pt", weights_only=False) for rank in range(count)], "".join(printed)
+
+
+def launch(module, *arguments):
+    """A command in two processes."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml")]
+    command += ["--num_processes", "2", "--main_process_port", "0", "-m", module, *arguments]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def arguments_of(folder, run, mark):
@@ -244,13 +252,28 @@ def test_sharded_bfloat16_weights_keep_a_float32_adapter_and_a_ratio_of_one(two)
         assert rank["update"]["grad_norm"] > 0
 
 
+def test_two_processes_evaluate_as_one_does(two, output):
+    """5 prompts, 3 of one process and 2 of the other; missing scores."""
+    command = ["--run", str(output / "unbroken"), "--rewards", '{"processes:place_reward": 1}', "--output_dir"]
+    assert evaluate([*command, str(output / "one evaluation")]) == 0
+    done = launch("fastflowgrpo.evaluate", *command, str(output / "evaluation"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| Diversity | base | trained | difference | missing |") == 1
+    names = ("evaluation", "one evaluation")
+    found, expected = (json.loads((output / name / "evaluation.json").read_text()) for name in names)
+    assert (found["processes"], expected["processes"]) == (2, 1)
+    for column in ("base", "trained", "difference"):
+        assert_close(found[column], expected[column])
+    assert found["base"]["Scores"]["reward"]["missing"] == 1
+    assert found["difference"]["Diversity"]["latents"]["mean"] != 0
+    pictures = [np.asarray(Image.open(output / name / "grid.png"), int) for name in names]
+    assert abs(pictures[0] - pictures[1]).max() <= 1 < pictures[0].std()
+
+
 def test_a_run_of_which_a_process_is_killed_stops_and_once_resumed_is_the_unbroken_one(folder, two, output, tmp_path):
     broken = tmp_path / "run"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "ddp.yaml")]
-    launch += ["--num_processes", "2", "--main_process_port", "0"]
-    launch += ["-m", "fastflowgrpo.train", *arguments_of(folder, broken, tmp_path / "mark")]
     for success in (False, True):
-        done = subprocess.run(launch, env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT)
+        done = launch("fastflowgrpo.train", *arguments_of(folder, broken, tmp_path / "mark"))
         assert (done.returncode == 0) == success, done.stderr
         last = checkpoint.saved(broken)[-1].name
         assert last == ("checkpoint-10" if success else "checkpoint-4")
