@@ -20,9 +20,9 @@ MAX_BLOCK = 4096
 @triton.jit
 def row_value(value, row):
     """A coefficient of a row: the number itself, or an element of the tensor."""
-    value = tl.to_tensor(value)
-    if value.dtype.is_ptr():
-        value = tl.load(value + row)
+    if isinstance(value, tl.tensor):  # to the interpreter a number is none
+        if value.dtype.is_ptr():
+            value = tl.load(value + row)
     return value
 
 
@@ -124,13 +124,17 @@ def empty_rows(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def coefficients(*values: Any) -> list[Any]:
-    """The values, numbers and tensors (B,), as `row_value` reads them: tensors contiguous and float32."""
-    return [
-        value.float().contiguous()
-        if isinstance(value, Tensor) and (value.dtype is not torch.float32 or not value.is_contiguous())
-        else value
-        for value in values
-    ]
+    """The values, numbers and tensors (B,), as `row_value` reads them: tensors contiguous and float32, numbers floats,
+    since Triton makes an integer 1 a constant."""
+    rows = []
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.dtype is not torch.float32 or not value.is_contiguous():
+                value = value.float().contiguous()
+        elif value is not None:
+            value = float(value)
+        rows.append(value)
+    return rows
 
 
 def blocks(size: int) -> tuple[int, int, int]:
