@@ -106,6 +106,38 @@ PUBLISHED: Mapping[str, Mapping[str, Part]] = {
         "text_encoder": ("CLIPTextModel", {k: v for k, v in _CLIP_L[1].items() if k != "projection_dim"}),
         "text_encoder_2": ("T5EncoderModel", _T5_XXL),
     },
+    "Qwen/Qwen-Image": {
+        "pipeline": ("QwenImagePipeline", {}),
+        "transformer": (
+            "QwenImageTransformer2DModel",
+            {
+                "patch_size": 2,
+                "in_channels": 64,
+                "out_channels": 16,
+                "num_layers": 60,
+                "attention_head_dim": 128,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 3584,
+                "axes_dims_rope": (16, 56, 56),
+            },
+        ),
+        "vae": ("AutoencoderKLQwenImage", {"base_dim": 96, "z_dim": 16}),
+        "text_encoder": (
+            "Qwen2_5_VLForConditionalGeneration",
+            {
+                "text_config": {
+                    "hidden_size": 3584,
+                    "intermediate_size": 18944,
+                    "num_hidden_layers": 28,
+                    "num_attention_heads": 28,
+                    "num_key_value_heads": 4,
+                    "vocab_size": 152064,
+                },
+                "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584},
+                "tie_word_embeddings": False,
+            },
+        ),
+    },
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {
         "pipeline": ("WanPipeline", {}),
         "transformer": (

@@ -210,11 +210,12 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     rank = config.policy.lora_rank
     if rank is None:
         rank = 0 if config.model == "shapes" else 32
+    family: Any = POLICIES[model.pipeline]
     if rank:
-        family: Any = POLICIES[model.pipeline]
         _add_adapter(transformer, rank, config.policy.lora_targets or list(family.lora_targets))
     else:
         transformer.requires_grad_(True)
+    family.freeze_unread(transformer)
     trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in trained:
         # There from the second micro-batch on: no part of the pass.
@@ -363,9 +364,29 @@ def _wan(model: Architecture, config: Config, batch: int) -> Inputs:
     )
 
 
+def _qwen_image(model: Architecture, config: Config, batch: int) -> Inputs:
+    c, vae = model.transformer.config, model.vae.config
+    rollout, factor = config.rollout, 2 ** len(vae.temperal_downsample)
+    height, width = (rollout.height or 1024) // factor, (rollout.width or 1024) // factor
+    tokens, new = _tokens(config, 512), _allocator(model, batch)
+    return Inputs(
+        (c.in_channels // 4, 1, height, width),
+        {
+            "encoder_hidden_states": new(tokens, c.joint_attention_dim),
+            "encoder_hidden_states_mask": new(tokens).bool(),
+        },
+        {
+            "hidden_states": new(height * width // 4, c.in_channels),
+            "timestep": _timestep(batch),
+            "img_shapes": [[(1, height // 2, width // 2)]] * batch,
+        },
+    )
+
+
 FAMILIES: dict[str, Callable[[Architecture, Config, int], Inputs]] = {
     "StableDiffusion3Pipeline": _sd3,
     "FluxPipeline": _flux,
+    "QwenImagePipeline": _qwen_image,
     "WanPipeline": _wan,
 }
 

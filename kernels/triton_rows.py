@@ -20,9 +20,8 @@ MAX_BLOCK = 4096
 @triton.jit
 def row_value(value, row):
     """A coefficient of a row: the number itself, or an element of the tensor."""
-    if isinstance(value, tl.tensor):  # to the interpreter a number is none
-        if value.dtype.is_ptr():
-            value = tl.load(value + row)
+    if isinstance(value, tl.tensor) and value.dtype.is_ptr():  # to the interpreter a number is no tensor
+        value = tl.load(value + row)
     return value
 
 

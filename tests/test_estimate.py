@@ -2,9 +2,11 @@
 
 import re
 from collections import Counter
+from math import prod
 
 import pytest
 import torch
+from pipelines import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_wan_pipeline
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -21,7 +23,7 @@ from fastflowgrpo.config import (
     parse,
     validate,
 )
-from fastflowgrpo.estimate import estimate, measure
+from fastflowgrpo.estimate import estimate, measure, run_passes
 from fastflowgrpo.plan import batch_plan
 from fastflowgrpo.policy import load_policy
 
@@ -124,6 +126,41 @@ def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weigh
     assert found.flops["rollout"] + found.flops["decode"] == sampling.get_total_flops()
     assert found.flops["update"] + found.flops["reference"] == updating.get_total_flops()
     assert (found.flops["reference"] > 0) == (kl_weight > 0 or algorithm == "dpo")
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    ("build", "targets"),
+    [(tiny_flux_pipeline, ["to_q"]), (tiny_qwen_image_pipeline, ["to_q", "to_add_out"]), (tiny_wan_pipeline, None)],
+)
+def test_a_pass_of_each_family_is_the_real_one(build, targets, rank, tmp_path):
+    build().save_pretrained(tmp_path)
+    config = config_of(rank=rank)
+    config.model = str(tmp_path)
+    config.policy.lora_targets, config.policy.max_sequence_length = targets, 12
+    config.rollout.height, config.rollout.width = 16, 32
+    config.rollout.num_frames = 5 if build is tiny_wan_pipeline else None
+    found = run_passes(config, 2, 3, 1)
+    policy = load_policy(config.model, config.policy)
+    assert found.trained == sum(parameter.numel() for parameter in policy.trainable_parameters())
+    shape, conditioning = policy.latent_shape(16, 32, config.rollout.num_frames), policy.encode(["a cat"] * 3)
+    assert prod(found.latent_shape) == prod(shape)
+    assert found.conditioning == sum(tensor[0].nbytes for tensor in conditioning.values())
+    latents, sigma = torch.randn(3, *shape), torch.full((3,), 0.5)
+
+    def flops(count, *, backward=False):
+        with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counted, torch.set_grad_enabled(backward):
+            rows = {name: tensor[:count] for name, tensor in conditioning.items()}
+            velocity = policy.velocity(latents[:count], sigma[:count], rows)
+            if backward:
+                velocity.sum().backward()
+        return counted.get_total_flops()
+
+    assert found.forward.flops == flops(2)
+    assert found.train.flops == flops(3, backward=True)
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counted:
+        policy.decode(latents[:1])
+    assert found.decode.flops == counted.get_total_flops()
 
 
 def test_memory_of_a_pass_is_that_of_real_tensors():

@@ -61,6 +61,7 @@ class DiffusersPolicy(ABC):
             self._reference_module = deepcopy(self.module)
             self.module.requires_grad_(True)
             cast_training_params(self.module)
+        self.freeze_unread(self.module)
         if config.compile:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
             for module in (self.module, self._reference_module):
@@ -69,6 +70,10 @@ class DiffusersPolicy(ABC):
                     module._repeated_blocks = module._repeated_blocks or module._no_split_modules
                     module.compile_repeated_blocks(fullgraph=True)
         self.transformer = self.module
+
+    @staticmethod  # noqa: B027  that of a family may have nothing to freeze
+    def freeze_unread(transformer: Any) -> None:
+        """Freeze those of the trained weights that nothing depends on: DDP would wait for their gradients."""
 
     def sigmas(self, num_steps: int, shape: tuple[int, ...]) -> Tensor:
         """The schedule of the pipeline's own scheduler; `shape`, of a latent sample, has no part in it."""

@@ -1,5 +1,7 @@
 """Qwen-Image."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from diffusers import QwenImagePipeline
@@ -23,11 +25,13 @@ class QwenImagePolicy(DiffusersPolicy):
 
     def __init__(self, pipeline: QwenImagePipeline, config: PolicyConfig):
         super().__init__(pipeline, config)
-        # Nothing reads the text stream after the last block: DDP would wait for its gradients.
-        last = self.module.transformer_blocks[-1]
+        self._mean, self._std = latent_statistics(pipeline.vae)
+
+    @staticmethod
+    def freeze_unread(transformer: Any) -> None:
+        last = transformer.transformer_blocks[-1]  # nothing reads its text stream
         for part in (last.attn.to_add_out, last.txt_mlp):
             part.requires_grad_(False)
-        self._mean, self._std = latent_statistics(pipeline.vae)
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
