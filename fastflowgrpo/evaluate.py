@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from fastflowgrpo.config import ConfigError, parse_evaluation
-from fastflowgrpo.train import leave, refuse
+from fastflowgrpo.exits import leave, refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastflowgrpo.config import ConfigError
+from fastflowgrpo.exits import refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = arguments.checkpoint or last_checkpoint(arguments.run)
         print(push(arguments.run, checkpoint, arguments.repository, arguments.private or None))
     except ConfigError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return refuse(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -11,6 +11,7 @@ from dataclasses import fields
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from fastflowgrpo.config import TOKEN, ConfigError, ServerConfig
+from fastflowgrpo.exits import refuse
 
 
 def parse(argv: Sequence[str] | None = None) -> ServerConfig:
@@ -78,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when all is done
             uvicorn.Server(uvicorn.Config(create_app(rewards, config, token), log_level="warning")).run([listener])
     except ConfigError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return refuse(error)
     except KeyboardInterrupt:
         pass
     return 0

@@ -1,15 +1,12 @@
 """``python -m fastflowgrpo.train``: trains a flow-matching image model with Flow-GRPO."""
 
-import atexit
 import errno
-import os
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Sequence
 
 from fastflowgrpo.config import ConfigError, parse
+from fastflowgrpo.exits import leave, refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,28 +41,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + getattr(interrupt, "signum", signal.SIGINT)
     return 0
-
-
-def refuse(error: ConfigError) -> int:
-    """Print what the user can put right, in one line, and return the exit code for it."""
-    rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f"process {rank}: "
-    print(f"{where}error:", " ".join(str(error).split()), file=sys.stderr)
-    return 2
-
-
-def leave(main: Callable[[], int]) -> NoReturn:
-    """End the process with the exit code that `main` returns, or 1 and a traceback, after what is registered with
-    atexit. Python's own end aborts it where a reward's thread is within torch, as in a run that was interrupted."""
-    try:
-        code = main()
-    except Exception:
-        traceback.print_exc()
-        code = 1
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 if __name__ == "__main__":

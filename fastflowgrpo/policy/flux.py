@@ -1,19 +1,19 @@
 """FLUX.1: dev, which takes a guidance as an input, and schnell."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 from torch import Tensor
 
 from fastflowgrpo.config import PolicyConfig
-from fastflowgrpo.policy.base import DiffusersPolicy
-from fastflowgrpo.policy.latents import latent_size, no_frames, pack, packed_sigmas, unpack
+from fastflowgrpo.policy.packed import PackedPolicy
 from fastflowgrpo.policy.sd3 import SD3Policy
 
 
-class FluxPolicy(DiffusersPolicy):
-    """The transformer of a `FluxPipeline`. Latents are (C, H, W), packed into tokens for the transformer alone."""
+class FluxPolicy(PackedPolicy):
+    """The transformer of a `FluxPipeline`."""
 
     lora_targets = (*SD3Policy.lora_targets, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
@@ -29,26 +29,11 @@ class FluxPolicy(DiffusersPolicy):
         embeds, pooled, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=self.sequence_length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]:
-        no_frames(num_frames)
-        factor = self.pipeline.vae_scale_factor
-        default = self.pipeline.default_sample_size * factor
-        return (self.module.config.in_channels // 4, *latent_size(height, width, factor, 2, (default, default)))
-
-    def sigmas(self, num_steps: int, shape: tuple[int, ...]) -> Tensor:
-        return packed_sigmas(self.pipeline, num_steps, shape)
-
-    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    def inputs(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Any]:
         height, width = latents.shape[-2:]
         distilled = self.module.config.guidance_embeds
-        velocity = self.transformer(
-            hidden_states=pack(latents),
-            # rounded as the pipeline rounds it
-            timestep=(sigma * 1000).to(latents.dtype) / 1000,
-            guidance=torch.full_like(sigma, self.config.distilled_guidance) if distilled else None,
-            txt_ids=latents.new_zeros(conditioning["encoder_hidden_states"].shape[1], 3),
-            img_ids=self._positions(height // 2, width // 2),
-            return_dict=False,
-            **conditioning,
-        )[0]
-        return unpack(velocity, height, width)
+        return {
+            "guidance": torch.full_like(sigma, self.config.distilled_guidance) if distilled else None,
+            "txt_ids": latents.new_zeros(conditioning["encoder_hidden_states"].shape[1], 3),
+            "img_ids": self._positions(height // 2, width // 2),
+        }

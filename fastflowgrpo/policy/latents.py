@@ -1,12 +1,8 @@
-"""How several families lay out, schedule and scale their latents, in functions."""
+"""How several families lay out and scale their latents, in functions."""
 
-from copy import deepcopy
-
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan, DiffusionPipeline
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from torch import Tensor
 
 from fastflowgrpo.config import ConfigError
@@ -50,21 +46,6 @@ def pack(latents: Tensor) -> Tensor:
 def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
     """Latents (B, C, height, width) of the tokens that `pack` makes of them."""
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2)), 2)
-
-
-def packed_sigmas(pipeline: DiffusionPipeline, num_steps: int, shape: tuple[int, ...]) -> Tensor:
-    """The schedule of FLUX's and Qwen-Image's pipelines, shifted by the number of tokens of a sample (C, H, W)."""
-    scheduler = deepcopy(pipeline.scheduler)
-    config = scheduler.config
-    mu = calculate_shift(
-        shape[1] // 2 * (shape[2] // 2),
-        config.get("base_image_seq_len", 256),
-        config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5),
-        config.get("max_shift", 1.15),
-    )
-    scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-    return scheduler.sigmas.cpu()
 
 
 def latent_statistics(vae: AutoencoderKLWan | AutoencoderKLQwenImage) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,13 @@ from diffusers import QwenImagePipeline
 from torch import Tensor
 
 from fastflowgrpo.config import PolicyConfig
-from fastflowgrpo.policy.base import DiffusersPolicy
-from fastflowgrpo.policy.latents import latent_size, latent_statistics, no_frames, pack, packed_sigmas, unpack
+from fastflowgrpo.policy.latents import latent_statistics
+from fastflowgrpo.policy.packed import PackedPolicy
 from fastflowgrpo.policy.sd3 import SD3Policy
 
 
-class QwenImagePolicy(DiffusersPolicy):
-    """The transformer of a `QwenImagePipeline`. Latents are (C, H, W), packed into tokens for the transformer alone.
+class QwenImagePolicy(PackedPolicy):
+    """The transformer of a `QwenImagePipeline`.
 
     Guidance is linear, v = v_uncond + g (v_cond - v_uncond), as the step and the loss have it. The pipeline then scales
     each token's prediction back to the norm of the conditional one, which is not done here.
@@ -44,26 +44,9 @@ class QwenImagePolicy(DiffusersPolicy):
             "encoder_hidden_states_mask": F.pad(mask.bool(), (0, padding)),
         }
 
-    def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]:
-        no_frames(num_frames)
-        factor = self.pipeline.vae_scale_factor
-        default = self.pipeline.default_sample_size * factor
-        return (self.module.config.in_channels // 4, *latent_size(height, width, factor, 2, (default, default)))
-
-    def sigmas(self, num_steps: int, shape: tuple[int, ...]) -> Tensor:
-        return packed_sigmas(self.pipeline, num_steps, shape)
-
-    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    def inputs(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Any]:
         height, width = latents.shape[-2:]
-        velocity = self.transformer(
-            hidden_states=pack(latents),
-            # rounded as the pipeline rounds it
-            timestep=(sigma * 1000).to(latents.dtype) / 1000,
-            img_shapes=[[(1, height // 2, width // 2)]] * len(latents),
-            return_dict=False,
-            **conditioning,
-        )[0]
-        return unpack(velocity, height, width)
+        return {"img_shapes": [[(1, height // 2, width // 2)]] * len(latents)}
 
     def decode_part(self, latents: Tensor) -> Tensor:
         latents = latents.unsqueeze(2) * self._std + self._mean

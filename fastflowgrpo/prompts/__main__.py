@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastflowgrpo.config import ConfigError
+from fastflowgrpo.exits import refuse
 from fastflowgrpo.prompts import Prompt, load_prompts, ocr
 from fastflowgrpo.prompts.sources import GENERATORS
 
@@ -29,8 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as head, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fastflowgrpo.config import ConfigError
+from fastflowgrpo.exits import refuse
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in _table({"image": arguments.images, **columns}):
             print(row)
     except (ValueError, OSError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return refuse(error)
     return 0
 
 
