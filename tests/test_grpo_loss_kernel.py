@@ -248,6 +248,7 @@ def test_errors(change, message, kernel_device):
         grpo_step_loss(**arguments, backend="triton")
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
 @pytest.mark.parametrize("size", [15, 4100])
 def test_operation_is_well_registered(size, kernel_device):
     a = on(kernel_device, problem(dtype=torch.float32, shape=(4, size), guidance=2.0))
@@ -301,6 +302,7 @@ def test_loss_of_log_probs_against_float64(size, dtype, kernel_device):
         assert (gradient != 0).any() and (stats["clipped_above"] > 0).any() and (stats["clipped_below"] > 0).any()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
 def test_loss_of_log_probs_is_an_operation(kernel_device):
     log_prob, old_log_prob, advantage = 0.05 * torch.randn(3, 7, device=kernel_device)
     log_prob.requires_grad_()
