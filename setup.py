@@ -48,8 +48,8 @@ class CMakeBuild(build_ext):
 
 
 BUILD = ["cmake>=3.24", "ninja", "pybind11>=3"]  # as in pyproject.toml; the tests build a wheel without isolation
-TRITON = ["triton>=3.4; sys_platform == 'linux'"]
-OCR = ["rapidocr>=3.4", "onnxruntime>=1.20", "rapidfuzz>=3"]
+TRITON = ["triton>=3.6; sys_platform == 'linux'"]
+OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3"]
 PADDLE = ["paddleocr>=3", "paddlepaddle>=3", "rapidfuzz>=3"]
 SERVE = [
     "fastapi>=0.115",
@@ -77,9 +77,9 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     package_data={"fastflowgrpo.shapes": ["pipeline/**/*"]},
     install_requires=[
-        "torch>=2.8",
-        "diffusers>=0.36",
-        "transformers>=4.57",
+        "torch>=2.11",
+        "diffusers>=0.42",
+        "transformers>=5.23",
         "peft>=0.18",
         "accelerate>=1.10",
         "safetensors>=0.5",
@@ -87,7 +87,7 @@ setup(
         "scipy>=1.11",
         "pillow>=10",
         "tqdm>=4.66",
-        "urllib3>=2",
+        "urllib3>=2.5",
         "jsonargparse[signatures]>=4.53",
         "pyyaml>=6",
         "tensorboard>=2.17",
