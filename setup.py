@@ -82,7 +82,7 @@ setup(
         "transformers>=5.23",
         "peft>=0.18",
         "accelerate>=1.10",
-        "safetensors>=0.5",
+        "safetensors>=0.8",
         "numpy>=1.26",
         "scipy>=1.11",
         "pillow>=10",
