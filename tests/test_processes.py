@@ -27,6 +27,7 @@ from fastflowgrpo import checkpoint
 from fastflowgrpo.config import save
 from fastflowgrpo.evaluate import main as evaluate
 from fastflowgrpo.processes import Processes
+from fastflowgrpo.rewards import Scores
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = {
@@ -308,6 +309,40 @@ def test_shares(ranks, total):
                 assert own[ranks_view.places(begin, end)] == [index for index in own if begin <= index < end]
         shares.append(own)
     assert sorted(index for own in shares for index in own) == list(range(total))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+@pytest.mark.parametrize("total", [1, 3, 6, 12])
+def test_what_is_gathered_is_in_the_order_of_the_things(ranks, total, monkeypatch):
+    class Rank:
+        process_index, num_processes, distributed_type = 0, ranks, None
+
+    sent = []
+
+    def gather(self, value):
+        """The first call of each rank leaves its value; the next ones get them all."""
+        if len(sent) < ranks:
+            sent.append(value)
+            raise InterruptedError
+        return sent
+
+    monkeypatch.setattr(Processes, "gather", gather)
+    number = torch.arange(total * 2).view(total, 2).float()  # two copies of each thing
+    for collect in (
+        lambda view, mine: view.gather_rows({"number": mine}, total)["number"],
+        lambda view, mine: view.gather_scores(Scores(mine.flatten(), {}), total, 2).values.view(total, 2),
+        lambda view, mine: (
+            view.gather_scores(Scores(-mine.flatten(), {"number": mine.flatten()}), total, 2)
+            .details["number"]
+            .view(total, 2)
+        ),
+    ):
+        sent.clear()
+        for Rank.process_index in range(ranks):
+            view = Processes(Rank)
+            with pytest.raises(InterruptedError):
+                collect(view, number[view.padded(total)])
+        assert torch.equal(collect(view, number[view.padded(total)]), number)
 
 
 def launched(name, *arguments):

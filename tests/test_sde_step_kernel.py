@@ -29,6 +29,13 @@ def coefficients(batch_size, device):
     return torch.rand(3, batch_size, generator=torch.Generator().manual_seed(3)).add(0.1).to(device)
 
 
+def test_numbers_reach_the_kernels_as_floats():
+    """Compiled, an integer 1 would be a constant, which has none of a tensor's methods."""
+    rows = triton_rows.coefficients(1, 0.5, None, torch.ones(4, dtype=torch.float64)[::2])
+    assert [type(row) for row in rows] == [float, float, type(None), torch.Tensor]
+    assert rows[:2] == [1, 0.5] and rows[3].dtype == torch.float32 and rows[3].is_contiguous()
+
+
 @pytest.mark.parametrize("guidance", [None, 4.5])
 @pytest.mark.parametrize("source", ["noise", "seed", "prev_sample"])
 @pytest.mark.parametrize("shape", SHAPES)
