@@ -35,13 +35,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastflowgrpo.advantages import group_advantages
 from fastflowgrpo.config import Config, parse
 from fastflowgrpo.kernels.philox import philox_normal
+from fastflowgrpo.learning.advantages import group_advantages
 from fastflowgrpo.policy.sd3 import SD3Policy
-from fastflowgrpo.reporting import PACKAGES
 from fastflowgrpo.rewards import RewardBatch
-from fastflowgrpo.rollout import sample_seeds
+from fastflowgrpo.runs.files import PACKAGES
+from fastflowgrpo.sampling.rollout import sample_seeds
 from fastflowgrpo.trainer import Trainer, group_seed
 
 # What each recipe sets in the rollout and in the update: the paper's, and the window without guidance or KL.
@@ -129,7 +129,7 @@ class EagerEpoch:
         trainer, config = self.trainer, self.config
         self.seconds.clear()
         rollout, size, device = config.rollout, config.rollout.group_size, trainer.policy.device
-        prompts = trainer.choose(epoch)
+        prompts = trainer.epoch_prompts(epoch)
         groups_at_once = rollout.batch_size // size
         start = rollout.window_start[0] if rollout.window_size else 0
         window = range(start, start + trainer.window_size)
@@ -216,7 +216,7 @@ def run_ours(trainer: Trainer, epoch: int) -> dict[str, float]:
     trainer.report.seconds.clear()
     batch, _ = trainer.collect(epoch)
     with trainer.report.phase("update"):
-        trainer.accumulate(batch, trainer.objective.units(batch, 0, len(batch.advantages)))
+        trainer.accumulate(batch, trainer.objective.micro_batches(batch, 0, len(batch.advantages)))
     return dict(trainer.report.seconds)
 
 

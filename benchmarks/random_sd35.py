@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastflowgrpo import architectures
+from fastflowgrpo.planning import architectures
 from fastflowgrpo.shapes import PIPELINE
 
 Configs = Mapping[str, Mapping[str, Any]]

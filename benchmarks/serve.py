@@ -22,7 +22,7 @@ import torch
 import urllib3
 
 from fastflowgrpo.rewards import RewardBatch
-from fastflowgrpo.rewards.remote import RemoteReward
+from fastflowgrpo.scoring.client import RemoteReward
 
 
 def instant(batch: RewardBatch) -> list[float]:

@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastflowgrpo.advantages import group_advantages
     from fastflowgrpo.config import Config
     from fastflowgrpo.kernels.grpo_loss import grpo_loss, grpo_step_loss
     from fastflowgrpo.kernels.sde_step import gaussian_log_prob, sde_step
+    from fastflowgrpo.learning.advantages import group_advantages
     from fastflowgrpo.policy import load_policy
-    from fastflowgrpo.rollout import Trajectory
-    from fastflowgrpo.scheduler import FlowSDEScheduler
+    from fastflowgrpo.sampling.rollout import Trajectory
+    from fastflowgrpo.sampling.scheduler import FlowSDEScheduler
     from fastflowgrpo.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -31,11 +31,11 @@ __all__ = [
 
 _MODULES = {
     "Config": "config",
-    "FlowSDEScheduler": "scheduler",
+    "FlowSDEScheduler": "sampling.scheduler",
     "Trainer": "trainer",
-    "Trajectory": "rollout",
+    "Trajectory": "sampling.rollout",
     "gaussian_log_prob": "kernels.sde_step",
-    "group_advantages": "advantages",
+    "group_advantages": "learning.advantages",
     "grpo_loss": "kernels.grpo_loss",
     "grpo_step_loss": "kernels.grpo_loss",
     "load_policy": "policy",

@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from fastflowgrpo.config import ConfigError, parse_evaluation
-from fastflowgrpo.exits import leave, refuse
+from fastflowgrpo.config import parse_evaluation
+from fastflowgrpo.console import leave, refuse
+from fastflowgrpo.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,10 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_evaluation(argv)
         # Only now, so that --help and a wrong setting do not wait for torch.
-        from fastflowgrpo.comparison import evaluate
+        from fastflowgrpo.evaluation.comparison import evaluate
 
         evaluate(config)
-    except ConfigError as error:
+    except UserError as error:
         return refuse(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

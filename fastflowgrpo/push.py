@@ -5,8 +5,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastflowgrpo.config import ConfigError
-from fastflowgrpo.exits import refuse
+from fastflowgrpo.console import refuse
+from fastflowgrpo.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,13 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         # Only now, so that --help and a wrong argument do not wait for torch.
-        from fastflowgrpo.modelcard import check_push, push
-        from fastflowgrpo.policy.trained import last_checkpoint
+        from fastflowgrpo.runs.checkpoints import last_checkpoint
+        from fastflowgrpo.runs.hub import check_push, push
 
         check_push(arguments.repository)
         checkpoint = arguments.checkpoint or last_checkpoint(arguments.run)
         print(push(arguments.run, checkpoint, arguments.repository, arguments.private or None))
-    except ConfigError as error:
+    except UserError as error:
         return refuse(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

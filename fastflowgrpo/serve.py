@@ -10,38 +10,39 @@ from dataclasses import fields
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from fastflowgrpo.config import TOKEN, ConfigError, ServerConfig
-from fastflowgrpo.exits import refuse
+from fastflowgrpo.config import TOKEN, ServerConfig
+from fastflowgrpo.console import refuse
+from fastflowgrpo.errors import UserError
 
 
 def parse(argv: Sequence[str] | None = None) -> ServerConfig:
-    """Reads the settings of a server from the command line; ConfigError for what is wrong."""
+    """Reads the settings of a server from the command line; UserError for what is wrong."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="python -m fastflowgrpo.serve", exit_on_error=False)
     parser.add_class_arguments(ServerConfig)
     try:
         config = ServerConfig(**parser.parse_args(argv).as_dict())
     except ArgumentError as error:
-        raise ConfigError(str(error)) from error
+        raise UserError(str(error)) from error
     for setting in fields(config):
         value, least = getattr(config, setting.name), 0 if setting.name in ("port", "delay") else 1
         if setting.type in (int, float) and not value >= least:
-            raise ConfigError(f"{setting.name}: must be at least {least}, got {value}")
+            raise UserError(f"{setting.name}: must be at least {least}, got {value}")
     if config.port > 65535:
-        raise ConfigError(f"port: must be at most 65535, got {config.port}")
+        raise UserError(f"port: must be at most 65535, got {config.port}")
     return config
 
 
 def listen(config: ServerConfig, token: str | None) -> socket.socket:
-    """The socket that the server answers on; ConfigError if it must not or cannot."""
+    """The socket that the server answers on; UserError if it must not or cannot."""
     local = config.host == "localhost" or (_is_address(config.host) and ipaddress.ip_address(config.host).is_loopback)
     if not local and not token:
-        raise ConfigError(f"host: {config.host} can be reached from other machines; set a token in {TOKEN}")
+        raise UserError(f"host: {config.host} can be reached from other machines; set a token in {TOKEN}")
     try:
         family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
         listener = socket.create_server((config.host, config.port), family=family, backlog=1024)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error}") from error
+        raise UserError(f"cannot listen on {config.host}:{config.port}: {error}") from error
     # asyncio sets it only on sockets that it makes itself; without it each answer waits 40 ms for the client's ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
@@ -65,20 +66,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             import uvicorn
 
-            from fastflowgrpo.rewards.server import create_app
+            from fastflowgrpo.scoring.server import create_app
         except ImportError as error:
-            raise ConfigError(f'{error}; install it with: pip install "fastflowgrpo[serve]"') from error
+            raise UserError(f'{error}; install it with: pip install "fastflowgrpo[serve]"') from error
         named = config.rewards
         try:
             rewards = build_rewards(dict.fromkeys(named.split(","), 1) if isinstance(named, str) else named).rewards
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise UserError(str(error)) from error
         with listen(config, token) as listener:
             host, port = listener.getsockname()[:2]
             print(f"serving {', '.join(rewards)} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
             signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when all is done
             uvicorn.Server(uvicorn.Config(create_app(rewards, config, token), log_level="warning")).run([listener])
-    except ConfigError as error:
+    except UserError as error:
         return refuse(error)
     except KeyboardInterrupt:
         pass

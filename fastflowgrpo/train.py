@@ -5,8 +5,9 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from fastflowgrpo.config import ConfigError, parse
-from fastflowgrpo.exits import leave, refuse
+from fastflowgrpo.config import parse
+from fastflowgrpo.console import leave, refuse
+from fastflowgrpo.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,15 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(argv)
         # Only now, so that --help and a wrong setting do not wait for torch.
         if config.dry_run:
-            from fastflowgrpo.estimate import estimate
-            from fastflowgrpo.plan import launched_processes
+            from fastflowgrpo.planning.estimate import estimate
+            from fastflowgrpo.planning.plan import launched_processes
 
             print(estimate(config, config.num_processes or launched_processes()))
             return 0
         from fastflowgrpo.trainer import Trainer
 
         Trainer(config).run()
-    except ConfigError as error:
+    except UserError as error:
         return refuse(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):

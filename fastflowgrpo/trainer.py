@@ -14,32 +14,37 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from fastflowgrpo import checkpoint
-from fastflowgrpo.advantages import group_advantages
-from fastflowgrpo.config import POLICY_GRADIENTS, Config, ConfigError, validate
-from fastflowgrpo.evaluation import Samples, sample_and_score
-from fastflowgrpo.modelcard import CARD, check_push, push, write_card
-from fastflowgrpo.objective import Batch, Objective, sample_weights
-from fastflowgrpo.plan import batch_plan
+from fastflowgrpo.config import POLICY_GRADIENTS, Config, validate
+from fastflowgrpo.console import progress
+from fastflowgrpo.distributed import Processes, full_tensor, make_accelerator, mark_collective, override_state_dict
+from fastflowgrpo.errors import UserError
+from fastflowgrpo.evaluation.sampling import Samples, sample_and_score
+from fastflowgrpo.evaluation.summary import Evaluation
+from fastflowgrpo.learning.advantages import group_advantages
+from fastflowgrpo.learning.objective import Batch, Objective, sample_weights
+from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
-from fastflowgrpo.processes import Processes, everywhere, make_accelerator, showing, whole
 from fastflowgrpo.prompts import Prompt, epoch_prompts
 from fastflowgrpo.prompts.geneval import MIX
 from fastflowgrpo.prompts.sources import run_prompts
-from fastflowgrpo.reporting import Evaluation, Report, check_output, progress
 from fastflowgrpo.rewards import Scores, build_rewards
-from fastflowgrpo.rewards.scoring import Scoring
-from fastflowgrpo.rollout import Trajectory, sample_groups, sliding_start, window_starts
-from fastflowgrpo.sde import step_coefficients
-from fastflowgrpo.signals import Signals
+from fastflowgrpo.runs import checkpoints, resume, training_state
+from fastflowgrpo.runs.hub import check_push, push
+from fastflowgrpo.runs.model_card import CARD, write_card
+from fastflowgrpo.runs.report import Report
+from fastflowgrpo.runs.resume import check_output
+from fastflowgrpo.runs.signals import Signals
+from fastflowgrpo.sampling.coefficients import step_coefficients
+from fastflowgrpo.sampling.rollout import Trajectory, sample_groups, sliding_start, window_starts
+from fastflowgrpo.scoring.pipeline import Scoring
 
 
 class Trainer:
     """Trains `config.model` as `config` says; `run` does all of it.
 
     Raises:
-        ConfigError: for everything that the user can put right, before anything is sampled.
+        UserError: for everything that the user can put right, before anything is sampled.
     """
 
     def __init__(self, config: Config):
@@ -47,34 +52,32 @@ class Trainer:
         available = [tracker.value for tracker in get_available_trackers()]
         for tracker in config.trackers:
             if tracker not in available:
-                raise ConfigError(
-                    f'trackers: "{tracker}" is unknown or not installed; there are: {", ".join(available)}'
-                )
+                raise UserError(f'trackers: "{tracker}" is unknown or not installed; there are: {", ".join(available)}')
         self.config = config
         self.accelerator = make_accelerator(config.trackers, config.output_dir)
         self.processes = Processes(self.accelerator)
         resumed = self.processes.on_main(lambda: _checked_output(config))
         if resumed and self.processes.steps_in_backward:
-            raise ConfigError("resume: DeepSpeed keeps its optimiser to itself; use configs/accelerate/fsdp2.yaml")
+            raise UserError("resume: DeepSpeed keeps its optimiser to itself; use configs/accelerate/fsdp2.yaml")
         set_seed(config.seed)
         if (hub := config.hub_model_id) is not None:
             self.processes.on_main(lambda: check_push(hub))
         self.train_prompts, self.eval_prompts = run_prompts(config)
         self.prompt_digests = {
-            "prompts.train": checkpoint.digest(self.train_prompts),
-            "prompts.eval": checkpoint.digest(self.eval_prompts),
+            "prompts.train": resume.digest(self.train_prompts),
+            "prompts.eval": resume.digest(self.eval_prompts),
         }
         if resumed:
             resumed.check_prompts(self.prompt_digests)
         try:
-            self.choose(0)
+            self.epoch_prompts(0)
         except ValueError as error:
-            raise ConfigError(f"prompts.{error}") from error
+            raise UserError(f"prompts.{error}") from error
         try:
             self.rewards = build_rewards(config.rewards)
             self.rewards.check_prompts([*self.train_prompts, *self.eval_prompts])
         except ValueError as error:
-            raise ConfigError(str(error)) from error
+            raise UserError(str(error)) from error
         self.plan = batch_plan(config, self.processes.count)
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(config.rollout.height, config.rollout.width, config.rollout.num_frames)
@@ -109,11 +112,11 @@ class Trainer:
         self.signals = Signals(self.processes)
         self.epoch = self.step = 0
         if resumed:
-            checkpoint.load_training(resumed, self.named_parameters(), self.optimizer, self.ema)
-            checkpoint.load_rng(resumed, self.processes.rank, self.accelerator.device)
+            training_state.load_training(resumed, self.named_parameters(), self.optimizer, self.ema)
+            training_state.load_rng(resumed, self.processes.rank, self.accelerator.device)
             self.epoch, self.step = resumed.epoch, resumed.step
         self.saved_step = self.step
-        self.at_rest()
+        self.mark_epoch_boundary()
         self.report = Report(config, self.accelerator, self.plan, sum(p.numel() for p in self.parameters), resumed)
 
     def run(self) -> None:
@@ -128,7 +131,7 @@ class Trainer:
                 self._run()
             except BaseException as error:
                 try:
-                    if self.step == self.rest_step and self.processes.all_raise(error):
+                    if self.step == self.boundary_step and self.processes.is_collective(error):
                         self.save()
                 finally:
                     self.report.stopped()
@@ -144,7 +147,7 @@ class Trainer:
             due = self.epoch == 0 or last or (config.evaluation.every and self.epoch % config.evaluation.every == 0)
             if due and self.report.evaluated_at != self.step:
                 self.evaluate()
-                self.at_rest()
+                self.mark_epoch_boundary()
             if last or (config.save_every and self.epoch % config.save_every == 0):
                 self.save()
             if last:
@@ -156,23 +159,23 @@ class Trainer:
                 metrics |= self.update(batch)
             self.report.epoch(self.epoch, self.step, metrics)
             self.epoch += 1
-            self.at_rest()
+            self.mark_epoch_boundary()
 
-    def at_rest(self) -> None:
+    def mark_epoch_boundary(self) -> None:
         """Between two epochs. Until the next update only the random numbers change, and these are kept."""
-        self.rest_step = self.step
-        self.rng = checkpoint.rng_state(self.accelerator.device)
+        self.boundary_step = self.step
+        self.rng = training_state.rng_state(self.accelerator.device)
 
     def collect(self, epoch: int) -> tuple[Batch, dict[str, float]]:
         """Sample and score this process's groups of an epoch; the metrics are of all, and so is what advantages are
         relative to."""
         config, size = self.config, self.config.rollout.group_size
-        chosen = self.choose(epoch)
+        chosen = self.epoch_prompts(epoch)
         trajectory, conditioning, unconditional, scores = self.signals.interruptible(self.sample, epoch, chosen)
         scores = self.processes.gather_scores(scores, len(chosen), size)
         rewards, missing = scores.values, int(scores.values.isnan().sum())
         if missing == len(rewards) or missing > config.max_missing * len(rewards):
-            raise everywhere(
+            raise mark_collective(
                 RuntimeError(
                     f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
                     f"max_missing allows a share of {config.max_missing:g}; the last error: {scores.error}"
@@ -189,7 +192,7 @@ class Trainer:
             )
         else:
             advantages = sample_weights(config.update.algorithm, rewards, size, config.update.rwr_temperature)
-        advantages = advantages.view(-1, size)[self.processes.own(len(chosen))].flatten()
+        advantages = advantages.view(-1, size)[self.processes.rank_indices(len(chosen))].flatten()
         metrics = {
             "reward": rewards.nanmean().item(),
             "missing": missing,
@@ -203,7 +206,7 @@ class Trainer:
         """The trajectories of this process's groups, the conditioning of each and the unconditional, the scores."""
         config, size = self.config, self.config.rollout.group_size
         groups_at_once = config.rollout.batch_size // size
-        dealt = self.processes.padded(len(chosen))
+        dealt = self.processes.padded_rank_indices(len(chosen))
         chosen, seeds = [chosen[i] for i in dealt], [group_seed(config.seed, epoch, group) for group in dealt]
         with self.report.phase("encode"):
             conditioning = self.embed([prompt.text for prompt in chosen])
@@ -219,7 +222,7 @@ class Trainer:
                         self.policy,
                         {name: tensor[groups] for name, tensor in conditioning.items()},
                         self.coefficients,
-                        self.starts(epoch, seeds[groups]),
+                        self.window_starts(epoch, seeds[groups]),
                         self.window_size,
                         size,
                         seeds[groups],
@@ -247,16 +250,19 @@ class Trainer:
         config, size = self.config.update, self.config.rollout.group_size
         share = self.config.prompts.per_epoch // config.per_epoch
         if self.processes.steps_in_backward:
-            self.rest_step = -1  # the state is that of no whole epoch before `step` says so
+            self.boundary_step = -1  # the state is that of no whole epoch before `step` says so
         statistics: list[dict[str, Tensor]] = []
         for number in range(config.per_epoch):
-            groups = self.processes.places(number * share, (number + 1) * share)
-            units = self.objective.units(batch, groups.start * size, (groups.stop - groups.start) * size)
-            found = self.accumulate(batch, units)
+            groups = self.processes.local_slice(number * share, (number + 1) * share)
+            micro_batches = self.objective.micro_batches(
+                batch, groups.start * size, (groups.stop - groups.start) * size
+            )
+            found = self.accumulate(batch, micro_batches)
             if found:
-                norm = whole(torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)))
+                total_norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                norm = full_tensor(torch.as_tensor(total_norm))
                 if not math.isfinite(norm):
-                    raise everywhere(
+                    raise mark_collective(
                         FloatingPointError(
                             "the gradient is not finite: lower update.learning_rate or use another policy.dtype"
                         )
@@ -274,10 +280,10 @@ class Trainer:
         return _flush(self.processes.gather({name: tensor.cpu() for name, tensor in _joined(statistics).items()}))
 
     def accumulate(self, batch: Batch, micro_batches: list[tuple[Tensor, Tensor]]) -> list[dict[str, Tensor]]:
-        """Leave the gradient of the mean loss over the units of all processes; the statistics of this one's
+        """Leave the gradient of the mean loss over the pairs of all processes; the statistics of this one's
         micro-batches stay on the device. Without a unit on any process, nothing happens and [] is returned."""
         counts = self.processes.gather((sum(len(rows) for rows, _ in micro_batches), len(micro_batches)))
-        count, passes = sum(units for units, _ in counts), max(number for _, number in counts)
+        count, passes = sum(pairs for pairs, _ in counts), max(number for _, number in counts)
         if not count:
             return []
         mean = self.processes.count / count  # of the processes' gradients too the mean is taken
@@ -291,13 +297,13 @@ class Trainer:
                     self.accelerator.backward(scale * loss.sum())
                     statistics.append(stats)
                 else:
-                    self.accelerator.backward(0 * self.filler(batch).sum())
+                    self.accelerator.backward(0 * self.dummy_loss(batch).sum())
         for parameter in self.parameters:
             if parameter.grad is not None:
                 parameter.grad *= mean / scale
         return statistics
 
-    def filler(self, batch: Batch) -> Tensor:
+    def dummy_loss(self, batch: Batch) -> Tensor:
         """The loss of a unit that does not count, for a process that has none left while another has: sharded weights
         are brought together in every pass."""
         first, none = torch.zeros(1, dtype=torch.int64), torch.zeros(len(batch.trajectory.final))
@@ -306,7 +312,7 @@ class Trainer:
     def check_replay(self, batch: Batch) -> None:
         """Replay some of the update's micro-batches with the weights that sampled them: they must find the log-probs of
         the rollout. Every trained step takes part, and the last micro-batch, which may be smaller than the others."""
-        micro_batches = self.objective.units(batch, 0, len(batch.advantages))
+        micro_batches = self.objective.micro_batches(batch, 0, len(batch.advantages))
         found: list[tuple[Tensor, Tensor]] = []
         if micro_batches:
             first = micro_batches[0][0]
@@ -315,7 +321,7 @@ class Trainer:
                 found.append((batch.trajectory.steps[rows, slots], stats["log_prob_difference"].abs().cpu()))
         else:
             for _ in range(2):
-                self.filler(batch)
+                self.dummy_loss(batch)
         everyones = [pair for pairs in self.processes.gather(found) for pair in pairs]
         if everyones:
             self.report.replay(*(torch.cat(tensors) for tensors in zip(*everyones, strict=True)))
@@ -324,8 +330,8 @@ class Trainer:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
         with self.report.phase("evaluate"), self.averaged_weights():
             samples = self.signals.interruptible(self.sample_evaluation)
-        scores = self.processes.gather_scores(samples.scores, len(self.eval_prompts), samples.copies)
-        evaluation = Evaluation.of(self.eval_prompts, samples.images, scores, samples.copies, self.processes)
+        scores = self.processes.gather_scores(samples.scores, len(self.eval_prompts), samples.images_per_prompt)
+        evaluation = Evaluation.of(self.eval_prompts, samples.images, scores, samples.images_per_prompt, self.processes)
         self.report.evaluated(evaluation, self.step)
 
     def sample_evaluation(self) -> Samples:
@@ -336,10 +342,10 @@ class Trainer:
             self.policy,
             self.embed,
             self.scoring,
-            [(i, self.eval_prompts[i]) for i in self.processes.padded(len(self.eval_prompts))],
+            [(i, self.eval_prompts[i]) for i in self.processes.padded_rank_indices(len(self.eval_prompts))],
             self.shape,
             num_steps=config.num_steps,
-            copies=config.images_per_prompt,
+            images_per_prompt=config.images_per_prompt,
             batch_size=config.batch_size,
             guidance_scale=guidance,
         )
@@ -350,28 +356,28 @@ class Trainer:
             return
         rngs = self.processes.gather(self.rng)
         optimizer = None if self.processes.steps_in_backward else self.optimizer
-        state = checkpoint.training_state(self.named_parameters(), optimizer, self.ema)
-        state = {name: self.processes.whole_on_main(tensors) for name, tensors in state.items()}
+        state = training_state.training_state(self.named_parameters(), optimizer, self.ema)
+        state = {name: self.processes.full_on_main(tensors) for name, tensors in state.items()}
         module = self.accelerator.unwrap_model(self.policy.transformer)
         averages = self.ema.optimization_step if self.ema is not None else None
 
         def write(folder: Path) -> None:
-            with showing(module, state["ema"] if averages else state["weights"]):
+            with override_state_dict(module, state["ema"] if averages else state["weights"]):
                 self.policy.save(folder)
             if averages is not None:
-                with showing(module, state["weights"]):
+                with override_state_dict(module, state["weights"]):
                     self.policy.save(folder / "raw")
-            checkpoint.save_training(folder / "training", state, averages, rngs, self.report.rows)
+            training_state.save_training(folder / "training", state, averages, rngs, self.report.rows)
 
         manifest = {
             "epoch": self.epoch,
             "run_id": self.report.run_id,
             "wall_s": self.report.wall(),
-            "config": checkpoint.plain(self.config),
+            "config": resume.plain(self.config),
             "prompts": self.prompt_digests,
         }
         output, limit = self.config.output_dir, self.config.checkpoints_total_limit
-        self.processes.on_main(lambda: checkpoint.save(output, limit, write, manifest, self.step))
+        self.processes.on_main(lambda: checkpoints.save(output, limit, write, manifest, self.step))
         self.saved_step = self.step
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
@@ -386,13 +392,13 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         run = Path(self.config.output_dir)
-        last = checkpoint.saved(run)[-1]
+        last = checkpoints.saved(run)[-1]
         card = last / CARD
         print(f"{'card':8} {card if card.is_file() else write_card(run, last)}")
         if self.config.hub_model_id is not None:
             try:
                 print(f"{'hub':8} {push(run, last, self.config.hub_model_id, self.config.hub_private)}")
-            except ConfigError as error:
+            except UserError as error:
                 print(f"warning: {error}", file=sys.stderr)
 
     @contextmanager
@@ -408,14 +414,14 @@ class Trainer:
         finally:
             self.ema.restore(self.parameters)
 
-    def starts(self, epoch: int, seeds: list[int]) -> list[int]:
+    def window_starts(self, epoch: int, seeds: list[int]) -> list[int]:
         """The first trained step of each group."""
         rollout, (low, high) = self.config.rollout, self.window_start
         if rollout.window_stride:
             return [sliding_start(low, high, rollout.window_stride, rollout.window_epochs, epoch)] * len(seeds)
         return window_starts(low, high, seeds)
 
-    def choose(self, epoch: int) -> list[Prompt]:
+    def epoch_prompts(self, epoch: int) -> list[Prompt]:
         """The prompts of an epoch's groups."""
         tags = {prompt.metadata.get("tag") for prompt in self.train_prompts}
         mix = self.config.prompts.mix or {tag: weight for tag, weight in MIX.items() if tag in tags} or None
@@ -432,19 +438,19 @@ def group_seed(seed: int, epoch: int, group: int) -> int:
     return int(np.random.SeedSequence((seed, epoch, group)).generate_state(1)[0])
 
 
-def _checked_output(config: Config) -> checkpoint.Checkpoint | None:
+def _checked_output(config: Config) -> checkpoints.Checkpoint | None:
     """The checkpoint to go on from, once it is known that the output folder may be written."""
-    resumed = checkpoint.find(config)
+    resumed = resume.find(config)
     check_output(config, resumed)
     return resumed
 
 
 def _flush(statistics: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means over an epoch's units, and the ratio's extremes, of statistics on the CPU."""
+    """Means over an epoch's pairs, and the ratio's extremes, of statistics on the CPU."""
     joined = _joined(statistics)
     if not joined:
         return {"trained_pairs": 0}
-    units = max(len(tensor) for tensor in joined.values())
+    pairs = max(len(tensor) for tensor in joined.values())
     difference = joined.pop("log_prob_difference", None)
     values = {name: tensor.mean() for name, tensor in joined.items()}
     if difference is not None:
@@ -454,7 +460,7 @@ def _flush(statistics: list[dict[str, Tensor]]) -> dict[str, float]:
             "ratio_max": ratio.max(),
             "approx_kl": (ratio - 1 - difference).mean(),
         }
-    return {"trained_pairs": units, **{name: value.item() for name, value in values.items()}}
+    return {"trained_pairs": pairs, **{name: value.item() for name, value in values.items()}}
 
 
 def _joined(statistics: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -5,20 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from pipelines import tiny_sd3_pipeline
 from safetensors.torch import load_file
+from support.pipelines import tiny_sd3_pipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastflowgrpo import Config, Trainer
-from fastflowgrpo.config import (
-    ConfigError,
-    EvaluationConfig,
-    PolicyConfig,
-    PromptsConfig,
-    RolloutConfig,
-    UpdateConfig,
-    save,
-)
+from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig, save
+from fastflowgrpo.errors import UserError
 from fastflowgrpo.rewards import Scores
 from fastflowgrpo.train import main
 from fastflowgrpo.trainer import group_seed
@@ -64,13 +57,13 @@ def disturb(trainer, scale=0.05):
 
 
 def all_stats(trainer, batch):
-    units = trainer.objective.units(batch, 0, len(batch.advantages))
+    units = trainer.objective.micro_batches(batch, 0, len(batch.advantages))
     stats = [trainer.objective.loss(batch, rows, slots)[1] for rows, slots in units]
     return {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
 
 
 def gradient(trainer, batch):
-    trainer.accumulate(batch, trainer.objective.units(batch, 0, len(batch.advantages)))
+    trainer.accumulate(batch, trainer.objective.micro_batches(batch, 0, len(batch.advantages)))
     flat = torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
     trainer.optimizer.zero_grad()
     return flat
@@ -101,7 +94,7 @@ def test_an_update_moves_the_ratio_and_the_log_prob_of_better_samples_rises(fold
     batch, _ = trainer.collect(0)
     trainer.update(batch)
     difference = all_stats(trainer, batch)["log_prob_difference"]
-    rows = torch.cat([rows for rows, _ in trainer.objective.units(batch, 0, 8)])
+    rows = torch.cat([rows for rows, _ in trainer.objective.micro_batches(batch, 0, 8)])
     assert difference.abs().max() > 1e-6
     assert float((difference * batch.advantages[rows]).sum()) > 0
 
@@ -131,7 +124,7 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(folder, tmp_path
     (tmp_path / "run" / "images").mkdir(parents=True)
     (tmp_path / "run" / "images" / "step-000000.png").touch()
     (tmp_path / "run" / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match="holds a run already"):
+    with pytest.raises(UserError, match="holds a run already"):
         Trainer(config_of(folder, tmp_path))
     Trainer(config_of(folder, tmp_path, overwrite=True))
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"thesis.tex", "config.yaml", "images"}
@@ -152,7 +145,7 @@ def test_a_missing_score_and_a_group_of_equal_rewards_are_left_out(folder, tmp_p
     trainer = Trainer(config_of(folder, tmp_path))
     batch, _ = trainer.collect(0)
     advantages = torch.tensor([1.0, float("nan"), -1.0, 2.0, 0, 0, 0, 0])
-    pairs = trainer.objective.units(replace(batch, advantages=advantages), 0, 8)
+    pairs = trainer.objective.micro_batches(replace(batch, advantages=advantages), 0, 8)
     assert torch.cat([rows for rows, _ in pairs]).tolist() == [0, 2, 3, 0, 2, 3]
     assert torch.cat([slots for _, slots in pairs]).tolist() == [0, 0, 0, 1, 1, 1]
     before = [p.detach().clone() for p in trainer.parameters]
@@ -177,7 +170,7 @@ def test_a_gradient_that_is_not_finite_and_an_epoch_without_a_score_stop_the_run
 def test_a_reward_that_raises_costs_its_images_and_too_many_of_them_stop_the_run(folder, tmp_path, capsys):
     trainer = Trainer(config_of(folder, tmp_path, batch_size=4, max_missing=0.5))
     (thread,) = trainer.scoring.threads.values()
-    score, failing = thread.reward, {trainer.choose(0)[1].text}
+    score, failing = thread.reward, {trainer.epoch_prompts(0)[1].text}
 
     def reward(batch):
         if failing & set(batch.prompts):
@@ -191,7 +184,7 @@ def test_a_reward_that_raises_costs_its_images_and_too_many_of_them_stop_the_run
     assert metrics["reward"] == pytest.approx(float(metrics["jpeg_compressibility"]), abs=1e-6) != 0
     assert trainer.update(batch)["trained_pairs"] == 4 * 2
     assert "reward jpeg_compressibility: 4 images not scored: KeyError: 'lost'" in capsys.readouterr().out
-    failing.update(prompt.text for prompt in trainer.choose(1))
+    failing.update(prompt.text for prompt in trainer.epoch_prompts(1))
     message = (
         "^8 of the 8 images of epoch 1 have no score; max_missing allows a share of 0.5; "
         "the last error: reward jpeg_compressibility: KeyError: 'lost'$"
@@ -219,7 +212,7 @@ def test_only_the_conditional_branch_carries_gradient(folder, tmp_path):
     batch, _ = trainer.collect(0)
     with_gradient = []
     trainer.policy.module.register_forward_hook(lambda m, i, output: with_gradient.append(output[0].requires_grad))
-    rows, slots = trainer.objective.units(batch, 0, 8)[0]
+    rows, slots = trainer.objective.micro_batches(batch, 0, 8)[0]
     trainer.objective.loss(batch, rows, slots)
     assert with_gradient == [False, False, False, True]
 
@@ -238,7 +231,7 @@ def test_a_replay_with_a_wrong_schedule_is_refused(folder, tmp_path):
     batch, _ = trainer.collect(0)
     trainer.check_replay(batch)
     batch.trajectory.steps = batch.trajectory.steps + 1
-    with pytest.raises(ConfigError, match="replayed log-probs differ"):
+    with pytest.raises(UserError, match="replayed log-probs differ"):
         trainer.check_replay(batch)
 
 

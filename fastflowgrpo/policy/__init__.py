@@ -11,7 +11,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from fastflowgrpo.config import ConfigError, PolicyConfig
+from fastflowgrpo.config import PolicyConfig
+from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.flux import FluxPolicy
 from fastflowgrpo.policy.qwen_image import QwenImagePolicy
 from fastflowgrpo.policy.sd3 import SD3Policy
@@ -78,7 +79,7 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
         device: where it runs.
 
     Raises:
-        ConfigError: if there is no such pipeline or its family is not supported.
+        UserError: if there is no such pipeline or its family is not supported.
     """
     if config.lora_rank is None and config.lora is None:
         config = replace(config, lora_rank=0 if model == "shapes" else 32)
@@ -88,7 +89,7 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
         index = DiffusionPipeline.load_config(model)
         name = index["_class_name"]
         if name not in FAMILIES:
-            raise ConfigError(
+            raise UserError(
                 f'model "{model}" is a {name}; supported: {", ".join(FAMILIES)}. '
                 "docs/models.md says how to add a family"
             )
@@ -98,7 +99,7 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
         pipeline = pipeline_class.from_pretrained(model, dtype=getattr(torch, config.dtype), **dict.fromkeys(absent))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
+        raise UserError(
             f'model "{model}" is neither a diffusers folder nor a hub id that can be read ({reason}); '
             "a gated model needs `hf auth login`"
         ) from error

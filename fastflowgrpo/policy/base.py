@@ -15,7 +15,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 
-from fastflowgrpo.config import ConfigError, PolicyConfig
+from fastflowgrpo.config import PolicyConfig
+from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.lora import add_lora, load_lora, save_lora
 
 # Compiled blocks are specialised for the adapter on and off, for batch shapes and for blocks that are built otherwise:
@@ -158,7 +159,7 @@ class DiffusersPolicy(ABC):
     def _set_attention(self, name: str) -> None:
         processors: list[Any] = list(self.module.attn_processors.values())
         if not any(hasattr(processor, "_attention_backend") for processor in processors):
-            raise ConfigError(
+            raise UserError(
                 f"policy.attention: {type(self.module).__name__} does not use diffusers' attention dispatcher, so it "
                 f"has no choice of backends; leave {name} out"
             )
@@ -171,4 +172,4 @@ class DiffusersPolicy(ABC):
             output = dispatch_attention_fn(query, query, query, attn_mask=mask, backend=AttentionBackendName(name))
             output.sum().backward()
         except Exception as error:
-            raise ConfigError(f"policy.attention: {name} does not work here: {error}") from error
+            raise UserError(f"policy.attention: {name} does not work here: {error}") from error

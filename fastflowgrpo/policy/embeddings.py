@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from fastflowgrpo.config import ConfigError
+from fastflowgrpo.console import progress
+from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy import Conditioning, Policy
-from fastflowgrpo.reporting import progress
 
 BATCH = 32  # prompts encoded at once for the disk
 
@@ -44,7 +44,7 @@ class EmbeddingCache:
         """Encode into the folder what it lacks of the prompts.
 
         Raises:
-            ConfigError: the folder cannot be written.
+            UserError: the folder cannot be written.
         """
         assert self.folder is not None
         try:
@@ -58,7 +58,7 @@ class EmbeddingCache:
                     save_file(row, unfinished)
                     unfinished.replace(path)
         except OSError as error:
-            raise ConfigError(f"policy.embeddings_dir {self.folder} cannot be written: {error}") from error
+            raise UserError(f"policy.embeddings_dir {self.folder} cannot be written: {error}") from error
 
     def __call__(self, prompts: list[str]) -> Conditioning:
         """Embeddings with a row per prompt; what is neither in memory nor on disk is encoded.

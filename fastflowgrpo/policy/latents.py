@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from torch import Tensor
 
-from fastflowgrpo.config import ConfigError
+from fastflowgrpo.errors import UserError
 
 
 def latent_size(
@@ -20,22 +20,22 @@ def latent_size(
         default: (height, width) in pixels.
 
     Raises:
-        ConfigError: the size is no multiple of a token's.
+        UserError: the size is no multiple of a token's.
     """
     sizes = []
     for name, size, other in (("height", height, default[0]), ("width", width, default[1])):
         size = other if size is None else size
         if size <= 0 or size % (factor * patch):
             multiple = factor * patch
-            raise ConfigError(f"rollout.{name} {size} is not a positive multiple of {multiple}, as this model needs")
+            raise UserError(f"rollout.{name} {size} is not a positive multiple of {multiple}, as this model needs")
         sizes.append(size // factor)
     return sizes[0], sizes[1]
 
 
 def no_frames(num_frames: int | None) -> None:
-    """Raises ConfigError if a model of images is asked for a video."""
+    """Raises UserError if a model of images is asked for a video."""
     if num_frames is not None:
-        raise ConfigError(f"rollout.num_frames {num_frames}: this model makes images, leave it out")
+        raise UserError(f"rollout.num_frames {num_frames}: this model makes images, leave it out")
 
 
 def pack(latents: Tensor) -> Tensor:

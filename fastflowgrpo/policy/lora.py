@@ -11,7 +11,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastflowgrpo.config import ConfigError
+from fastflowgrpo.errors import UserError
 
 ADAPTER = "default"
 
@@ -20,13 +20,13 @@ def add_lora(module: ModelMixin, targets: Sequence[str], rank: int, alpha: int) 
     """A new adapter, which changes nothing yet, on the linear layers whose names end with one of the targets.
 
     Raises:
-        ConfigError: a target is no linear layer's name.
+        UserError: a target is no linear layer's name.
     """
     linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in linears):
             known = ", ".join(sorted({name.split(".", 2)[-1] for name in linears}))
-            raise ConfigError(f"policy.lora_targets: no linear layer is called {target}; there are: {known}")
+            raise UserError(f"policy.lora_targets: no linear layer is called {target}; there are: {known}")
     adapter = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     module.add_adapter(adapter, adapter_name=ADAPTER)
     keep_float32(module)
@@ -36,7 +36,7 @@ def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> Non
     """The adapter of a file, folder or hub id, with its own rank, scale and layers.
 
     Raises:
-        ConfigError: it cannot be read, fits another model, or has another rank than the one asked for.
+        UserError: it cannot be read, fits another model, or has another rank than the one asked for.
     """
     module, trouble = pipeline.transformer, f"policy.lora: {source}"
     try:
@@ -45,15 +45,15 @@ def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> Non
         scales = {name: float(alpha) for name, alpha in alphas[0].items()} if alphas and alphas[0] else None
         others = sorted({name.split(".")[0] for name in weights} - {"transformer"})
         if others:
-            raise ConfigError(f"{trouble} has weights for {', '.join(others)}, of which this model trains none")
+            raise UserError(f"{trouble} has weights for {', '.join(others)}, of which this model trains none")
         module.load_lora_adapter(
             weights, prefix="transformer", adapter_name=ADAPTER, metadata=metadata, network_alphas=scales
         )
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{trouble} cannot be loaded into a {type(module).__name__}: {reason}") from error
+        raise UserError(f"{trouble} cannot be loaded into a {type(module).__name__}: {reason}") from error
     # Once more, now that the adapter is float32: diffusers gives it the dtype of the layers under it.
     keep_float32(module)
     own = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
@@ -61,11 +61,11 @@ def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> Non
     bound = get_peft_model_state_dict(module, adapter_name=ADAPTER)
     if unbound or not bound or bound.keys() != own.keys():
         names = ", ".join(sorted({*unbound, *(bound.keys() ^ own.keys())})[:3])
-        raise ConfigError(f"{trouble} fits another model: {type(module).__name__} has no place for {names}")
+        raise UserError(f"{trouble} fits another model: {type(module).__name__} has no place for {names}")
     ranks = {tensor.shape[0] for name, tensor in bound.items() if "lora_A" in name}
     if rank is not None and ranks != {rank}:
         found = ", ".join(map(str, sorted(ranks)))
-        raise ConfigError(f"{trouble} has rank {found}, not policy.lora_rank {rank}: leave policy.lora_rank out")
+        raise UserError(f"{trouble} has rank {found}, not policy.lora_rank {rank}: leave policy.lora_rank out")
 
 
 def keep_float32(module: nn.Module) -> None:

@@ -6,20 +6,12 @@ from typing import Any
 
 import torch
 
-from fastflowgrpo.checkpoint import saved
-from fastflowgrpo.config import ConfigError, PolicyConfig
+from fastflowgrpo.config import PolicyConfig
+from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy import Policy, load_policy
 
 LORA = "pytorch_lora_weights.safetensors"
 FULL = "transformer"
-
-
-def last_checkpoint(run: str | Path) -> Path:
-    """The checkpoint of a run's directory after the most steps; ConfigError if there is none."""
-    found = [folder for folder in saved(run) if holds_weights(folder)]
-    if not found:
-        raise ConfigError(f"run {run} has no checkpoint yet")
-    return found[-1]
 
 
 def holds_weights(folder: Path) -> bool:
@@ -34,22 +26,22 @@ def load_trained(model: str, folder: Path, config: PolicyConfig, device: torch.d
         config: its adapter, rank and the like, is the folder's instead.
 
     Raises:
-        ConfigError: there are no such weights, or they are of another model; or see `load_policy`.
+        UserError: there are no such weights, or they are of another model; or see `load_policy`.
     """
     if not folder.is_dir():
-        raise ConfigError(f"checkpoint {folder}: there is no such folder")
+        raise UserError(f"checkpoint {folder}: there is no such folder")
     if not holds_weights(folder):
-        raise ConfigError(f"checkpoint {folder}: has neither {LORA} nor {FULL}/config.json, which train writes")
+        raise UserError(f"checkpoint {folder}: has neither {LORA} nor {FULL}/config.json, which train writes")
     if (folder / LORA).is_file():
         try:
             return load_policy(model, replace(config, lora=str(folder), lora_rank=None), device)
-        except ConfigError as error:
-            raise ConfigError(str(error).replace("policy.lora: ", "checkpoint ", 1)) from error
+        except UserError as error:
+            raise UserError(str(error).replace("policy.lora: ", "checkpoint ", 1)) from error
     policy = load_policy(model, replace(config, lora=None, lora_rank=0), device)
     module: Any = policy.transformer
     try:
         module.load_state_dict(type(module).from_pretrained(folder / FULL, dtype=torch.float32).state_dict())
     except (RuntimeError, ValueError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"checkpoint {folder} does not fit the model: {reason}") from error
+        raise UserError(f"checkpoint {folder} does not fit the model: {reason}") from error
     return policy

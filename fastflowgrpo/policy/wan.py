@@ -4,7 +4,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor
 
-from fastflowgrpo.config import ConfigError, PolicyConfig
+from fastflowgrpo.config import PolicyConfig
+from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.policy.latents import latent_size, latent_statistics
 
@@ -22,12 +23,12 @@ class WanPolicy(DiffusersPolicy):
 
     def __init__(self, pipeline: WanPipeline, config: PolicyConfig):
         if pipeline.transformer_2 is not None or pipeline.config.expand_timesteps:
-            raise ConfigError(
+            raise UserError(
                 "this WanPipeline is a Wan 2.2, with two transformers or timesteps per token; Wan 2.1 is supported"
             )
         scheduler = pipeline.scheduler
         if not (isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.get("use_flow_sigmas")):
-            raise ConfigError(
+            raise UserError(
                 f"the scheduler of this model, {type(scheduler).__name__}, does not use flow-matching sigmas"
             )
         super().__init__(pipeline, config)
@@ -44,7 +45,7 @@ class WanPolicy(DiffusersPolicy):
         config, every = self.module.config, self.pipeline.vae_scale_factor_temporal
         num_frames = DEFAULT_FRAMES if num_frames is None else num_frames
         if num_frames % every != 1 % every:
-            raise ConfigError(
+            raise UserError(
                 f"rollout.num_frames {num_frames} is not 1 more than a multiple of {every}, as this model needs"
             )
         size = latent_size(height, width, self.pipeline.vae_scale_factor_spatial, config.patch_size[1], DEFAULT_SIZE)

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fastflowgrpo.config import ConfigError
-from fastflowgrpo.exits import refuse
-from fastflowgrpo.prompts import Prompt, load_prompts, ocr
+from fastflowgrpo.console import refuse
+from fastflowgrpo.errors import UserError
+from fastflowgrpo.prompts import load_prompts, ocr
+from fastflowgrpo.prompts.prompt import Prompt
 from fastflowgrpo.prompts.sources import GENERATORS
 
 
@@ -36,30 +37,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     if arguments.count is not None and arguments.count < 1:
-        raise ConfigError(f"--count must be at least 1, got {arguments.count}")
+        raise UserError(f"--count must be at least 1, got {arguments.count}")
     if arguments.seed < 0:
-        raise ConfigError(f"--seed must be at least 0, got {arguments.seed}")
+        raise UserError(f"--seed must be at least 0, got {arguments.seed}")
     generator = GENERATORS[arguments.kind]
     settings = {"seed": arguments.seed}
     if arguments.evaluation:
         if arguments.exclude or arguments.count or arguments.length:
-            raise ConfigError("--evaluation has prompts of its own: it goes with --seed alone")
+            raise UserError("--evaluation has prompts of its own: it goes with --seed alone")
         return generator.evaluation(**settings)
     if arguments.count:
         settings["count"] = arguments.count
     if arguments.length:
         if generator is not ocr:
-            raise ConfigError(f"--length is for ocr, not for {arguments.kind}")
+            raise UserError(f"--length is for ocr, not for {arguments.kind}")
         if arguments.length[0] > arguments.length[1]:
-            raise ConfigError(f"--length: the least, {arguments.length[0]}, is above the most, {arguments.length[1]}")
+            raise UserError(f"--length: the least, {arguments.length[0]}, is above the most, {arguments.length[1]}")
         settings["length"] = tuple(arguments.length)
     return generator.generate(exclude=[p for path in arguments.exclude for p in load_prompts(path)], **settings)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError instead of printing the usage."""
-        raise ConfigError(message)
+        """Raises UserError instead of printing the usage."""
+        raise UserError(message)
 
 
 def _parser() -> _Parser:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from itertools import repeat
 
-from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.prompts.prompt import Prompt
 
 PATIENCE = 2000  # draws in a row that bring nothing new before it gives up
 

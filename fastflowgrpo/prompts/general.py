@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.prompts.distinct import distinct
+from fastflowgrpo.prompts.prompt import Prompt
 
 COUNT = 20_000
 EVALUATION = 512

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastflowgrpo.prompts import RELATIONS, TAGS, Prompt
+from fastflowgrpo.prompts.prompt import RELATIONS, TAGS, Prompt
 
 # The paper's mix of tags in training (arXiv 2505.05470); single_object is left to the evaluation.
 MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.prompts.distinct import distinct
+from fastflowgrpo.prompts.prompt import Prompt
 
 COUNT = 20_000  # about the paper's number of training prompts
 EVALUATION = 1024  # and of its evaluation prompts

@@ -1,7 +1,9 @@
 """The prompts of a run: files, the bundled ones, or made on the spot."""
 
-from fastflowgrpo.config import Config, ConfigError
-from fastflowgrpo.prompts import Prompt, general, geneval, load_prompts, ocr
+from fastflowgrpo.config.settings import Config
+from fastflowgrpo.errors import UserError
+from fastflowgrpo.prompts import general, geneval, load_prompts, ocr
+from fastflowgrpo.prompts.prompt import Prompt
 from fastflowgrpo.shapes import scenes
 
 GENERATORS = {"geneval": geneval, "ocr": ocr, "general": general}
@@ -15,7 +17,7 @@ def run_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     Generated training prompts differ from seed to seed and stay away from the evaluation's, which are always the same.
 
     Raises:
-        ConfigError: a file cannot be read, or there are not enough prompts beside the excluded ones.
+        UserError: a file cannot be read, or there are not enough prompts beside the excluded ones.
     """
     train, evaluation = config.prompts.train, config.prompts.eval
     if evaluation is None and train in ("shapes", *GENERATORS):
@@ -27,7 +29,7 @@ def run_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
         else:
             prompts = scenes.train_prompts() if train == "shapes" else load_prompts(train)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"prompts.train: {error}") from error
+        raise UserError(f"prompts.train: {error}") from error
     return prompts, prompts[:EVAL_PROMPTS] if held_out is None else held_out
 
 
@@ -35,11 +37,11 @@ def evaluation_prompts(setting: str, source: str) -> list[Prompt]:
     """The evaluation prompts of a file, of the bundled model, or of a generator.
 
     Raises:
-        ConfigError: a file cannot be read; names the setting.
+        UserError: a file cannot be read; names the setting.
     """
     try:
         if source in GENERATORS:
             return GENERATORS[source].evaluation()
         return scenes.eval_prompts() if source == "shapes" else load_prompts(source)
     except (ValueError, OSError) as error:
-        raise ConfigError(f"{setting}: {error}") from error
+        raise UserError(f"{setting}: {error}") from error

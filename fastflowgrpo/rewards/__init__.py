@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from fastflowgrpo.config import did_you_mean
+from fastflowgrpo.errors import did_you_mean
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards.clip import Aesthetic, clipscore, hpsv2, pickscore
-from fastflowgrpo.rewards.contract import Reward, RewardBatch, Scores, checked_scores
 from fastflowgrpo.rewards.geneval import GenEval
 from fastflowgrpo.rewards.imagereward import ImageReward
 from fastflowgrpo.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from fastflowgrpo.rewards.judges import DeQA, QwenVL, UnifiedReward
 from fastflowgrpo.rewards.ocr import OCR
-from fastflowgrpo.rewards.remote import RemoteReward
-from fastflowgrpo.rewards.workers import TIMEOUT, WorkerReward
+from fastflowgrpo.scoring.client import RemoteReward
+from fastflowgrpo.scoring.contract import Reward, RewardBatch, Scores, checked_scores
+from fastflowgrpo.scoring.workers import TIMEOUT, WorkerReward
 
 __all__ = ["REWARDS", "Reward", "RewardBatch", "Scores", "WeightedRewards", "build_rewards"]
 

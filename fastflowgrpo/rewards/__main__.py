@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from fastflowgrpo.config import ConfigError
-from fastflowgrpo.exits import refuse
+from fastflowgrpo.console import refuse
+from fastflowgrpo.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,7 +79,7 @@ def score(
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        raise UserError(message)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -103,9 +103,9 @@ def _json_object(option: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{option}: not JSON ({error.msg} at column {error.colno})") from None
+        raise UserError(f"{option}: not JSON ({error.msg} at column {error.colno})") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{option}: expected a JSON object, got {value!r}")
+        raise UserError(f"{option}: expected a JSON object, got {value!r}")
     return value
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from fastflowgrpo.rewards.contract import Reward, RewardBatch, Scores
 from fastflowgrpo.rewards.models import (
     LinearHead,
     choose_device,
@@ -21,6 +20,7 @@ from fastflowgrpo.rewards.models import (
     pretrained_model,
     read_weights,
 )
+from fastflowgrpo.scoring.contract import Reward, RewardBatch, Scores
 
 CLIP_L = "openai/clip-vit-large-patch14"
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"  # TRL's copy of the published file

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from fastflowgrpo.config import did_you_mean
+from fastflowgrpo.errors import did_you_mean
 from fastflowgrpo.prompts import Prompt, check_metadata
-from fastflowgrpo.rewards.contract import RewardBatch, Scores
+from fastflowgrpo.scoring.contract import RewardBatch, Scores
 
 MAX_OBJECTS = 16  # per class, those with the highest scores
 POSITION_THRESHOLD = 0.1  # of the summed box sizes

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from fastflowgrpo.rewards.clip import Preprocess
-from fastflowgrpo.rewards.contract import RewardBatch, Scores
 from fastflowgrpo.rewards.models import (
     LinearHead,
     choose_device,
@@ -19,6 +18,7 @@ from fastflowgrpo.rewards.models import (
     pretrained,
     read_weights,
 )
+from fastflowgrpo.scoring.contract import RewardBatch, Scores
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output over the training set
 MAX_TOKENS = 35

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from fastflowgrpo.rewards.contract import Reward, RewardBatch, Scores
+from fastflowgrpo.scoring.contract import Reward, RewardBatch, Scores
 
 
 def kilobytes(images: torch.Tensor) -> torch.Tensor:

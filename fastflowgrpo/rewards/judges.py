@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastflowgrpo.rewards.contract import RewardBatch, Scores
-from fastflowgrpo.rewards.remote import Served, is_http
+from fastflowgrpo.scoring.client import Served, is_http
+from fastflowgrpo.scoring.contract import RewardBatch, Scores
 
 UNIFIEDREWARD = """<image>
 You are given a text caption and a generated image based on that caption. Your task is to evaluate this image based on \
@@ -68,7 +68,7 @@ class Judge(Served):
 
     Raises:
         ValueError: a setting is wrong, or the environment variable is not set.
-        ConfigError: when called, if the server refuses the key or does not know the model.
+        UserError: when called, if the server refuses the key or does not know the model.
     """
 
     pointwise = True

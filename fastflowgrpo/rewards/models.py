@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastflowgrpo.config import did_you_mean
+from fastflowgrpo.errors import did_you_mean
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

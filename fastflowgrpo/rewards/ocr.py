@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastflowgrpo.config import did_you_mean
+from fastflowgrpo.errors import did_you_mean
 from fastflowgrpo.prompts import Prompt
-from fastflowgrpo.rewards.contract import RewardBatch, Scores
+from fastflowgrpo.scoring.contract import RewardBatch, Scores
 
 MIN_SCORE = 0.5  # of the reader's confidence in a line; what is below is not read
 SIDES = (384, 576, 768, 960)  # longer sides of the copies of images in which RapidOCR looks for text

@@ -1,0 +1,120 @@
+"""Reading prompt files, and checking GenEval metadata."""
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastflowgrpo.errors import did_you_mean
+from fastflowgrpo.prompts.prompt import RELATIONS, TAGS, Prompt
+
+BUILT_IN = "shapes, geneval, ocr or general"  # prompts that a run has without a file, see sources.py
+
+
+def load_prompts(source: str) -> list[Prompt]:
+    """Read a prompt file.
+
+    Args:
+        source: a UTF-8 file; .txt with one prompt a line, or .jsonl with one GenEval metadata object a line
+            (`check_metadata`, and its text under "prompt"). Blank lines are skipped.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: another kind of file, no prompt in it, or a line that is wrong (named, with the field).
+    """
+    path = Path(source)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(f"{source}: expected a .txt file (one prompt a line), a GenEval .jsonl file, or {BUILT_IN}")
+    if not path.is_file():
+        hint = did_you_mean(path.name, (sibling.name for sibling in path.parent.glob("*")))
+        raise FileNotFoundError(f"{source}: no such file{hint}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise ValueError(f"{source}: there is no prompt in it")
+    if path.suffix == ".txt":
+        return [Prompt(line) for _, line in lines]
+    return [_geneval_prompt(line, f"{source}, line {number}") for number, line in lines]
+
+
+def _geneval_prompt(line: str, where: str) -> Prompt:
+    try:
+        metadata = json.loads(line)
+        check_metadata(metadata)
+        return Prompt(_field(metadata, "prompt", "", "the prompt's text", _is_text), metadata)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_metadata(metadata: Any) -> None:
+    """Check GenEval metadata (arXiv 2310.11513):
+    `{tag, include: [{class, count, color?, position?: [relation, index]}], exclude?: [{class, count}]}`.
+
+    A position's index is that of the earlier include which the relation is to. Other top-level keys are free, for
+    rewards of your own; within a clause an unknown key is an error, since its wish would be ignored.
+
+    Raises:
+        ValueError: names the field, what it must be and what it is.
+    """
+    if not isinstance(metadata, dict):
+        raise ValueError(f"expected a JSON object, got {metadata!r}")
+    _field(metadata, "tag", "", f"one of {', '.join(TAGS)}", lambda tag: tag in TAGS)
+    includes = _field(
+        metadata, "include", "", "a non-empty list", lambda clauses: isinstance(clauses, list) and clauses
+    )
+    for i, clause in enumerate(includes):
+        where = f"include[{i}]"
+        _check_clause(clause, where, ("class", "count", "color", "position"))
+        if "color" in clause:
+            _field(clause, "color", where, "a colour's name", _is_text)
+        if "position" in clause:
+            expected = f"[relation, index], the relation one of {', '.join(RELATIONS)}, the index of an earlier include"
+            _field(clause, "position", where, expected, functools.partial(_is_position, i))
+    if "exclude" in metadata:
+        for i, clause in enumerate(
+            _field(metadata, "exclude", "", "a list", lambda clauses: isinstance(clauses, list))
+        ):
+            _check_clause(clause, f"exclude[{i}]", ("class", "count"))
+
+
+def _check_clause(clause: Any, where: str, keys: tuple[str, ...]) -> None:
+    if not isinstance(clause, dict):
+        raise ValueError(f"{where}: expected an object, got {clause!r}")
+    for key in clause:
+        if key not in keys:
+            raise ValueError(f"{where}: unknown key {key!r}{did_you_mean(key, keys)}, known: {', '.join(keys)}")
+    _field(clause, "class", where, "an object's name", _is_text)
+    _field(clause, "count", where, "an integer of at least 1", lambda count: _is_int(count) and count >= 1)
+
+
+def _field(parent: dict[str, Any], key: str, where: str, expected: str, valid: Callable[[Any], Any]) -> Any:
+    name = f"{where}.{key}" if where else key
+    if key not in parent:
+        raise ValueError(f"{name}: missing, expected {expected}")
+    if not valid(parent[key]):
+        raise ValueError(f"{name}: expected {expected}, got {parent[key]!r}")
+    return parent[key]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_position(include: int, value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and value[0] in RELATIONS
+        and _is_int(value[1])
+        and 0 <= value[1] < include
+    )

@@ -1,0 +1,185 @@
+"""The model card of a checkpoint."""
+
+import inspect
+import json
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import yaml
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData
+
+from fastflowgrpo.config import Config, read_run
+from fastflowgrpo.errors import UserError
+from fastflowgrpo.policy.trained import FULL, LORA, holds_weights
+from fastflowgrpo.runs.files import versions
+from fastflowgrpo.shapes import PIPELINE
+
+CARD = "README.md"
+PICTURES = {"before_after.png": "Images before and after", "curve.png": "Scores while training"}
+PLACE = "FOLDER_OR_REPOSITORY"  # in a card that does not know where it will lie
+# Of a run's settings: how it was watched and kept, not what was done.
+NO_RECIPE = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "dry_run",
+    "num_processes",
+    "save_every",
+    "checkpoints_total_limit",
+    "trackers",
+    "hub_model_id",
+    "hub_private",
+    "evaluation",
+)
+# Of a reward's settings: addresses and accounts, which are nobody else's business.
+PRIVATE = ("url", "base_url", "api_key_env", "device")
+
+
+def write_card(run: Path, checkpoint: Path) -> Path:
+    """Write the card of a run's checkpoint into the checkpoint's folder, with copies of the run's pictures, so that the
+    folder can be given away as it is.
+
+    Args:
+        run: a run's directory, at its end or while it lasts.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        UserError: these are no run and no checkpoint of one.
+    """
+    config = read_run(run)
+    steps = re.findall(r"checkpoint-(\d+)", str(checkpoint))
+    if not steps or not holds_weights(checkpoint):
+        raise UserError(f"checkpoint {checkpoint}: is no folder checkpoint-STEP with trained weights")
+    step = int(steps[-1])
+    pictures = [name for name in PICTURES if (run / name).is_file()]
+    for name in pictures:
+        shutil.copy(run / name, checkpoint / name)
+    name = f"{Path(config.model).name} after Flow-GRPO"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    body = "\n\n".join(
+        part
+        for part in (
+            f"# {name}",
+            _about(config, checkpoint, step),
+            "\n".join(f"![{PICTURES[picture]}]({picture})" for picture in pictures),
+            _evaluations([row for row in rows if "eval" in row and row["step"] <= step]),
+            _use(config, checkpoint),
+            _recipe(config),
+            "## Versions\n\n" + ", ".join(f"{package} {number}" for package, number in versions().items()),
+        )
+        if part
+    )
+    ModelCard(f"---\n{_metadata(config, checkpoint, name).to_yaml()}\n---\n\n{body}\n").save(checkpoint / CARD)
+    return checkpoint / CARD
+
+
+def _metadata(config: Config, checkpoint: Path, name: str) -> ModelCardData:
+    lora = (checkpoint / LORA).is_file()
+    pipeline = getattr(diffusers, _index(config)["_class_name"])
+    video = "num_frames" in inspect.signature(pipeline.__call__).parameters
+    on_the_hub = config.model != "shapes" and not Path(config.model).exists()
+    return ModelCardData(
+        model_name=name,
+        base_model=config.model if on_the_hub else None,
+        base_model_relation=("adapter" if lora else "finetune") if on_the_hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-video" if video else "text-to-image",
+        tags=["flow-grpo", "reinforcement-learning", *(["lora"] if lora else [])],
+    )
+
+
+def _about(config: Config, checkpoint: Path, step: int) -> str:
+    what = "A LoRA for" if (checkpoint / LORA).is_file() else "The transformer of"
+    averaged = config.update.ema_decay and checkpoint.name == f"checkpoint-{step}"  # its subfolder has others
+    rewards = ", ".join(config.rewards) + (". An exponential moving average of the weights" if averaged else "")
+    return (
+        f"{what} `{config.model}`, trained for {step} updates with online reinforcement learning "
+        f"([Flow-GRPO](https://arxiv.org/abs/2505.05470)) by FastFlowGRPO. Rewards: {rewards}.\n\n"
+        "The licence is to be set by whoever publishes this; that of the base model applies to what is derived from it."
+    )
+
+
+def _evaluations(rows: list[dict[str, Any]]) -> str:
+    """The run's first evaluation beside the last one up to the checkpoint."""
+    if not rows:
+        return ""
+    first, last = ({**row["eval"], **row["eval"]["scores"]} for row in (rows[0], rows[-1]))
+    names = [name for name in first if name not in ("scores", "images", "missing")]
+    cells = {name: [value.get(name) for value in (first, last)] for name in names}
+    lines = [f"| | before | after {rows[-1]['step']} updates |", "|-|-:|-:|"]
+    lines += [
+        f"| {name} | {' | '.join('-' if value is None else f'{value:.3f}' for value in pair)} |"
+        for name, pair in cells.items()
+    ]
+    counts = f"{last['images']} images each; without a score: {first['missing']} before, {last['missing']} after."
+    return "\n".join(["## Evaluation", "", *lines, "", counts])
+
+
+def _use(config: Config, checkpoint: Path) -> str:
+    """Code that loads the weights and draws an image as the evaluations did."""
+    index, rollout = _index(config), config.rollout
+    model = "PIPELINE" if config.model == "shapes" else repr(config.model)
+    absent = [name for name, value in index.items() if isinstance(value, list) and value[0] is None]
+    options = [f"dtype=torch.{config.policy.dtype}", *(f"{name}=None" for name in absent)]
+    lines = ["import torch"]
+    if (checkpoint / LORA).is_file():
+        lines += ["from diffusers import DiffusionPipeline"]
+        load = [f'pipe.load_lora_weights("{PLACE}")']
+    else:
+        transformer = json.loads((checkpoint / FULL / "config.json").read_text())["_class_name"]
+        lines += [f"from diffusers import DiffusionPipeline, {transformer}"]
+        options.append(
+            f'transformer={transformer}.from_pretrained("{PLACE}", subfolder="{FULL}", '
+            f"dtype=torch.{config.policy.dtype})"
+        )
+        load = []
+    if config.model == "shapes":
+        lines.append("from fastflowgrpo.shapes import PIPELINE")
+    guidance, family = config.evaluation.guidance_scale, index["_class_name"]
+    scale = rollout.guidance_scale if guidance is None else guidance
+    arguments: dict[str, Any] = {"num_inference_steps": config.evaluation.num_steps}
+    if family in ("FluxPipeline", "QwenImagePipeline"):
+        arguments |= {"true_cfg_scale": scale, "negative_prompt": '""'} if scale != 1 else {}
+        if family == "FluxPipeline":  # whose guidance_scale is an input of the model
+            arguments["guidance_scale"] = config.policy.distilled_guidance
+    else:
+        arguments["guidance_scale"] = scale
+    arguments |= {
+        "height": rollout.height,
+        "width": rollout.width,
+        "num_frames": rollout.num_frames,
+        "max_sequence_length": 0 if "text_encoder_3" in absent else config.policy.max_sequence_length,
+    }
+    given = "".join(f", {name}={value}" for name, value in arguments.items() if value is not None)
+    lines += [
+        "",
+        "pipe = DiffusionPipeline.from_pretrained(",
+        *(f"    {argument}," for argument in (model, *options)),
+        ")",
+        *load,
+        f"video = pipe(prompt{given}).frames[0]"
+        if family == "WanPipeline"
+        else f"image = pipe(prompt{given}).images[0]",
+    ]
+    return "\n".join(["## Use", "", "```python", *lines, "```"])
+
+
+def _recipe(config: Config) -> str:
+    settings = {name: value for name, value in asdict(config).items() if name not in NO_RECIPE}
+    for reward in settings["rewards"].values():
+        for key in PRIVATE if isinstance(reward, dict) else ():
+            reward.pop(key, None)
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return f"## Recipe\n\nSettings of `python -m fastflowgrpo.train --config`:\n\n```yaml\n{text}```"
+
+
+def _index(config: Config) -> dict[str, Any]:
+    """The base pipeline's model_index.json."""
+    return DiffusionPipeline.load_config(str(PIPELINE) if config.model == "shapes" else config.model)

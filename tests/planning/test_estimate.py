@@ -1,0 +1,296 @@
+"""--dry_run: the batch plan against dealing groups out by hand, and the estimate against a real epoch."""
+
+import re
+from collections import Counter
+from math import prod
+
+import pytest
+import torch
+from support.pipelines import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_wan_pipeline
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from fastflowgrpo import Trainer, train
+from fastflowgrpo.config import (
+    Config,
+    EvaluationConfig,
+    PolicyConfig,
+    PromptsConfig,
+    RolloutConfig,
+    UpdateConfig,
+    parse,
+    validate,
+)
+from fastflowgrpo.errors import UserError
+from fastflowgrpo.planning.estimate import estimate
+from fastflowgrpo.planning.meter import measure
+from fastflowgrpo.planning.passes import run_passes
+from fastflowgrpo.planning.plan import batch_plan
+from fastflowgrpo.policy import load_policy
+
+aten = torch.ops.aten
+# What the counter does not know: fused attention on CPUs. The same products as on GPUs.
+ON_CPU = {
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
+}
+
+
+def config_of(output="unused", *, rank=4, guidance=4.5, kl_weight=0.04, window=2, **settings):
+    config = Config(
+        output_dir=str(output),
+        trackers=[],
+        policy=PolicyConfig(lora_rank=rank, lora_alpha=8),
+        prompts=PromptsConfig(per_epoch=4),
+        rollout=RolloutConfig(
+            group_size=4,
+            num_steps=5,
+            window_size=window,
+            window_start=(0, 3),
+            guidance_scale=guidance,
+            batch_size=8,
+        ),
+        update=UpdateConfig(per_epoch=2, batch_size=6, kl_weight=kl_weight, learning_rate=1e-5),
+        rewards={"jpeg_compressibility": 1},
+        evaluation=EvaluationConfig(batch_size=8),
+        **settings,
+    )
+    validate(config)
+    return config
+
+
+@pytest.mark.parametrize("groups", [2, 12, 48])
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("processes", [1, 2, 3, 5, 6, 8, 24])
+@pytest.mark.parametrize("window", [2, None])
+def test_plan_is_what_dealing_out_gives(groups, updates, processes, window):
+    config = config_of(window=window)
+    config.prompts.per_epoch, config.update.per_epoch = groups, updates
+    if processes > groups // updates:
+        with pytest.raises(UserError, match=rf"{groups // updates} an update, fewer than the {processes} processes"):
+            batch_plan(config, processes)
+        return
+    plan = batch_plan(config, processes)
+    steps = 2 if window else 4
+    owner = [group % processes for group in range(groups)]
+    counts = Counter(owner)
+    assert plan.groups_each == (min(counts.values()), max(counts.values()))
+    sampled = [4] * max(counts.values())
+    batches = [sum(sampled[i : i + 2]) for i in range(0, len(sampled), 2)]
+    assert (plan.rollout_batches, plan.rollout_batch) == (len(batches), max(batches))
+    share = groups // updates
+    each = [
+        Counter(owner[begin : begin + share])[rank] for begin in range(0, groups, share) for rank in range(processes)
+    ]
+    assert plan.update_groups_each == (min(each), max(each))
+    pairs = [None] * (max(each) * 4 * steps)
+    micro = [len(pairs[i : i + 6]) for i in range(0, len(pairs), 6)]
+    assert (plan.micro_batches, plan.micro_batch) == (len(micro), max(micro))
+    assert (plan.images, plan.pairs) == (groups * 4, groups * 4 * steps)
+    assert plan.busy == pytest.approx(share / processes / max(each))
+    assert ("uneven" in "\n".join(plan.lines())) == (len(set(each)) > 1)
+
+
+@pytest.mark.parametrize(
+    "rank, guidance, kl_weight, algorithm",
+    [
+        (4, 4.5, 0.04, "grpo"),
+        (0, 1.0, 0.0, "grpo_guard"),
+        (4, 4.5, 0.0, "dpo"),
+        (4, 4.5, 0.0, "sft"),
+        (4, 1.0, 0.0, "rwr"),
+    ],
+)
+def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weight, algorithm, tmp_path):
+    config = config_of(tmp_path / "run", rank=rank, guidance=guidance, kl_weight=kl_weight)
+    config.update.algorithm = algorithm
+    config.update.noise_draws = 1 if algorithm.startswith("grpo") else 2
+    validate(config)
+    found = estimate(config)
+    trainer = Trainer(config)
+    policy = trainer.policy
+    assert found.trained == sum(parameter.numel() for parameter in trainer.parameters)
+    parts = {name: part for name, part in policy.pipeline.components.items() if isinstance(part, nn.Module)}
+    count = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
+    count["transformer"] -= found.trained if rank else 0
+    assert found.frozen == count
+
+    trainer.embed([prompt.text for prompt in trainer.epoch_prompts(0)] + [""])  # the estimate leaves text encoders out
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as sampling:
+        batch, _ = trainer.collect(0)
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as updating:
+        metrics = trainer.update(batch)
+    trainer.accelerator.end_training()
+    assert metrics["trained_pairs"] == found.plan.pairs
+    assert found.flops["rollout"] + found.flops["decode"] == sampling.get_total_flops()
+    assert found.flops["update"] + found.flops["reference"] == updating.get_total_flops()
+    assert (found.flops["reference"] > 0) == (kl_weight > 0 or algorithm == "dpo")
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(
+    ("build", "targets"),
+    [(tiny_flux_pipeline, ["to_q"]), (tiny_qwen_image_pipeline, ["to_q", "to_add_out"]), (tiny_wan_pipeline, None)],
+)
+def test_a_pass_of_each_family_is_the_real_one(build, targets, rank, tmp_path):
+    build().save_pretrained(tmp_path)
+    config = config_of(rank=rank)
+    config.model = str(tmp_path)
+    config.policy.lora_targets, config.policy.max_sequence_length = targets, 12
+    config.rollout.height, config.rollout.width = 16, 32
+    config.rollout.num_frames = 5 if build is tiny_wan_pipeline else None
+    found = run_passes(config, 2, 3, 1)
+    policy = load_policy(config.model, config.policy)
+    assert found.trained == sum(parameter.numel() for parameter in policy.trainable_parameters())
+    shape, conditioning = policy.latent_shape(16, 32, config.rollout.num_frames), policy.encode(["a cat"] * 3)
+    assert prod(found.latent_shape) == prod(shape)
+    assert found.conditioning == sum(tensor[0].nbytes for tensor in conditioning.values())
+    latents, sigma = torch.randn(3, *shape), torch.full((3,), 0.5)
+
+    def flops(count, *, backward=False):
+        with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counted, torch.set_grad_enabled(backward):
+            rows = {name: tensor[:count] for name, tensor in conditioning.items()}
+            velocity = policy.velocity(latents[:count], sigma[:count], rows)
+            if backward:
+                velocity.sum().backward()
+        return counted.get_total_flops()
+
+    assert found.forward.flops == flops(2)
+    assert found.train.flops == flops(3, backward=True)
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counted:
+        policy.decode(latents[:1])
+    assert found.decode.flops == counted.get_total_flops()
+
+
+def test_memory_of_a_pass_is_that_of_real_tensors():
+    config = config_of(rank=0)
+    found = estimate(config)
+    policy = load_policy("shapes", config.policy)
+    for parameter in policy.trainable_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    latents, sigma = torch.zeros(6, *policy.latent_shape(None, None)), torch.ones(6)
+    conditioning = policy.encode([""] * 6)
+
+    def update():
+        velocity = policy.velocity(latents, sigma, conditioning)
+        velocity.backward(torch.ones_like(velocity))
+
+    assert found.passes["update"] == pytest.approx(measure(update).peak, rel=0.02)
+    policy.module.enable_gradient_checkpointing()
+    checkpointed = measure(update).peak
+    assert found.passes["update with gradient checkpointing"] == pytest.approx(checkpointed, rel=0.02)
+    assert 1.5 * checkpointed < found.passes["update"]
+
+
+def test_gradient_checkpointing_costs_about_one_more_forward_pass():
+    found = estimate(config_of(guidance=1.0, kl_weight=0.0))
+    forward = found.flops["rollout"] / (found.plan.images * 5) * found.plan.pairs
+    assert 0.9 * forward < found.flops["checkpointing"] <= forward
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_live_tensors(device):
+    mega = torch.zeros(500, 500, device=device, requires_grad=True)  # 1 MB
+    mega.grad = torch.zeros_like(mega)
+
+    def chain():  # a result of 1 MB at a time beside the one that it is made of
+        with torch.no_grad():
+            x = mega + 1
+            for _ in range(5):
+                x = x + 1
+
+    def graph():  # the product keeps both factors
+        x = mega * 2
+        y = x * x
+        z = y * y
+        z.backward(mega.detach())
+
+    def nothing():
+        mega.detach().view(-1)[10:].unflatten(0, (-1, 5)).zero_()
+
+    assert measure(chain).peak == 2e6
+    # x, y, z, the gradients of both factors y, and their sum
+    assert measure(graph).peak == 6e6
+    assert measure(nothing).peak == 0
+
+
+def test_fused_attention_is_counted_and_keeps_no_scores():
+    query = torch.zeros(2, 4, 256, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    query.grad = torch.zeros_like(query)
+    product = 2 * 2 * 4 * 256 * 256 * 64
+
+    def masked():
+        mask = torch.ones(2, 1, 1, 256, dtype=torch.bool, device="meta")
+        F.scaled_dot_product_attention(query, query, query, attn_mask=mask).sum().backward()
+
+    plain = measure(lambda: F.scaled_dot_product_attention(query, query, query).sum().backward())
+    assert plain.flops == (2 + 5) * product
+    assert measure(masked).flops == plain.flops
+    assert plain.peak < 6 * query.numel() * 2  # 4 x 256 x 256 scores alone would be 4 times that of a query
+
+
+def test_memory_adds_up():
+    config = config_of(rank=4)
+    found = estimate(config)
+    latent = 8 * 3 * 3 * 4  # bytes
+    memory = found.memory
+    assert memory["gradients"] == memory["average"] == memory["optimiser"] / 2 == 4 * found.trained
+    assert memory["weights"] == 4 * (found.trained + sum(found.frozen.values()))
+    # a window of 2 steps has 3 latents, and the image is a fourth
+    assert memory["trajectory"] == 16 * (4 * latent + 2 * 4)
+    passes = max(found.passes["rollout"], found.passes["update"])
+    assert found.total_memory() == sum(memory.values()) + passes
+    config.update.ema_decay = 0.0
+    assert estimate(config).memory["average"] == 0
+    halves = estimate(config, processes=2)
+    assert halves.memory["trajectory"] == memory["trajectory"] / 2
+    assert halves.flops == found.flops
+
+
+def test_bfloat16_in_full_has_masters_a_reference_and_a_copy():
+    config = config_of(rank=0)
+    single = estimate(config)
+    config.policy.dtype = "bfloat16"
+    half = estimate(config)
+    assert single.trained == single.frozen["transformer"]
+    assert half.memory["weights"] == 4 * half.trained + 2 * sum(half.frozen.values())
+    assert half.flops == single.flops
+    assert half.passes["update"] == pytest.approx(single.passes["update"] / 2 + 2 * half.trained, rel=0.1)
+
+
+def test_dry_run_prints_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    output = tmp_path / "run"
+    for argv in (["--dry_run"], ["--dry_run", "true"], ["--dry_run=true"]):
+        assert train.main([*argv, "--output_dir", str(output)]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith("shapes on 1 process\nimages   24 groups x 24 = 576 an epoch, 3 trained steps of each")
+        assert re.search(r"\n  at most +\d+\.\d MB\n", text) and re.search(r"\n  all +\d+\.\d GFLOP\n", text)
+    assert train.main(["--dry_run", "--num_processes", "5"]) == 0
+    assert "shapes on 5 processes" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert train.main(["--dry_run"]) == 0
+    assert "shapes on 4 processes" in capsys.readouterr().out
+    assert not output.exists()
+
+
+def test_switches_without_a_value():
+    assert parse(["--dry_run"]).dry_run and parse(["--overwrite", "--seed", "3"]).overwrite
+    assert not parse(["--dry_run", "false"]).dry_run and not parse(["--overwrite=false"]).overwrite
+    assert parse(["--seed", "3", "--overwrite"]).seed == 3
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--num_processes", "13"], "24 groups in 2 updates are 12 an update, fewer than the 13 processes"),
+        (["--model", "nobody/nothing"], 'model "nobody/nothing" is neither a diffusers folder nor a hub id'),
+        (["--policy.lora_rank", "4", "--policy.lora_targets", "[nothing]"], "policy.lora_targets: "),
+    ],
+)
+def test_dry_run_errors(argv, message, capsys):
+    assert train.main(["--dry_run", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1

@@ -1,0 +1,555 @@
+"""Every model family through the same tests: the diffusers pipeline's own images, ratio 1, training, saved weights."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage
+from safetensors.torch import load_file, save_file
+from support.pipelines import (
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_wan_pipeline,
+)
+
+from fastflowgrpo import Config, Trainer, load_policy
+from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
+from fastflowgrpo.errors import UserError
+from fastflowgrpo.kernels.philox import philox_normal
+from fastflowgrpo.policy import base
+from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.latents import pack, unpack
+from fastflowgrpo.runs.report import Report
+from fastflowgrpo.sampling.rollout import sample_ode, sample_seeds
+from fastflowgrpo.train import main
+
+PROMPTS = ["a cat", "two dogs on a hill", "snow"]
+BUILD = {
+    "sd3": tiny_sd3_pipeline,
+    "flux": tiny_flux_pipeline,
+    "qwen": tiny_qwen_image_pipeline,
+    "wan": tiny_wan_pipeline,
+}
+NEW = [name for name in BUILD if name != "sd3"]  # SD3 has tests of its own besides
+SIZE = {
+    "sd3": {"height": 16, "width": 24},
+    "flux": {"height": 16, "width": 24},
+    "qwen": {"height": 16, "width": 24},
+    "wan": {"height": 16, "width": 32, "num_frames": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            BUILD[name]().save_pretrained(made[name])
+            (made[name] / "prompts.txt").write_text("\n".join(PROMPTS))
+        return made[name]
+
+    return folder
+
+
+def load(folder, **settings):
+    return load_policy(
+        str(folder), PolicyConfig(**{"max_sequence_length": 12, "lora_rank": 4, "lora_alpha": 8, **settings})
+    )
+
+
+def disturb(parameters, scale=0.05):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def inputs(policy, name, prompts=tuple(PROMPTS)):
+    shape = policy.latent_shape(**SIZE[name])
+    latents = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(2)).to(policy.dtype)
+    return latents, torch.full((len(prompts),), 0.7), policy.encode(list(prompts))
+
+
+class TorchWithoutNorms:
+    """torch, where every norm is 1."""
+
+    def __getattr__(self, name):
+        return (lambda tensor, **_: torch.ones(())) if name == "norm" else getattr(torch, name)
+
+
+class EulerOnUniPCsSigmas(FlowMatchEulerDiscreteScheduler):
+    """What a Wan pipeline gets to be stepped through as it is in training."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(sigmas=np.linspace(1, 1e-3, num_inference_steps + 1)[:-1], device=device)
+
+
+def pipeline_images(pipe, name, noise, prompts, num_steps, guidance):
+    """Images of the unmodified pipeline's call, or videos, (B, ..., H, W, 3) from 0 to 255."""
+    pipe.set_progress_bar_config(disable=True)
+    guided = guidance != 1
+    arguments = {"num_inference_steps": num_steps, "max_sequence_length": 12, "output_type": "np", **SIZE[name]}
+    if name == "wan":
+        pipe.scheduler = EulerOnUniPCsSigmas(shift=3.0)
+    if name in ("sd3", "wan"):
+        arguments |= {"guidance_scale": guidance, "latents": noise}
+    else:
+        negative = [""] * len(prompts) if guided else None
+        arguments |= {"true_cfg_scale": guidance, "negative_prompt": negative, "latents": pack(noise)}
+    if name == "flux":
+        arguments["guidance_scale"] = 3.5
+    output = pipe(prompts, **arguments)
+    return 255 * (output.frames if name == "wan" else output.images)
+
+
+def assert_same_images(images, expected):
+    """Up to a rounding step of uint8."""
+    assert images.dtype == torch.uint8
+    images = images.movedim(-3, -1).numpy().astype(int)
+    assert images.shape == expected.shape
+    assert images.std() > 5
+    assert np.abs(images - np.rint(expected)).max() <= 1
+
+
+# velocity, schedule and decoding
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+@pytest.mark.parametrize("name", BUILD)
+def test_ode_samples_are_the_pipelines_own_images(folders, name, guidance, monkeypatch):
+    policy = load(folders(name))
+    noise = torch.randn(2, *policy.latent_shape(**SIZE[name]), generator=torch.Generator().manual_seed(3))
+    latents = sample_ode(
+        policy,
+        policy.encode(PROMPTS[:2]),
+        4,
+        noise,
+        unconditional=policy.encode([""]) if guidance != 1 else None,
+        guidance_scale=guidance,
+    )
+    if name == "qwen":  # guidance is linear here, without the pipeline's rescaling to the conditional norm
+        monkeypatch.setattr(pipeline_qwenimage, "torch", TorchWithoutNorms())
+    pipe = DiffusionPipeline.from_pretrained(folders(name))
+    assert_same_images(policy.decode(latents), pipeline_images(pipe, name, noise, PROMPTS[:2], 4, guidance))
+
+
+def test_packed_latents_are_diffusers_own():
+    latents = torch.randn(2, 4, 6, 10)
+    pipe = tiny_flux_pipeline()
+    assert torch.equal(pack(latents), pipe._pack_latents(latents, 2, 4, 6, 10))
+    assert torch.equal(unpack(pack(latents), 6, 10), latents)
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen"])
+def test_the_schedule_is_shifted_by_the_number_of_tokens(folders, name):
+    policy = load(folders(name))
+    small, large = policy.sigmas(4, (4, 8, 8)), policy.sigmas(4, (4, 128, 128))
+    assert small[0] == large[0] == 1
+    assert small[-1] == large[-1] == 0
+    assert (large[1:3] > small[1:3] + 0.02).all()
+
+
+def test_wan_goes_through_unipcs_own_sigmas_in_euler_steps(folders):
+    policy = load(folders("wan"))
+    unipc = UniPCMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction")
+    unipc.set_timesteps(6)
+    assert torch.equal(policy.sigmas(6, ()), unipc.sigmas)
+    # UniPC of first order without a corrector is Euler, with timesteps that are cut to integers
+    velocity = policy.velocity
+    policy.velocity = lambda latents, sigma, conditioning: velocity(
+        latents, (sigma * 1000).trunc() / 1000, conditioning
+    )
+    noise = torch.randn(1, *policy.latent_shape(**SIZE["wan"]), generator=torch.Generator().manual_seed(3))
+    pipe = WanPipeline.from_pretrained(folders("wan"))
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(
+        pipe.scheduler.config, solver_order=1, disable_corrector=list(range(6))
+    )
+    settings = {"num_inference_steps": 6, "max_sequence_length": 12, "output_type": "latent", **SIZE["wan"]}
+    expected = pipe(PROMPTS[:1], guidance_scale=1, latents=noise, **settings).frames
+    latents = sample_ode(policy, policy.encode(PROMPTS[:1]), 6, noise)
+    torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
+
+
+def test_flux_is_told_the_distilled_guidance(folders):
+    low, high = (load(folders("flux"), distilled_guidance=guidance) for guidance in (3.5, 7.0))
+    latents, sigma, conditioning = inputs(low, "flux")
+    with torch.no_grad():
+        assert not torch.equal(low.velocity(latents, sigma, conditioning), high.velocity(latents, sigma, conditioning))
+
+
+def test_padding_of_qwens_prompts_has_no_effect(folders):
+    short, long = load(folders("qwen")), load(folders("qwen"), max_sequence_length=40)
+    latents, sigma, conditioning = inputs(short, "qwen")
+    assert conditioning["encoder_hidden_states_mask"].sum(1).unique().numel() > 1  # prompts of different lengths
+    assert conditioning["encoder_hidden_states"].shape[1] == 12
+    padded = long.encode(PROMPTS)
+    alone = {name: tensor[:1] for name, tensor in short.encode(PROMPTS).items()}
+    with torch.no_grad():
+        velocity = short.velocity(latents, sigma, conditioning)
+        whole = padded["encoder_hidden_states_mask"].sum(1) <= 12
+        assert whole.any()
+        other = long.velocity(latents, sigma, padded)
+        torch.testing.assert_close(other[whole], velocity[whole], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(short.velocity(latents[:1], sigma[:1], alone), velocity[:1], rtol=1e-4, atol=1e-5)
+
+
+def test_sizes(folders):
+    assert load(folders("flux")).latent_shape(16, 24) == (4, 8, 12)
+    assert load(folders("qwen")).latent_shape(None, None) == (4, 128, 128)
+    policy = load(folders("wan"))
+    assert policy.latent_shape(16, 32, 5) == (4, 3, 8, 16)
+    assert policy.latent_shape(16, 32, 1) == (4, 1, 8, 16)
+    assert policy.latent_shape(None, None) == (4, 41, 240, 416)
+    with pytest.raises(UserError, match=r"rollout\.num_frames 6 is not 1 more than a multiple of 2"):
+        policy.latent_shape(16, 32, 6)
+    with pytest.raises(UserError, match=r"rollout\.height 18 is not a positive multiple of 4"):
+        policy.latent_shape(18, 32, 5)
+    for name in ("sd3", "flux", "qwen"):
+        with pytest.raises(UserError, match=r"rollout\.num_frames 5: this model makes images"):
+            load(folders(name)).latent_shape(16, 16, 5)
+
+
+def test_other_wan_models_are_refused(folders, tmp_path):
+    pipe = tiny_wan_pipeline()
+    pipe.register_modules(transformer_2=pipe.transformer)
+    pipe.register_to_config(boundary_ratio=0.8)
+    pipe.save_pretrained(tmp_path / "two")
+    with pytest.raises(UserError, match=r"is a Wan 2\.2"):
+        load(tmp_path / "two")
+    pipe = tiny_wan_pipeline()
+    pipe.scheduler = UniPCMultistepScheduler()
+    pipe.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="UniPCMultistepScheduler, does not use flow-matching sigmas"):
+        load(tmp_path / "other")
+
+
+# what is trained
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("name", NEW)
+def test_the_trained_weights_change_the_output_and_the_reference_stays(folders, name, rank):
+    policy = load(folders(name), lora_rank=rank, dtype="bfloat16")
+    trained = policy.trainable_parameters()
+    assert trained
+    assert all(parameter.dtype == torch.float32 for parameter in trained)
+    latents, sigma, conditioning = inputs(policy, name)
+    with torch.no_grad():
+        before = policy.velocity(latents, sigma, conditioning)
+        disturb(trained)
+        after = policy.velocity(latents, sigma, conditioning)
+        assert (after - before).abs().max() > 0.01
+        with policy.reference():
+            torch.testing.assert_close(policy.velocity(latents, sigma, conditioning), before, rtol=0, atol=0.02)
+    assert after.dtype == torch.bfloat16
+
+
+def config_of(folder, output, name, *, window=(2, (0, 3)), guidance=1.0, **policy):
+    size, start = window
+    return Config(
+        model=str(folder),
+        output_dir=str(output / "run"),
+        trackers=[],
+        reward_frames=2,
+        policy=PolicyConfig(**{"lora_rank": 4, "lora_alpha": 8, "max_sequence_length": 12, **policy}),
+        prompts=PromptsConfig(train=str(folder / "prompts.txt"), per_epoch=2),
+        rollout=RolloutConfig(
+            guidance_scale=guidance,
+            group_size=3,
+            num_steps=5,
+            window_size=size,
+            window_start=start,
+            batch_size=6,
+            **SIZE[name],
+        ),
+        update=UpdateConfig(batch_size=6, per_epoch=1, ema_decay=0.0),
+        rewards={"jpeg_compressibility": 1},
+        evaluation=EvaluationConfig(num_steps=3, images_per_prompt=2),
+    )
+
+
+def ratios(config):
+    """Ratios of an epoch's pairs before the first update, with an adapter that does something."""
+    trainer = Trainer(config)
+    disturb(trainer.parameters)
+    batch, _ = trainer.collect(0)
+    pairs = trainer.objective.micro_batches(batch, 0, len(batch.advantages))
+    return torch.cat([trainer.objective.loss(batch, rows, slots)[1]["ratio"] for rows, slots in pairs])
+
+
+@pytest.mark.parametrize(("window", "guidance"), [((2, (0, 3)), 1.0), ((None, (0, 3)), 4.5)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", NEW)
+def test_the_ratio_is_exactly_one_before_the_first_update(folders, tmp_path, name, dtype, window, guidance):
+    config = config_of(folders(name), tmp_path, name, dtype=dtype, window=window, guidance=guidance)
+    found = ratios(config)
+    assert len(found) >= 6
+    assert (found == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of float32 norms: slower
+@pytest.mark.parametrize("name", BUILD)
+def test_the_ratio_is_exactly_one_in_full_fine_tuning_with_checkpointing(folders, tmp_path, name):
+    config = config_of(
+        folders(name), tmp_path, name, dtype="bfloat16", lora_rank=0, gradient_checkpointing=True, guidance=4.5
+    )
+    assert (ratios(config) == 1).all()
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("name", BUILD)
+def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipeline(
+    folders, tmp_path, name, rank, monkeypatch
+):
+    shown = []
+    monkeypatch.setattr(Report, "evaluated", lambda self, evaluation, step: shown.append(evaluation))
+    monkeypatch.setattr(Report, "finish", lambda self, prompts: None)
+    folder, run = folders(name), tmp_path / "run"
+    size = [f"--rollout.{key}={value}" for key, value in SIZE[name].items()]
+    command = (
+        f"--model {folder} --prompts.train {folder / 'prompts.txt'} --output_dir {run} --epochs 2 --trackers [] "
+        f"--policy.lora_rank {rank} --policy.lora_alpha 8 --policy.max_sequence_length 12 --reward_frames 1 "
+        "--prompts.per_epoch 2 --rollout.group_size 3 --rollout.batch_size 6 --rollout.num_steps 4 "
+        "--rollout.guidance_scale 2 --rollout.window_size 2 --rollout.window_start [0,2] --update.batch_size 6 "
+        "--update.kl_weight 0.01 --update.learning_rate 0.01 --update.ema_every 1 "
+        "--evaluation.num_steps 3 --evaluation.images_per_prompt 2 --evaluation.guidance_scale 1"
+    ).split()
+    assert main([*command, *size, "--rewards", '{"jpeg_compressibility": 1}']) == 0
+
+    saved = run / "checkpoints/checkpoint-4"
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    base = {key: tensor.clone() for key, tensor in pipe.transformer.state_dict().items()}
+    if rank:
+        file = "pytorch_lora_weights.safetensors"
+        averaged, raw = load_file(saved / file), load_file(saved / "raw" / file)
+        # all but those of the text stream in the last block, which nothing depends on
+        moved = [bool(tensor.any()) for key, tensor in raw.items() if "lora_B" in key]
+        assert sum(moved) >= 0.7 * len(moved)
+        pipe.load_lora_weights(saved)
+    else:
+        pipe.transformer = type(pipe.transformer).from_pretrained(saved / "transformer")
+        averaged = pipe.transformer.state_dict()
+        raw = type(pipe.transformer).from_pretrained(saved / "raw/transformer").state_dict()
+        assert sum(not torch.equal(base[key], raw[key]) for key in base) > len(base) / 2
+    assert any(not torch.equal(averaged[key], raw[key]) for key in raw)
+
+    shape = load(folder, lora_rank=4).latent_shape(**SIZE[name])
+    noise = philox_normal(sample_seeds(range(len(PROMPTS)), 2), 0, (2 * len(PROMPTS), *shape))
+    expected = pipeline_images(pipe, name, noise, [prompt for prompt in PROMPTS for _ in range(2)], 3, 1.0)
+    if name == "wan":
+        expected = expected[:, 2]  # the middle one of 5 frames
+    assert_same_images(shown[-1].shown.flatten(0, 1), expected)
+    assert (shown[-1].shown != shown[0].shown).any()
+
+
+# a LoRA to go on from
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_a_saved_lora_is_gone_on_from(folders, tmp_path, name):
+    first = load(folders(name), lora_rank=3, lora_alpha=5)
+    disturb(first.trainable_parameters())
+    first.save(tmp_path)
+    for dtype in ("float32", "bfloat16"):
+        second = load(folders(name), lora=str(tmp_path), lora_rank=None, lora_alpha=99, dtype=dtype)
+        assert len(second.trainable_parameters()) == len(first.trainable_parameters())
+        for own, other in zip(second.trainable_parameters(), first.trainable_parameters(), strict=True):
+            assert torch.equal(own, other)  # float32 values, whatever the model's dtype
+    latents, sigma, conditioning = inputs(first, name)
+    second = load(folders(name), lora=str(tmp_path / "pytorch_lora_weights.safetensors"), lora_rank=3)
+    with torch.no_grad():
+        velocity = first.velocity(latents, sigma, conditioning)
+        assert torch.equal(second.velocity(latents, sigma, conditioning), velocity)
+        with second.reference():
+            assert not torch.equal(second.velocity(latents, sigma, conditioning), velocity)
+    second.velocity(latents, sigma, conditioning).sum().backward()
+    assert sum(parameter.grad is not None for parameter in second.trainable_parameters()) > 10
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", BUILD)
+def test_a_float32_adapter_computes_what_the_saved_one_does_in_the_models_dtype(folders, tmp_path, name, dtype):
+    policy = load(folders(name), dtype=dtype)
+    disturb(policy.trainable_parameters())
+    policy.save(tmp_path)
+    pipeline = DiffusionPipeline.from_pretrained(folders(name), dtype=policy.dtype)
+    pipeline.load_lora_weights(tmp_path)
+    latents, sigma, conditioning = inputs(policy, name)
+    velocity = policy.velocity(latents, sigma, conditioning)
+    velocity.float().square().mean().backward()
+    gradients = [parameter.grad for parameter in policy.trainable_parameters() if parameter.grad is not None]
+    assert len(gradients) > 10 and all(gradient.dtype == torch.float32 for gradient in gradients)
+    policy.transformer = pipeline.transformer
+    with torch.no_grad():
+        assert torch.equal(policy.velocity(latents, sigma, conditioning), velocity)
+
+
+def test_a_lora_that_does_not_fit_is_refused(folders, tmp_path):
+    load(folders("wan")).save(tmp_path / "wan")
+    load(folders("sd3"), lora_rank=3).save(tmp_path / "sd3")
+    with pytest.raises(UserError, match=r"policy\.lora: .*sd3 has rank 3, not policy\.lora_rank 4"):
+        load(folders("sd3"), lora=str(tmp_path / "sd3"))
+    with pytest.raises(UserError, match=r"policy\.lora: .*wan (cannot be loaded into|fits another model)"):
+        load(folders("sd3"), lora=str(tmp_path / "wan"), lora_rank=None)
+    with pytest.raises(UserError, match=r"policy\.lora: .*nowhere cannot be loaded"):
+        load(folders("sd3"), lora=str(tmp_path / "nowhere"), lora_rank=None)
+    file = tmp_path / "sd3/pytorch_lora_weights.safetensors"
+    weights = load_file(file)
+    name = next(iter(weights))
+    for change, message in (
+        ({name.replace("transformer.", "text_encoder."): weights[name]}, "has weights for text_encoder"),
+        ({name.replace("blocks.0", "blocks.7"): weights[name]}, r"blocks\.7"),
+        ({name: torch.zeros(3, 5)}, "cannot be loaded into"),
+    ):
+        save_file({key: tensor.clone() for key, tensor in (weights | change).items()}, file)
+        with pytest.raises(UserError, match=message):
+            load(folders("sd3"), lora=str(tmp_path / "sd3"), lora_rank=None)
+
+
+# memory and speed
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_checkpointing_computes_the_same_gradients_again(folders, name):
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)  # of the adapter
+        policy = load(folders(name), gradient_checkpointing=checkpointing)
+        disturb(policy.trainable_parameters())
+        blocks = getattr(policy.module, "transformer_blocks", getattr(policy.module, "blocks", None))
+        count = []
+        blocks[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        policy.velocity(*inputs(policy, name)).square().sum().backward()
+        calls.append(len(count))
+        gradients.append([p.grad for p in policy.trainable_parameters() if p.grad is not None])
+    assert calls == [1, 2]
+    assert gradients[0]
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
+@pytest.fixture
+def own_backend():
+    """diffusers keeps the chosen attention backend for the whole process."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    before = _AttentionBackendRegistry._active_backend
+    yield
+    _AttentionBackendRegistry.set_active_backend(before)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_attention_backends(folders, name, own_backend, monkeypatch):
+    from diffusers.models import attention_dispatch
+
+    plain = load(folders(name))
+    chosen = load(folders(name), attention="_native_math")
+    assert {p._attention_backend.value for p in chosen.module.attn_processors.values()} == {"_native_math"}
+    latents, sigma, conditioning = inputs(plain, name)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            chosen.velocity(latents, sigma, conditioning), plain.velocity(latents, sigma, conditioning)
+        )
+    with pytest.raises(UserError, match=r"policy\.attention: flash does not work here: .*flash-attn"):
+        load(folders(name), attention="flash")
+    with pytest.raises(UserError, match=r"policy\.attention: flsh does not work here: .*must be one of"):
+        load(folders(name), attention="flsh")
+    # installed, but without a backward pass, and of no use on this device
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "dispatch_attention_fn", lambda query, *_, **__: query.detach())
+        with pytest.raises(UserError, match=r"policy\.attention: native does not work here: .*grad"):
+            load(folders(name), attention="native")
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN", True)
+    with pytest.raises(UserError, match=r"policy\.attention: flash does not work here"):
+        load(folders(name), attention="flash")
+
+
+def test_sd3_has_no_choice_of_attention(folders):
+    with pytest.raises(UserError, match=r"policy\.attention: SD3Transformer2DModel does not use diffusers'"):
+        load(folders("sd3"), attention="xformers")
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
+@pytest.mark.parametrize("name", BUILD)
+def test_compiled_blocks_are_the_same_in_rollout_and_update(folders, tmp_path, name, monkeypatch):
+    from diffusers import ModelMixin
+    from torch._dynamo.backends.debugging import aot_eager
+
+    with_graph = []
+    compile_blocks = ModelMixin.compile_repeated_blocks
+
+    def backend(graph, inputs):
+        with_graph.append(torch.is_grad_enabled())
+        return aot_eager(graph, inputs)
+
+    def quickly(self, fullgraph):
+        assert fullgraph
+        compile_blocks(self, fullgraph=True, backend=backend)
+
+    monkeypatch.setattr(ModelMixin, "compile_repeated_blocks", quickly)
+    torch._dynamo.reset()
+    found = ratios(config_of(folders(name), tmp_path, name, compile=True, dtype="bfloat16"))
+    assert with_graph
+    assert all(with_graph)
+    assert (found == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_an_inductor_run_has_ratio_one(folders, tmp_path):
+    torch._dynamo.reset()
+    config = config_of(folders("sd3"), tmp_path, "sd3", compile=True, dtype="bfloat16")
+    assert (ratios(config) == 1).all()
+
+
+# embeddings on disk
+
+
+def test_a_run_with_embeddings_on_disk_frees_the_encoders_and_samples_the_same(folders, tmp_path):
+    folder = tmp_path / "embeddings"
+    batches, written = [], []
+    for number in range(3):
+        config = config_of(folders("flux"), tmp_path / str(number), "flux", guidance=2.0)
+        config.policy.embeddings_dir = str(folder) if number else None
+        trainer = Trainer(config)
+        if number:
+            assert trainer.policy.pipeline.text_encoder is None
+            assert trainer.policy.pipeline.text_encoder_2 is None
+            written.append({path.name: path.stat().st_mtime_ns for path in folder.iterdir()})
+        batches.append(trainer.collect(0)[0])
+    assert len(written[0]) == len(PROMPTS) + 1
+    assert written[1] == written[0]  # the second run found them
+    torch.testing.assert_close(batches[1].trajectory.final, batches[0].trajectory.final, rtol=1e-3, atol=1e-4)
+    assert torch.equal(batches[2].trajectory.final, batches[1].trajectory.final)
+
+
+def test_embeddings_on_disk_are_told_apart_and_checked(folders, tmp_path):
+    def key(**settings):
+        return load(folders("flux"), **settings).encoder_key()
+
+    assert key() == key(lora_rank=0)
+    assert len({key(), key(max_sequence_length=8), key(dtype="bfloat16")}) == 3
+    policy = load(folders("flux"))
+    expected = policy.encode(PROMPTS[:1])
+    cache = EmbeddingCache(policy, tmp_path / "cache")
+    cache.prepare(PROMPTS[:1])
+    (file,) = (tmp_path / "cache").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(RuntimeError, match=r"policy\.embeddings_dir: an embedding has gone or is damaged"):
+        cache(PROMPTS[:1])
+    cache = EmbeddingCache(load(folders("flux")), tmp_path / "cache")
+    cache.prepare(PROMPTS[:1])  # makes the torn one again
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in cache(PROMPTS[:1]).items())
+
+    policy = load(folders("flux"))
+    with torch.no_grad():
+        policy.pipeline.text_encoder_2.shared.weight[3, 5] += 0.1
+    assert policy.encoder_key() != key()
+    with pytest.raises(UserError, match=r"policy\.embeddings_dir .* cannot be written"):
+        EmbeddingCache(policy, file).prepare(PROMPTS)

@@ -1,0 +1,209 @@
+"""What test_distributed.py has several processes do, and does itself in one."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, is_deepspeed_available
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from support import killed_run
+
+from fastflowgrpo import Config, Trainer
+from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
+from fastflowgrpo.distributed import full_tensor
+from fastflowgrpo.errors import UserError
+from fastflowgrpo.rewards import RewardBatch, Scores
+from fastflowgrpo.train import main as train_command
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
+PROMPTS = ["a cat", "two dogs", "a red ball", "the sea", "a cat on a ball", "snow"]
+SIZE = 4  # of a group
+
+
+def place_reward(batch: RewardBatch) -> Scores:
+    """Of the prompt and the place in the group alone, so that any number of processes gives the same scores: a group of
+    equal ones, and one score missing."""
+    place = torch.arange(len(batch.prompts)) - torch.searchsorted(batch.group_ids, batch.group_ids)
+    length = torch.tensor([float(len(prompt)) for prompt in batch.prompts])
+    values = torch.sin(length + 3 * place)
+    values[[prompt == "snow" for prompt in batch.prompts]] = 0.25
+    values[(length == len("two dogs")) & (place == 1)] = torch.nan
+    return Scores(values, {"length": length})
+
+
+def deadly(batch: RewardBatch, mark: str, epoch: int) -> torch.Tensor:
+    """Draws from all global random numbers, and kills rank 1 once, in a given epoch: it is called once for the first
+    evaluation and twice an epoch."""
+    deadly.calls += 1
+    if os.environ.get("RANK") == "1" and deadly.calls > 1 + 2 * epoch and not Path(mark).exists():
+        Path(mark).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return killed_run.noisy(batch)
+
+
+deadly.calls = 0
+
+
+def config_of(
+    folder: Path, output: Path, *, updates: int = 2, rank: int = 4, dtype: str = "float32", evaluated: int = 5
+) -> Config:
+    return Config(
+        model=str(folder),
+        output_dir=str(output),
+        trackers=["tensorboard"],
+        policy=PolicyConfig(dtype=dtype, lora_rank=rank, lora_alpha=8, max_sequence_length=8),
+        prompts=PromptsConfig(train=str(folder / "prompts.txt"), eval=str(folder / f"{evaluated}.txt"), per_epoch=6),
+        rollout=RolloutConfig(
+            guidance_scale=2.0, group_size=SIZE, num_steps=5, window_size=2, window_start=(0, 3), batch_size=2 * SIZE
+        ),
+        update=UpdateConfig(
+            per_epoch=updates, batch_size=3, learning_rate=3.0, kl_weight=0.1, ema_decay=0.9, ema_every=1
+        ),
+        rewards={"support.distributed_runs:place_reward": 1},
+        max_missing=0.05,  # one of 24 images is missing, but of 12 on one of two processes
+        evaluation=EvaluationConfig(num_steps=3, images_per_prompt=2, batch_size=4),
+    )
+
+
+def train(config: Config) -> dict:
+    """Two epochs as `Trainer.run` has them, and what this process sees of them."""
+    trainer = Trainer(config)
+    # Adam divides by the gradient's own size and would blow up the rounding of the smallest.
+    trainer.optimizer.param_groups[0]["eps"] = 1.0
+    before = [full_tensor(parameter.detach()).clone() for parameter in trainer.parameters]
+    seen = {"latents": {}, "pairs": [], "passes": []}
+    trainer.evaluate()
+    for epoch in range(2):
+        batch, metrics = trainer.collect(epoch)
+        for i, group in enumerate(trainer.processes.rank_indices(config.prompts.per_epoch)):
+            seen["latents"][epoch, group] = batch.trajectory.final[i * SIZE : (i + 1) * SIZE]
+        if epoch == 0:
+            trainer.check_replay(batch)
+        calls = []
+        hook = trainer.policy.module.register_forward_hook(
+            lambda m, i, output, calls=calls: calls.append(len(output[0]))
+        )
+        metrics |= trainer.update(batch)
+        hook.remove()
+        seen["passes"].append(len(calls))
+        trainer.report.epoch(epoch, trainer.step, metrics)
+    trainer.evaluate()
+    trainer.epoch = 2
+    trainer.mark_epoch_boundary()
+    trainer.save()
+    after = [full_tensor(parameter.detach()).clone() for parameter in trainer.parameters]
+    seen["change"] = torch.cat([(b - a).flatten() for a, b in zip(before, after, strict=True)])
+    average = [full_tensor(parameter) for parameter in trainer.ema.shadow_params]
+    seen["average"] = torch.cat([(b - a).flatten() for a, b in zip(before, average, strict=True)])
+    if config.update.per_epoch == 2:
+        seen["gone on"] = torch.cat([next_epoch(trainer), next_epoch(Trainer(replace(config, resume="latest")))], 1)
+    seen["sharded"] = sum(full_tensor(p).numel() > getattr(p, "_local_tensor", p).numel() for p in trainer.parameters)
+    return seen
+
+
+def next_epoch(trainer: Trainer) -> torch.Tensor:
+    """The weights and their average after one more epoch."""
+    trainer.optimizer.param_groups[0]["eps"] = 1.0
+    trainer.update(trainer.collect(trainer.epoch)[0])
+    tensors = [*trainer.parameters, *trainer.ema.shadow_params]
+    return torch.cat([full_tensor(tensor.detach()).flatten() for tensor in tensors])[:, None]
+
+
+def end_on_rank_1(trainer: Trainer, how: Callable[[], None]) -> str:
+    """What this process raises when rank 1 does something while all sample."""
+
+    def work() -> None:
+        if trainer.processes.rank == 1:
+            how()
+
+    trainer.signals.signum = 0
+    with trainer.signals:
+        try:
+            trainer.signals.interruptible(work)
+        except BaseException as error:
+            return f"{type(error).__name__}: {error}, {trainer.processes.is_collective(error)}"
+    return "nothing"
+
+
+def fail() -> None:
+    raise OSError("no space")
+
+
+def forget_accelerator() -> None:
+    """Let the next Trainer ask again what it runs on."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pretend_gpus(name: str) -> None:
+    """accelerate shards on GPUs only. Told that these CPUs are some, it does here all that it does there, as
+    configs/accelerate/NAME.yaml says."""
+    forget_accelerator()
+    torch.accelerator.is_available = lambda: True
+    arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "script.py"])
+    arguments = _validate_launch_command(arguments)[0]
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""
+        os.environ.update(prepare_deepspeed_cmd_env(arguments)[1], DS_ACCELERATOR="cpu")
+    else:
+        os.environ.update(prepare_multi_gpu_env(arguments))
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def main(rank: int, count: int, port: int, log: Path, folder: Path, output: Path, arguments: list[str]) -> None:
+    """One of `count` processes; its output goes to `log`, what it saw into a file in `output`."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    seen = {}
+    if count == 4:
+        seen["few"] = train(config_of(folder, output / "few", updates=1, evaluated=3))
+    else:
+        seen["lora"] = train(config_of(folder, output / "lora"))
+        try:
+            Trainer(config_of(folder, output / "lora"))
+        except UserError as error:
+            seen["error"] = str(error)
+        forget_accelerator()
+        seen["full"] = train(config_of(folder, output / "full", rank=0))
+        pretend_gpus("fsdp2")
+        seen["lora sharded"] = train(config_of(folder, output / "lora sharded"))
+        pretend_gpus("fsdp2")
+        seen["full sharded"] = train(config_of(folder, output / "full sharded", rank=0))
+        pretend_gpus("fsdp2")
+        trainer = Trainer(config_of(folder, output / "bfloat16", dtype="bfloat16"))
+        batch, _ = trainer.collect(0)
+        stats = trainer.accumulate(batch, trainer.objective.micro_batches(batch, 0, len(batch.advantages)))
+        seen["ratio"] = torch.cat([s["ratio"] for s in stats if s])
+        trainer.optimizer.zero_grad()
+        seen["update"] = trainer.update(batch)
+        seen["dtypes"] = {p.dtype for p in trainer.policy.module.parameters()}
+        if is_deepspeed_available():
+            for kind, lora_rank in (("lora", 4), ("full", 0)):
+                pretend_gpus("zero2")
+                config = config_of(folder, output / f"{kind} zero2", rank=lora_rank)
+                seen[f"{kind} zero2"] = train(config)
+        forget_accelerator()
+        torch.accelerator.is_available = lambda: False
+        trainer = Trainer(config_of(folder, output / "ends"))
+        seen["ends"] = [
+            end_on_rank_1(trainer, fail),
+            end_on_rank_1(trainer, lambda: os.kill(os.getpid(), signal.SIGTERM)),
+            end_on_rank_1(trainer, lambda: None),
+        ]
+    torch.save(seen, output / f"{count}-{rank}.pt")
+    if arguments:  # last, for it ends the process group
+        forget_accelerator()
+        assert train_command(arguments) == 0
+    else:
+        PartialState().destroy_process_group()
