@@ -90,7 +90,7 @@ class Processes:
         return gather_object([value])
 
     def gather_scores(self, scores: Scores, total: int, images_per_prompt: int) -> Scores:
-        """The scores of all `total` things, `images_per_prompt` of each, from those of every rank's `padded` ones. Collective."""
+        """Scores of all `total` prompts' images, from those of every rank's padded prompts. Collective."""
         count = len(self.rank_indices(total)) * images_per_prompt
         details = {name: values[:count] for name, values in scores.details.items()}
         joined = Scores.cat(self.gather(Scores(scores.values[:count], details, scores.error)))

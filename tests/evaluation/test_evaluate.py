@@ -203,7 +203,9 @@ def test_statistics():
 
 
 def samples_of(images, images_per_prompt=2):
-    return Samples(copies, images, Scores(torch.zeros(len(images)), {}), torch.zeros(len(images) // copies))
+    return Samples(
+        images_per_prompt, images, Scores(torch.zeros(len(images)), {}), torch.zeros(len(images) // images_per_prompt)
+    )
 
 
 def test_measures_and_their_difference():
@@ -256,10 +258,18 @@ def test_noise_is_a_function_of_seed_index_and_copy(lora_run):
     def draw(share, images_per_prompt=2, seed=0):
         shape = policy.latent_shape(None, None)
         drawn = sample_and_score(
-            policy, embed, scoring, share, shape, num_steps=2, images_per_prompt=copies, batch_size=4, seed=seed
+            policy,
+            embed,
+            scoring,
+            share,
+            shape,
+            num_steps=2,
+            images_per_prompt=images_per_prompt,
+            batch_size=4,
+            seed=seed,
         )
-        assert len(drawn.images) == len(drawn.scores.values) == copies * len(share)
-        return drawn.images.unflatten(0, (-1, copies)).int()
+        assert len(drawn.images) == len(drawn.scores.values) == images_per_prompt * len(share)
+        return drawn.images.unflatten(0, (-1, images_per_prompt)).int()
 
     def differ(a, b):
         return (a - b).abs().max() > 1  # another batch's shape may round otherwise
