@@ -254,9 +254,8 @@ class Trainer:
         statistics: list[dict[str, Tensor]] = []
         for number in range(config.per_epoch):
             groups = self.processes.local_slice(number * share, (number + 1) * share)
-            micro_batches = self.objective.micro_batches(
-                batch, groups.start * size, (groups.stop - groups.start) * size
-            )
+            count = (groups.stop - groups.start) * size
+            micro_batches = self.objective.micro_batches(batch, groups.start * size, count)
             found = self.accumulate(batch, micro_batches)
             if found:
                 total_norm = self.accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)

@@ -46,11 +46,10 @@ class Evaluation:
         images_per_prompt: int,
         processes: Processes | None = None,
     ) -> "Evaluation":
-        """Summarise `images_per_prompt` images of each prompt. Collective, if there are processes: of the images, only those that
-        are shown leave their own.
+        """Summarise the images of all prompts. Collective; only the images that are shown leave their rank.
 
         Args:
-            images: (P * images_per_prompt, 3, H, W); of several processes this one's, beginning with those of `Processes.own`.
+            images: (P * images_per_prompt, 3, H, W), of this rank's prompts, first those of `Processes.rank_indices`.
             scores: of all prompts.
         """
         values = {"reward": scores.values, **scores.details}

@@ -255,7 +255,7 @@ def test_noise_is_a_function_of_seed_index_and_copy(lora_run):
     scoring = Scoring(build_rewards({"jpeg_compressibility": 1}), policy.decode, policy.device)
     prompts = [(i, Prompt(text)) for i, text in enumerate(TEXTS)]
 
-    def draw(share, images_per_prompt=2, seed=0):
+    def draw(share, n=2, seed=0):
         shape = policy.latent_shape(None, None)
         drawn = sample_and_score(
             policy,
@@ -264,12 +264,12 @@ def test_noise_is_a_function_of_seed_index_and_copy(lora_run):
             share,
             shape,
             num_steps=2,
-            images_per_prompt=images_per_prompt,
+            images_per_prompt=n,
             batch_size=4,
             seed=seed,
         )
-        assert len(drawn.images) == len(drawn.scores.values) == images_per_prompt * len(share)
-        return drawn.images.unflatten(0, (-1, images_per_prompt)).int()
+        assert len(drawn.images) == len(drawn.scores.values) == n * len(share)
+        return drawn.images.unflatten(0, (-1, n)).int()
 
     def differ(a, b):
         return (a - b).abs().max() > 1  # another batch's shape may round otherwise
@@ -277,7 +277,7 @@ def test_noise_is_a_function_of_seed_index_and_copy(lora_run):
     whole = draw(prompts)
     assert not differ(draw(prompts[1::2]), whole[1::2])
     assert not differ(draw(prompts[::-1]), whole.flip(0))
-    assert not differ(draw(prompts, images_per_prompt=3)[:, :2], whole)
+    assert not differ(draw(prompts, n=3)[:, :2], whole)
     assert differ(whole[:, 0], whole[:, 1])
     assert differ(draw(prompts, seed=1), whole)
     assert differ(draw([(7, prompts[0][1])]), whole[:1])
