@@ -216,13 +216,13 @@ def run_ours(trainer: Trainer, epoch: int) -> dict[str, float]:
     trainer.report.seconds.clear()
     batch, _ = trainer.collect(epoch)
     with trainer.report.phase("update"):
-        trainer.accumulate(batch, trainer.objective.micro_batches(batch, 0, len(batch.advantages)))
+        trainer.learner.accumulate(batch, trainer.objective.micro_batches(batch, 0, len(batch.advantages)))
     return dict(trainer.report.seconds)
 
 
 def gradients(trainer: Trainer) -> Tensor:
-    flat = torch.cat([p.grad.flatten().cpu() for p in trainer.parameters if p.grad is not None])
-    trainer.optimizer.zero_grad()
+    flat = torch.cat([p.grad.flatten().cpu() for p in trainer.learner.parameters if p.grad is not None])
+    trainer.learner.optimizer.zero_grad()
     assert flat.norm() > 0
     return flat
 
@@ -243,7 +243,7 @@ def transformer_flops(trainer: Trainer) -> dict[str, int]:
         with FlopCounterMode(display=False) as counter:
             policy.velocity(latents, sigma, condition).sum().backward()
         flops["forward_backward"] = counter.get_total_flops()
-    trainer.optimizer.zero_grad()
+    trainer.learner.optimizer.zero_grad()
     return flops
 
 
@@ -280,7 +280,7 @@ def measure(recipe: str, config: Config, repeats: int) -> dict[str, Any]:
         # An adapter that does something, so that KL, ratio and gradients are those of a run under way.
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for parameter in trainer.parameters:
+            for parameter in trainer.learner.parameters:
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
         flops = transformer_flops(trainer)
         on_gpu = trainer.policy.device.type == "cuda"

@@ -52,20 +52,20 @@ def config_of(folder, output, *, dtype="float32", guidance=1.0, **settings):
 def disturb(trainer, scale=0.05):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in trainer.parameters:
+        for parameter in trainer.learner.parameters:
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def all_stats(trainer, batch):
-    units = trainer.objective.micro_batches(batch, 0, len(batch.advantages))
-    stats = [trainer.objective.loss(batch, rows, slots)[1] for rows, slots in units]
+    micro_batches = trainer.objective.micro_batches(batch, 0, len(batch.advantages))
+    stats = [trainer.objective.loss(batch, rows, slots)[1] for rows, slots in micro_batches]
     return {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
 
 
 def gradient(trainer, batch):
-    trainer.accumulate(batch, trainer.objective.micro_batches(batch, 0, len(batch.advantages)))
-    flat = torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
-    trainer.optimizer.zero_grad()
+    trainer.learner.accumulate(batch, trainer.objective.micro_batches(batch, 0, len(batch.advantages)))
+    flat = torch.cat([p.grad.flatten() for p in trainer.learner.parameters if p.grad is not None])
+    trainer.learner.optimizer.zero_grad()
     return flat
 
 
@@ -92,7 +92,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(folder, tmp_path, guid
 def test_an_update_moves_the_ratio_and_the_log_prob_of_better_samples_rises(folder, tmp_path):
     trainer = Trainer(config_of(folder, tmp_path, learning_rate=1e-3, clip_range=0.1))
     batch, _ = trainer.collect(0)
-    trainer.update(batch)
+    trainer.learner.update(batch)
     difference = all_stats(trainer, batch)["log_prob_difference"]
     rows = torch.cat([rows for rows, _ in trainer.objective.micro_batches(batch, 0, 8)])
     assert difference.abs().max() > 1e-6
@@ -148,10 +148,10 @@ def test_a_missing_score_and_a_group_of_equal_rewards_are_left_out(folder, tmp_p
     pairs = trainer.objective.micro_batches(replace(batch, advantages=advantages), 0, 8)
     assert torch.cat([rows for rows, _ in pairs]).tolist() == [0, 2, 3, 0, 2, 3]
     assert torch.cat([slots for _, slots in pairs]).tolist() == [0, 0, 0, 1, 1, 1]
-    before = [p.detach().clone() for p in trainer.parameters]
-    metrics = trainer.update(replace(batch, advantages=torch.zeros(8)))
+    before = [p.detach().clone() for p in trainer.learner.parameters]
+    metrics = trainer.learner.update(replace(batch, advantages=torch.zeros(8)))
     assert metrics == {"trained_pairs": 0}
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.parameters, strict=True))
 
 
 def test_a_gradient_that_is_not_finite_and_an_epoch_without_a_score_stop_the_run(folder, tmp_path):
@@ -159,8 +159,8 @@ def test_a_gradient_that_is_not_finite_and_an_epoch_without_a_score_stop_the_run
     batch, _ = trainer.collect(0)
     batch.trajectory.log_probs[:] = float("nan")
     with pytest.raises(FloatingPointError, match=r"lower update\.learning_rate"):
-        trainer.update(batch)
-    assert all(parameter.isfinite().all() for parameter in trainer.parameters)
+        trainer.learner.update(batch)
+    assert all(parameter.isfinite().all() for parameter in trainer.learner.parameters)
     for thread in trainer.scoring.threads.values():
         thread.reward = lambda batch: Scores(torch.full((len(batch.prompts),), float("nan")))
     with pytest.raises(RuntimeError, match=r"8 of the 8 images of epoch 1 have no score.*: it returned NaN$"):
@@ -182,7 +182,7 @@ def test_a_reward_that_raises_costs_its_images_and_too_many_of_them_stop_the_run
     assert batch.advantages.isnan().tolist() == [False] * 4 + [True] * 4
     assert metrics["missing"] == metrics["jpeg_compressibility/missing"] == 4
     assert metrics["reward"] == pytest.approx(float(metrics["jpeg_compressibility"]), abs=1e-6) != 0
-    assert trainer.update(batch)["trained_pairs"] == 4 * 2
+    assert trainer.learner.update(batch)["trained_pairs"] == 4 * 2
     assert "reward jpeg_compressibility: 4 images not scored: KeyError: 'lost'" in capsys.readouterr().out
     failing.update(prompt.text for prompt in trainer.epoch_prompts(1))
     message = (
@@ -238,14 +238,14 @@ def test_a_replay_with_a_wrong_schedule_is_refused(folder, tmp_path):
 def test_evaluation_and_checkpoint_use_the_averaged_weights(folder, tmp_path):
     trainer = Trainer(config_of(folder, tmp_path, ema_decay=0.9, ema_every=1, learning_rate=1e-2))
     for epoch in range(3):
-        trainer.update(trainer.collect(epoch)[0])
-    raw = [p.detach().clone() for p in trainer.parameters]
-    average = [p.clone() for p in trainer.ema.shadow_params]
+        trainer.learner.update(trainer.collect(epoch)[0])
+    raw = [p.detach().clone() for p in trainer.learner.parameters]
+    average = [p.clone() for p in trainer.learner.ema.shadow_params]
     assert not torch.equal(raw[0], average[0])
-    with trainer.averaged_weights():
-        assert all(torch.equal(a, b) for a, b in zip(average, trainer.parameters, strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(raw, trainer.parameters, strict=True))
-    trainer.save()
+    with trainer.learner.averaged_weights():
+        assert all(torch.equal(a, b) for a, b in zip(average, trainer.learner.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(raw, trainer.learner.parameters, strict=True))
+    trainer.state.save()
     folder = tmp_path / "run/checkpoints/checkpoint-3"
     names = [name for name, p in trainer.policy.module.named_parameters() if p.requires_grad]
     for place, weights in ((folder, average), (folder / "raw", raw)):
@@ -256,17 +256,18 @@ def test_evaluation_and_checkpoint_use_the_averaged_weights(folder, tmp_path):
 
 def test_the_average_warms_up_with_the_number_of_updates(folder, tmp_path):
     trainer = Trainer(config_of(folder, tmp_path, ema_decay=0.5, ema_every=4, learning_rate=1e-2))
-    expected = [p.detach().clone() for p in trainer.parameters]
+    expected = [p.detach().clone() for p in trainer.learner.parameters]
     batch, _ = trainer.collect(0)
     decays = []
     for step in range(12):
-        trainer.update(batch)
+        trainer.learner.update(batch)
         if step in (3, 7, 11):
             decays.append(min((1 + step) / (10 + step), 0.5))  # arXiv 2505.05470's code
             expected = [
-                a + (1 - decays[-1]) * (p.detach() - a) for a, p in zip(expected, trainer.parameters, strict=True)
+                a + (1 - decays[-1]) * (p.detach() - a)
+                for a, p in zip(expected, trainer.learner.parameters, strict=True)
             ]
-        for average, tensor in zip(trainer.ema.shadow_params, expected, strict=True):
+        for average, tensor in zip(trainer.learner.ema.shadow_params, expected, strict=True):
             torch.testing.assert_close(average, tensor)
     assert decays == [4 / 13, 8 / 17, 0.5]
 

@@ -24,6 +24,7 @@ from fastflowgrpo.rewards.clip import CLIP
 from fastflowgrpo.rewards.models import choose_device
 from fastflowgrpo.runs.checkpoints import last_checkpoint
 from fastflowgrpo.runs.files import finite, versions
+from fastflowgrpo.scoring.gather import gather_scores
 from fastflowgrpo.scoring.pipeline import Scoring
 
 WRITTEN = ("evaluation.json", "evaluation.md", "grid.png")
@@ -41,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> Table:
     """
     begin = time.perf_counter()
     processes = Processes(make_accelerator([], config.output_dir))
-    if processes.sharded or processes.steps_in_backward:
+    if processes.sharded:
         raise UserError("accelerate: an evaluation does not shard the model: use configs/accelerate/ddp.yaml")
     folder = Path(config.output_dir)
     processes.on_main(lambda: _check_output(folder, config.overwrite))
@@ -87,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> Table:
                 guidance_scale=config.guidance_scale,
                 seed=config.seed,
             )
-        scores = processes.gather_scores(samples.scores, len(prompts), samples.images_per_prompt)
+        scores = gather_scores(processes, samples.scores, len(prompts), samples.images_per_prompt)
         distances = diversity(samples, clip.embed_images if clip else None)
         distances = processes.gather_rows(distances, len(prompts))
         found = measures(prompts, samples.images_per_prompt, scores, distances, total=isinstance(config.rewards, dict))

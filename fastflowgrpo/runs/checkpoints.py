@@ -1,8 +1,9 @@
-"""Checkpoints: the whole state of a run in a folder that is complete or not there, and is known again by its manifest.
+"""Checkpoints: the whole state of a run in a folder that is either complete or not there.
 
 checkpoint-<step>/
     pytorch_lora_weights.safetensors, or transformer/     the averaged weights, for diffusers
-    training/weights.safetensors                          the raw weights that are trained
+    raw/                                                  the raw weights, likewise, if there is an average
+    training/weights.safetensors                          the raw weights that training resumes from
     training/optimizer.safetensors, ema.safetensors, rng.json, metrics.jsonl
     manifest.json                                         epoch, settings, and size and checksum of every file
 """
@@ -21,21 +22,22 @@ from safetensors import SafetensorError
 
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.trained import holds_weights
-from fastflowgrpo.runs.files import fsync
+from fastflowgrpo.runs.files import CHECKPOINTS, METRICS, fsync, read_rows
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-KEYS = {"format", "epoch", "step", "run_id", "wall_s", "config", "prompts", "files"}  # of the manifest
+TRAINING = "training"
+MANIFEST_KEYS = {"format", "epoch", "step", "run_id", "wall_s", "config", "prompts", "files"}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint, as `find` returns it."""
+    """A complete checkpoint, as `resume.find_checkpoint` returns it."""
 
     folder: Path
     manifest: dict[str, Any]
     changed: dict[str, tuple[Any, Any]]
-    """Settings that are others than the checkpoint's: name -> (its value, the present one)."""
+    """Settings that differ from the checkpoint's: name -> (its value, the present one)."""
 
     @property
     def epoch(self) -> int:
@@ -47,32 +49,44 @@ class Checkpoint:
         """Optimiser updates done."""
         return self.manifest["step"]
 
+    @property
+    def training(self) -> Path:
+        """The folder of the state that training resumes from."""
+        return self.folder / TRAINING
+
     def check_prompts(self, digests: Mapping[str, str]) -> None:
-        """Raises UserError where the prompts are others than the run's: setting -> `digest`."""
+        """Compare the prompts' digests (by setting, see `resume.prompts_digest`) with the checkpoint's.
+
+        Raises:
+            UserError: they differ; names the setting.
+        """
         for name, value in digests.items():
             if self.manifest["prompts"][name] != value:
                 raise UserError(f"{self.folder} is of a run with other prompts: those of {name} have changed")
 
     def rows(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl up to here."""
-        lines = (self.folder / "training" / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        """The rows of metrics.jsonl up to this checkpoint."""
+        return read_rows(self.training / METRICS)
 
 
-def save(
+def write_checkpoint(
     output_dir: str | Path, limit: int | None, write: Callable[[Path], None], manifest: dict[str, Any], step: int
 ) -> Path:
-    """Make `checkpoints/checkpoint-<step>`, then delete the oldest beyond `limit`.
+    """Write `checkpoints/checkpoint-<step>`, then delete the oldest ones beyond `limit`.
 
     Everything is written under another name, synced to the disk, and renamed.
 
     Args:
+        output_dir: the run directory.
+        limit: checkpoints that are kept; None keeps all.
         write: writes the files into the folder that it is given.
+        manifest: of the keys in `MANIFEST_KEYS` all but format, step and files.
+        step: optimiser updates done.
 
     Raises:
-        UserError: they cannot be written, as when the disk is full; those before it are as they were.
+        UserError: the disk is full or cannot be written; the earlier checkpoints are untouched.
     """
-    parent = Path(output_dir) / "checkpoints"
+    parent = Path(output_dir) / CHECKPOINTS
     folder = parent / f"checkpoint-{step}"
     temporary = parent / f".{folder.name}.tmp"
     try:
@@ -81,10 +95,7 @@ def save(
             shutil.rmtree(remains)
         temporary.mkdir()
         write(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        listed = {str(path.relative_to(temporary)): _description(path) for path in files}
-        text = json.dumps({"format": FORMAT, "step": step, **manifest, "files": listed}, indent=1)
-        (temporary / MANIFEST).write_text(text + "\n")
+        _write_manifest(temporary, {"format": FORMAT, "step": step, **manifest})
         for path in [*temporary.rglob("*"), temporary]:
             fsync(path)
         temporary.rename(folder)
@@ -96,59 +107,71 @@ def save(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in saved(output_dir)[: -limit if limit else 0]:
-        # Renamed first, so that one which is deleted in part is no checkpoint any more.
+    for old in list_checkpoints(output_dir)[: -limit if limit else 0]:
+        # Renamed first, so that a folder that is deleted in part is no checkpoint any more.
         shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
     return folder
 
 
-def saved(output_dir: str | Path) -> list[Path]:
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob("checkpoints/*")]
+    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob(f"{CHECKPOINTS}/*")]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
 
 
-def set_later_ones_aside(checkpoint: Checkpoint) -> list[Path]:
-    """Rename the checkpoints after this one, which the run that goes on from here will make again: their new paths."""
-    known = saved(checkpoint.folder.parent.parent)
+def last_checkpoint(run: str | Path) -> Path:
+    """The checkpoint of a run directory after the most steps.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = [folder for folder in list_checkpoints(run) if holds_weights(folder)]
+    if not folders:
+        raise UserError(f"run {run} has no checkpoint yet")
+    return folders[-1]
+
+
+def set_aside_later(checkpoint: Checkpoint) -> list[Path]:
+    """Rename the checkpoints after this one, which the resumed run will write again, and return their new paths."""
+    known = list_checkpoints(checkpoint.folder.parent.parent)
     later = known[[path.name for path in known].index(checkpoint.folder.name) + 1 :]
-    aside = []
+    renamed = []
     for path in later:
         names = (path.with_name(f"{path.name}.set_aside{number or ''}") for number in itertools.count())
-        aside.append(path.rename(next(name for name in names if not name.exists())))
-    return aside
+        renamed.append(path.rename(next(name for name in names if not name.exists())))
+    return renamed
 
 
 def verified_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are as it says.
+    """Read the manifest of a checkpoint and compare every file with it.
 
     Raises:
-        ValueError: with what is wrong.
+        ValueError: a file is missing or damaged, with the words that follow the folder's name.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             raise ValueError(f"is of format {manifest['format']}, and this version reads {FORMAT}")
-        if missing := KEYS - manifest.keys():
+        if missing := MANIFEST_KEYS - manifest.keys():
             raise KeyError(missing)
     except OSError as error:
         raise ValueError(f"is incomplete: {MANIFEST}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"is damaged: {MANIFEST} cannot be read") from error
-    for name, description in manifest["files"].items():
+    for name, expected in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise ValueError(f"is incomplete: {name} is missing")
         size = path.stat().st_size
-        if size != description["bytes"]:
-            raise ValueError(f"is damaged: {name} has {size} bytes instead of {description['bytes']}")
-        if _description(path) != description:
+        if size != expected["bytes"]:
+            raise ValueError(f"is damaged: {name} has {size} bytes instead of {expected['bytes']}")
+        if _file_checksum(path) != expected:
             raise ValueError(f"is damaged: {name} has another content than was written")
     return manifest
 
 
 def suggest_good_checkpoint(folder: Path, known: list[Path]) -> str:
-    """The newest good checkpoint before one that is not."""
+    """A sentence about the newest good checkpoint before a damaged one."""
     before = known[: [path.name for path in known].index(folder.name)]
     for other in reversed(before):
         try:
@@ -159,18 +182,16 @@ def suggest_good_checkpoint(folder: Path, known: list[Path]) -> str:
     return "There is no good one before it"
 
 
-def _description(path: Path) -> dict[str, Any]:
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    listed = {str(path.relative_to(folder)): _file_checksum(path) for path in files}
+    (folder / MANIFEST).write_text(json.dumps({**manifest, "files": listed}, indent=1) + "\n")
+
+
+def _file_checksum(path: Path) -> dict[str, Any]:
     checksum, size = hashlib.sha256(), 0
     with path.open("rb") as file:
         while part := file.read(2**20):
             checksum.update(part)
             size += len(part)
     return {"bytes": size, "sha256": checksum.hexdigest()}
-
-
-def last_checkpoint(run: str | Path) -> Path:
-    """The checkpoint of a run's directory after the most steps; UserError if there is none."""
-    found = [folder for folder in saved(run) if holds_weights(folder)]
-    if not found:
-        raise UserError(f"run {run} has no checkpoint yet")
-    return found[-1]

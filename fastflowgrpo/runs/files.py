@@ -13,41 +13,40 @@ from typing import Any
 from fastflowgrpo import __version__
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
+CONFIG, METRICS, SUMMARY, IMAGES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "summary.json", "images", "checkpoints"
+BEFORE_AFTER, CURVE = "before_after.png", "curve.png"
 TRACKER = "fastflowgrpo"  # project name of the trackers, and TensorBoard's folder
-# What a run writes into its folder, and all that --overwrite removes.
-WRITTEN = (
-    "metrics.jsonl",
-    "summary.json",
-    "images",
-    "checkpoints",
-    TRACKER,
-    "before_after.png",
-    "curve.png",
-    "config.yaml",  # last: by it a run that was killed in between is known
-)
+# Everything that a run writes into its folder and that --overwrite removes. The config is last: as long as it is there,
+# a run that was killed while it removed the others is recognised.
+WRITTEN = (METRICS, SUMMARY, IMAGES, CHECKPOINTS, TRACKER, BEFORE_AFTER, CURVE, CONFIG)
 
 
-def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide about the numbers."""
-    packages = {name: version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), "fastflowgrpo": __version__, **packages}
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as text, one JSON object a line."""
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
 
 
 def finite(value: Any) -> Any:
-    """The value with None for every NaN and infinity, which JSON does not have."""
+    """The value with None in place of every NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {name: finite(entry) for name, entry in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as metrics.jsonl has them."""
-    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide about the numbers."""
+    packages = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "fastflowgrpo": __version__, **packages}
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Gives another path to write; then that file takes the place of `path`, whole."""
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a temporary path to write to; then that file replaces `path`, which is never there in part."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -58,6 +57,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def fsync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,15 +1,14 @@
-"""The log of a run: printed lines, metrics.jsonl, trackers, summary."""
+"""The log of a run: printed lines, metrics.jsonl, trackers, images, summary."""
 
 import json
 import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from accelerate import Accelerator
@@ -17,116 +16,89 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastflowgrpo.config import Config, save
-from fastflowgrpo.errors import UserError
 from fastflowgrpo.evaluation.pictures import image_grid, side_by_side
 from fastflowgrpo.evaluation.summary import SHOWN, Evaluation, spread_over_tags
 from fastflowgrpo.planning.plan import Plan
 from fastflowgrpo.prompts import TAGS, Prompt
-from fastflowgrpo.runs import checkpoints, files
-from fastflowgrpo.runs.checkpoints import Checkpoint
-from fastflowgrpo.runs.files import TRACKER, WRITTEN, finite, versions
+from fastflowgrpo.runs.checkpoints import Checkpoint, list_checkpoints, set_aside_later
+from fastflowgrpo.runs.files import (
+    BEFORE_AFTER,
+    CONFIG,
+    IMAGES,
+    METRICS,
+    SUMMARY,
+    TRACKER,
+    WRITTEN,
+    atomic_write,
+    finite,
+    json_lines,
+    versions,
+)
+from fastflowgrpo.runs.state import RunState
 
 
 class Report:
-    """Writes a run directory and prints its progress; of several processes only the first does, while all know the
-    rows."""
+    """Logs a run. Every rank keeps the rows; only the main one writes and prints.
 
-    def __init__(
-        self,
-        config: Config,
-        accelerator: Accelerator,
-        plan: Plan,
-        num_parameters: int,
-        resumed: Checkpoint | None = None,
-    ):
-        self.config, self.accelerator = config, accelerator
+    Args:
+        config: of the run.
+        accelerator: with the trackers.
+        state: whose rows are written.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, state: RunState):
+        self.config, self.accelerator, self.state = config, accelerator, state
         self.folder = Path(config.output_dir)
-        self.rows: list[dict[str, Any]] = []
-        """Those of metrics.jsonl."""
-        self.run_id, before = uuid4().hex[:8], 0.0
-        if resumed:
-            self.rows, self.run_id, before = resumed.rows(), resumed.manifest["run_id"], resumed.manifest["wall_s"]
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.start = time.perf_counter() - before
         self.main = accelerator.is_main_process
+        self.seconds: dict[str, float] = defaultdict(float)
+        """Seconds of each phase since the last epoch was logged."""
+
+    def start(self, plan: Plan, num_parameters: int, resumed: Checkpoint | None = None) -> None:
+        """Print what is trained, and make the run directory or set it back to the checkpoint that is resumed.
+
+        Args:
+            plan: the batches, which are printed.
+            num_parameters: trained ones.
+            resumed: the checkpoint that `state` was loaded from.
+        """
         if not self.main:
             return
         where = f", {plan.processes} processes" if plan.processes > 1 else ""
-        print(f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}{where}")
+        device = self.accelerator.device
+        print(f"{self.config.model}: {num_parameters / 1e6:.2f} M trained parameters on {device}{where}")
         print(*plan.lines(), sep="\n")
-        trackers: dict[str, dict[str, Any]] = {}
+        trackers: dict[str, dict[str, Any]] = {"wandb": {"id": self.state.run_id, "resume": "allow"}}
         if resumed is None:
-            self._clear()
+            self._remove_old_run()
         else:
-            trackers = {"tensorboard": {"purge_step": resumed.step + 1}}
-            self._go_on(resumed)
-        trackers["wandb"] = {"id": self.run_id, "resume": "allow"}
+            trackers["tensorboard"] = {"purge_step": resumed.step + 1}
+            self._set_back(resumed)
         self.folder.mkdir(parents=True, exist_ok=True)
-        with files.replacing(self.folder / "config.yaml") as path:
-            save(config, path)
-        (self.folder / "images").mkdir(exist_ok=True)
-        accelerator.init_trackers(TRACKER, init_kwargs=trackers)
-
-    def _clear(self) -> None:
-        """Remove the run that is replaced."""
-        for name in WRITTEN:
-            path = self.folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
-
-    def _go_on(self, resumed: Checkpoint) -> None:
-        """Take back what was written after the checkpoint, and say from where the run goes on."""
-        print(f"goes on from {resumed.folder}: epoch {resumed.epoch} of {self.config.epochs}")
-        for name, (old, new) in resumed.changed.items():
-            print(f"  {name} was {old}, is {new}")
-        for path in checkpoints.set_later_ones_aside(resumed):
-            print(f"  a later checkpoint is now {path}")
-        with files.replacing(self.folder / "metrics.jsonl") as path:
-            path.write_text(files.lines(self.rows))
-
-    def wall(self) -> float:
-        """Seconds that the run has taken, over all its starts."""
-        return time.perf_counter() - self.start
-
-    @property
-    def evaluated_at(self) -> int | None:
-        """The step of the last row if that is an evaluation."""
-        return self.rows[-1]["step"] if self.rows and "eval" in self.rows[-1] else None
+        with atomic_write(self.folder / CONFIG) as path:
+            save(self.config, path)
+        (self.folder / IMAGES).mkdir(exist_ok=True)
+        self.accelerator.init_trackers(TRACKER, init_kwargs=trackers)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to the phase's seconds."""
+        """Add the time spent inside to the phase's seconds."""
         begin = time.perf_counter()
         yield
         if self.accelerator.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()  # decoding and rewards go on behind it, on streams of their own
+            torch.cuda.current_stream().synchronize()  # decoding and rewards go on behind it, on their own streams
         self.seconds[name] += time.perf_counter() - begin
 
     def replay(self, steps: Tensor, difference: Tensor) -> None:
-        """Print the replay's largest log-prob difference per step; steps, difference: (N,).
-
-        Raises:
-            UserError: one is over the tolerance.
-        """
+        """Print the replay's largest log-prob difference of each step; steps, difference: (N,)."""
         largest = {int(step): float(difference[steps == step].max()) for step in steps.unique()}
-        self._say("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
-        update = self.config.update
-        worst = float(difference.max())
-        if not worst <= update.replay_tolerance * update.clip_range:
-            raise UserError(
-                f"replayed log-probs differ from the rollout's by up to {worst:.1e}, more than "
-                f"update.replay_tolerance {update.replay_tolerance:g} x update.clip_range {update.clip_range:g}: "
-                "set update.batch_size to rollout.batch_size, or policy.dtype to float32"
-            )
+        self._print("replay: largest |d log_prob| " + "  ".join(f"step {s}: {d:.1e}" for s, d in largest.items()))
 
-    def epoch(self, epoch: int, step: int, metrics: dict[str, float]) -> None:
-        """One line, one row."""
+    def epoch(self, epoch: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Log an epoch: one line, one row."""
         seconds, self.seconds = dict(self.seconds), defaultdict(float)
         seconds.pop("evaluate", None)
-        metrics["images_per_s"] = metrics["images"] / sum(seconds.values())
-        self._log({"epoch": epoch, "step": step, **metrics, "seconds": seconds})
+        images_per_s = metrics["images"] / sum(seconds.values())
+        self._log({"epoch": epoch, "step": step, **metrics, "images_per_s": images_per_s, "seconds": seconds})
         parts = [
             f"epoch {epoch + 1:>{len(str(self.config.epochs))}}/{self.config.epochs}",
             f"reward {metrics['reward']:.3f}",
@@ -140,86 +112,103 @@ class Report:
             parts.append(f"clipped {metrics['clipped_above'] + metrics['clipped_below']:.0%}")
         if "kl" in metrics:
             parts.append(f"kl {metrics['kl']:.1e}")
-        parts.append(f"{metrics['images_per_s']:.0f} images/s")
+        parts.append(f"{images_per_s:.0f} images/s")
         parts.append(" ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value >= 0.005) + " s")
-        self._say("  ".join(parts))
+        self._print("  ".join(parts))
 
     def evaluated(self, evaluation: Evaluation, step: int) -> None:
-        """One line, one row, a grid of images."""
+        """Log an evaluation: one line, one row, a grid of images."""
         if self.main:
-            image_grid([evaluation]).save(self._image(step))
+            image_grid([evaluation]).save(self._grid_path(step))
         self._log({"step": step, "eval": evaluation.row()})
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
         missing = f"missing {evaluation.missing}" if evaluation.missing else ""
-        self._say(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {missing}".rstrip())
+        self._print(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {missing}".rstrip())
 
     def stopped(self) -> None:
-        """Say where a run that does not reach its end can go on, and close the trackers."""
+        """Print where a run that does not reach its end can be resumed, and close the trackers."""
         if not self.main:
             return
-        saved = checkpoints.saved(self.folder)
-        if saved:
-            command = f"python -m fastflowgrpo.train --config {self.folder / 'config.yaml'} --resume latest"
-            print(f"the last checkpoint is {saved[-1]}; to go on: {command}", file=sys.stderr)
+        checkpoints = list_checkpoints(self.folder)
+        if checkpoints:
+            command = f"python -m fastflowgrpo.train --config {self.folder / CONFIG} --resume latest"
+            print(f"the last checkpoint is {checkpoints[-1]}; to go on: {command}", file=sys.stderr)
         else:
             print("no epoch was finished: there is no checkpoint", file=sys.stderr)
-        for tracker in self.accelerator.trackers:  # and not end_training, which may wait for a process that has failed
+        for tracker in self.accelerator.trackers:  # not end_training, which may wait for a process that has failed
             tracker.finish()
 
     def finish(self, prompts: list[Prompt]) -> None:
-        """`summary.json`, the pictures of the evaluation prompts, and the closing table."""
+        """Write the summary and the pictures of the evaluation prompts, and print the closing table."""
         if not self.main:
             self.accelerator.end_training()
             return
-        wall = self.wall()
-        trained = [row for row in self.rows if "epoch" in row]
-        evaluated = [row for row in self.rows if "eval" in row]
+        wall = self.state.wall_s
+        trained = [row for row in self.state.rows if "epoch" in row]
+        evaluated = [row for row in self.state.rows if "eval" in row]
         images, seconds = sum(row["images"] for row in trained), sum(sum(row["seconds"].values()) for row in trained)
         first, last = evaluated[0]["eval"], evaluated[-1]["eval"]
-        summary: dict[str, Any] = {
-            "wall_s": wall,
-            "images_per_s": images / seconds,
-            "seed": self.config.seed,
-            "versions": versions(),
-            "eval": {"first": first, "last": last},
-        }
-        if self.accelerator.device.type == "cuda":
-            summary["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-            summary["gpu"] = torch.cuda.get_device_name()
-        (self.folder / "summary.json").write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        self._write_summary(wall, images / seconds, {"first": first, "last": last})
         self.accelerator.end_training()
         print(f"\n{images} images in {wall:.0f} s, {images / seconds:.0f} images/s while training")
         print(_table(first, last))
-        paths: dict[str, Path | str] = {
-            "metrics": self.folder / "metrics.jsonl",
-            "weights": checkpoints.saved(self.folder)[-1],
-        }
+        paths: dict[str, Path | str] = {"metrics": self.folder / METRICS, "weights": list_checkpoints(self.folder)[-1]}
         if "tensorboard" in self.config.trackers:
             paths["curves"] = f"tensorboard --logdir {self.folder / TRACKER}"
-        before, after = (self._image(row["step"]) for row in (evaluated[0], evaluated[-1]))
+        before, after = (self._grid_path(row["step"]) for row in (evaluated[0], evaluated[-1]))
         if before.is_file() and after.is_file():
-            paths["images"] = self.folder / "before_after.png"
-            side_by_side(before, after, [prompts[i].text for i in spread_over_tags(prompts, SHOWN)]).save(
-                paths["images"]
-            )
+            paths["images"] = self.folder / BEFORE_AFTER
+            shown = [prompts[i].text for i in spread_over_tags(prompts, SHOWN)]
+            side_by_side(before, after, shown).save(paths["images"])
         paths["curve"] = self._curve(trained, evaluated)
         for name, path in paths.items():
             print(f"{name:8} {path}")
 
-    def _say(self, text: str) -> None:
+    def _write_summary(self, wall_s: float, images_per_s: float, evaluations: dict[str, Any]) -> None:
+        summary: dict[str, Any] = {
+            "wall_s": wall_s,
+            "images_per_s": images_per_s,
+            "seed": self.config.seed,
+            "versions": versions(),
+            "eval": evaluations,
+        }
+        if self.accelerator.device.type == "cuda":
+            summary["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+            summary["gpu"] = torch.cuda.get_device_name()
+        (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def _remove_old_run(self) -> None:
+        for name in WRITTEN:
+            path = self.folder / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _set_back(self, resumed: Checkpoint) -> None:
+        """Take back what was written after the checkpoint, and print where the run goes on."""
+        print(f"goes on from {resumed.folder}: epoch {resumed.epoch} of {self.config.epochs}")
+        for name, (old, new) in resumed.changed.items():
+            print(f"  {name} was {old}, is {new}")
+        for path in set_aside_later(resumed):
+            print(f"  a later checkpoint is now {path}")
+        with atomic_write(self.folder / METRICS) as path:
+            path.write_text(json_lines(self.state.rows))
+
+    def _print(self, text: str) -> None:
         if self.main:
             tqdm.write(text)
 
-    def _image(self, step: int) -> Path:
-        return self.folder / "images" / f"step-{step:06d}.png"
+    def _grid_path(self, step: int) -> Path:
+        return self.folder / IMAGES / f"step-{step:06d}.png"
 
     def _log(self, row: dict[str, Any]) -> None:
-        row = finite({**row, "wall_s": round(self.wall(), 3)})
-        self.rows.append(row)
+        row = finite({**row, "wall_s": round(self.state.wall_s, 3)})
+        self.state.rows.append(row)
         if not self.main:
             return
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(files.lines([row]))
+        with (self.folder / METRICS).open("a") as file:
+            file.write(json_lines([row]))
         self.accelerator.log(dict(_flat(row)), step=row["step"])
 
     def _curve(self, trained: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> Path | str:

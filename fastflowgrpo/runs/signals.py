@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl+C: a run ends where its state is whole, on all its processes alike."""
+"""SIGTERM and Ctrl+C: a run ends where its state is whole, on all of its processes alike."""
 
 import os
 import signal
@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 
 from fastflowgrpo.distributed import FailedElsewhere, Processes, mark_collective
 
-# Launchers pass a Ctrl+C on that the terminal has sent to every process already: what follows sooner is the same one.
-AGAIN = 1.0  # seconds
+# A launcher passes on a Ctrl+C that the terminal has sent to every process already. A second signal within this time
+# counts as the first.
+REPEAT_SECONDS = 1.0
+
 Result = TypeVar("Result")
 
 
@@ -24,20 +26,23 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Inside it SIGTERM and Ctrl+C end what `interruptible` runs, and let everything else finish first. A second Ctrl+C
-    ends the process at once."""
+    """Inside this context SIGTERM and Ctrl+C end what `interruptible` runs, and let everything else finish first.
+
+    A second Ctrl+C ends the process at once.
+    """
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.signum = 0
-        self.since = 0.0
-        self.open = False
+        self.received_at = 0.0
+        self.may_interrupt = False
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGTERM, signal.SIGINT):
-                if signal.getsignal(signum) != signal.SIG_IGN:  # as for a job in the background of a script
+                # A script's background job ignores Ctrl+C, and so does the run.
+                if signal.getsignal(signum) != signal.SIG_IGN:
                     self.previous[signum] = signal.signal(signum, self._receive)
         return self
 
@@ -47,12 +52,14 @@ class Signals:
         self.previous = {}
 
     def interruptible(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """What `work` returns. It must leave the run's state as it is: a signal ends it anywhere, unless the processes
-        need each other within it, as for sharded weights; then it is ended before or after.
+        """Call a function that a signal may end at any point, and return its result. Collective.
+
+        The function must leave the run's state as it is. If the model is sharded, ranks need each other within it, and
+        a signal ends it only before or after.
 
         Raises:
-            Interrupted: a process of the run was told to end; then all of them raise it here.
-            FailedElsewhere: in another process `work` has raised what it raises there.
+            Interrupted: a process of the run was told to end; every process raises it.
+            FailedElsewhere: the function failed in another process, which raises its error.
         """
         if self.processes.sharded:
             self._agree(None)
@@ -62,36 +69,36 @@ class Signals:
         error = None
         try:
             try:
-                self.open = True
+                self.may_interrupt = True
                 if self.signum:
                     raise Interrupted(self.signum)
                 result = work(*arguments)
             finally:
-                self.open = False
+                self.may_interrupt = False
         except Interrupted:
             pass
-        except Exception as found:
-            error = found
+        except Exception as raised:
+            error = raised
         self._agree(error)
         return result
 
     def _agree(self, error: Exception | None) -> None:
-        """Raise on every process what any of them has met."""
+        """Raise on every process the error or signal that any of them has met."""
         met = self.processes.gather((self.signum, error and f"{type(error).__name__}: {error}"))
         if error is not None:
             raise mark_collective(error)
-        for process, (_, text) in enumerate(met):
+        for rank, (_, text) in enumerate(met):
             if text:
-                raise mark_collective(FailedElsewhere(f"process {process} failed: {text}"))
+                raise mark_collective(FailedElsewhere(f"process {rank} failed: {text}"))
         if signum := max(signum for signum, _ in met):
             raise mark_collective(Interrupted(signum))
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if not self.signum:
-            self.signum, self.since = signum, time.monotonic()
-            # print could be what was interrupted, and may not be called within itself.
+            self.signum, self.received_at = signum, time.monotonic()
+            # Not print: the signal may have interrupted a print, which must not be called within itself.
             os.write(2, f"\n{signal.Signals(signum).name}: saving, then ending\n".encode())
-            if self.open:
+            if self.may_interrupt:
                 raise Interrupted(signum)
-        elif signum == signal.SIGINT and time.monotonic() - self.since > AGAIN:
+        elif signum == signal.SIGINT and time.monotonic() - self.received_at > REPEAT_SECONDS:
             os._exit(128 + signum)

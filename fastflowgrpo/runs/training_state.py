@@ -17,26 +17,30 @@ from torch import Tensor
 from fastflowgrpo.distributed import shard_like
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.runs.checkpoints import Checkpoint
-from fastflowgrpo.runs.files import lines
+from fastflowgrpo.runs.files import METRICS, json_lines
+
+WEIGHTS, OPTIMIZER, EMA, RNG = "weights.safetensors", "optimizer.safetensors", "ema.safetensors", "rng.json"
 
 
 def training_state(
-    parameters: Mapping[str, Tensor], optimizer: AcceleratedOptimizer | None, ema: EMAModel | None
+    parameters: Mapping[str, Tensor], optimizer: AcceleratedOptimizer, ema: EMAModel | None
 ) -> dict[str, dict[str, Tensor]]:
-    """The tensors that training goes on from, "weights", "optimizer" and "ema", each by its name.
+    """The tensors that training resumes from: "weights", "optimizer" and "ema", each by name.
 
     Args:
         parameters: the trained parameters by name, in the optimiser's order.
-        optimizer: None for one that cannot be gone on with.
+        optimizer: of these parameters.
+        ema: their average, if there is one.
     """
-    state = {"weights": dict(parameters)}
-    if optimizer is not None:
-        states = optimizer.state_dict()["state"]
-        state["optimizer"] = {
+    states = optimizer.state_dict()["state"]
+    state = {
+        "weights": dict(parameters),
+        "optimizer": {
             f"{name}/{key}": tensor
             for index, name in enumerate(parameters)
             for key, tensor in states.get(index, {}).items()  # none before the parameter's first gradient
-        }
+        },
+    }
     if ema is not None:
         state["ema"] = dict(zip(parameters, ema.shadow_params, strict=True))
     return state
@@ -45,24 +49,26 @@ def training_state(
 def save_training(
     folder: Path,
     state: Mapping[str, Mapping[str, Tensor]],
-    averages: int | None,
-    rngs: Sequence[Mapping[str, Any]],
+    ema_steps: int | None,
+    rng_states: Sequence[Mapping[str, Any]],
     rows: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write what training goes on from, into a new folder.
+    """Write the state that training resumes from into a new folder.
 
     Args:
-        state: `training_state`, of whole tensors.
-        averages: steps of the average, if there is one.
-        rngs: `rng_state` of each process.
+        folder: is made.
+        state: from `training_state`, of complete tensors.
+        ema_steps: steps of the average, if there is one.
+        rng_states: `rng_state` of each process.
         rows: of metrics.jsonl.
     """
     folder.mkdir()
     for name, tensors in state.items():
-        metadata = {"optimization_step": str(averages)} if name == "ema" else None
-        save_file(_detached(tensors), folder / f"{name}.safetensors", metadata=metadata)
-    (folder / "rng.json").write_text(json.dumps(rngs))
-    (folder / "metrics.jsonl").write_text(lines(rows))
+        metadata = {"optimization_step": str(ema_steps)} if name == "ema" else None
+        on_disk = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
+        save_file(on_disk, folder / f"{name}.safetensors", metadata=metadata)
+    (folder / RNG).write_text(json.dumps(rng_states))
+    (folder / METRICS).write_text(json_lines(rows))
 
 
 def load_training(
@@ -74,44 +80,36 @@ def load_training(
     """Set weights, optimiser and average to those of a checkpoint; arguments as for `training_state`.
 
     Raises:
-        UserError: other parameters are trained, or the checkpoint is without an optimiser.
+        UserError: the checkpoint cannot be read here, or another model's parameters are in it.
     """
-    folder = checkpoint.folder / "training"
-    if not (folder / "weights.safetensors").is_file():
+    folder = checkpoint.training
+    if not (folder / WEIGHTS).is_file():
         raise UserError(
             f"{checkpoint.folder} is not seen by every process: output_dir must be on a disk that all machines share"
         )
-    if not (folder / "optimizer.safetensors").is_file():
-        raise UserError(f"{checkpoint.folder} was saved under DeepSpeed, without the optimiser: it has no sequel")
-    weights = load_file(folder / "weights.safetensors")
-    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    ours = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-    if theirs != ours:
-        name = next(name for name in [*theirs, *ours] if theirs.get(name) != ours.get(name))
-        raise UserError(
-            f"{checkpoint.folder} is of another model: it trains {name} of shape {theirs.get(name)}, "
-            f"this one of shape {ours.get(name)}"
-        )
+    weights = load_file(folder / WEIGHTS)
+    _check_parameters(checkpoint, weights, parameters)
     states: dict[int, dict[str, Tensor]] = {}
     index = {name: i for i, name in enumerate(parameters)}
-    for path, tensor in load_file(folder / "optimizer.safetensors").items():
+    for path, tensor in load_file(folder / OPTIMIZER).items():
         name, _, key = path.rpartition("/")
-        own = parameters[name]
-        states.setdefault(index[name], {})[key] = shard_like(tensor, own) if tensor.shape == own.shape else tensor
-    # The groups are the present ones, for the learning rate may be another one.
+        parameter = parameters[name]
+        sharded = shard_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
+        states.setdefault(index[name], {})[key] = sharded
+    # The present parameter groups are kept: the learning rate may have changed.
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shard_like(weights[name], parameter))
         if ema is not None:
-            with safe_open(folder / "ema.safetensors", "pt") as file:
+            with safe_open(folder / EMA, "pt") as file:
                 ema.optimization_step = int(file.metadata()["optimization_step"])
                 for name, average in zip(parameters, ema.shadow_params, strict=True):
                     average.copy_(shard_like(file.get_tensor(name), average))
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The state of Python's, numpy's and torch's global random numbers, as JSON has it."""
+    """The state of the global random numbers of Python, numpy and torch, in JSON's types."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - a reward of the user's may draw from it
     return {
         "python": random.getstate(),
@@ -121,23 +119,30 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-def load_rng(checkpoint: Checkpoint, process: int, device: torch.device) -> None:
-    """Set the random numbers to those of a checkpoint. A process that the run did not have keeps its own."""
-    states = json.loads((checkpoint.folder / "training" / "rng.json").read_text())
-    if process >= len(states):
+def load_rng(checkpoint: Checkpoint, rank: int, device: torch.device) -> None:
+    """Set the random numbers to those of a checkpoint. A rank that the saved run did not have keeps its own."""
+    states = json.loads((checkpoint.training / RNG).read_text())
+    if rank >= len(states):
         return
-    state = states[process]
+    state = states[rank]
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
-    torch.set_rng_state(_bytes(state["torch"]))
+    torch.set_rng_state(_from_hex(state["torch"]))
     if state["cuda"] and device.type == "cuda":
-        torch.cuda.set_rng_state(_bytes(state["cuda"]), device)
+        torch.cuda.set_rng_state(_from_hex(state["cuda"]), device)
 
 
-def _bytes(text: str) -> Tensor:
+def _check_parameters(checkpoint: Checkpoint, saved: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    theirs = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    ours = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+    if theirs != ours:
+        name = next(name for name in [*theirs, *ours] if theirs.get(name) != ours.get(name))
+        raise UserError(
+            f"{checkpoint.folder} is of another model: it trains {name} of shape {theirs.get(name)}, "
+            f"this one of shape {ours.get(name)}"
+        )
+
+
+def _from_hex(text: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
-
-
-def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}

@@ -1,7 +1,7 @@
 """Sampling groups of images, and what of it the update needs."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -29,6 +29,11 @@ class Trajectory:
     """(B,) int64: what a sample's noise is a function of, with offsets from 0 (the initial noise) to the last step."""
     final: Tensor
     """(B, ...): the clean latents, to be decoded."""
+
+    @classmethod
+    def cat(cls, parts: Sequence["Trajectory"]) -> "Trajectory":
+        """The samples of several trajectories, one after the other."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 def sliding_start(low: int, high: int, stride: int, epochs: int, epoch: int) -> int:

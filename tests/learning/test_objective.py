@@ -10,7 +10,8 @@ from fastflowgrpo import Config, Trainer
 from fastflowgrpo.config import EvaluationConfig, PromptsConfig, RolloutConfig, UpdateConfig
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import guided_velocity, step_mean
-from fastflowgrpo.learning.objective import noise_draw, sample_weights
+from fastflowgrpo.learning import OBJECTIVES
+from fastflowgrpo.learning.flow_matching import noise_draw
 from fastflowgrpo.rewards import Scores
 from fastflowgrpo.sampling.rollout import sample_ode
 
@@ -40,31 +41,31 @@ def trainer_of(output, algorithm, *, guidance=1.0, dtype="float32", rewards=None
     return Trainer(config)
 
 
-def units(trainer, batch):
+def micro_batches(trainer, batch):
     return trainer.objective.micro_batches(batch, 0, len(batch.advantages))
 
 
 def all_stats(trainer, batch):
     with torch.no_grad():
-        stats = [trainer.objective.loss(batch, rows, slots)[1] for rows, slots in units(trainer, batch)]
+        stats = [trainer.objective.loss(batch, rows, slots)[1] for rows, slots in micro_batches(trainer, batch)]
     return {name: torch.cat([s[name] for s in stats]) for name in stats[0]}
 
 
 def gradient(trainer, batch):
-    trainer.accumulate(batch, units(trainer, batch))
-    flat = torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
-    trainer.optimizer.zero_grad()
+    trainer.learner.accumulate(batch, micro_batches(trainer, batch))
+    flat = torch.cat([p.grad.flatten() for p in trainer.learner.parameters if p.grad is not None])
+    trainer.learner.optimizer.zero_grad()
     return flat
 
 
 def gradient_of(trainer, loss):
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainer.parameters)])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainer.learner.parameters)])
 
 
 def disturb(trainer, scale=0.01):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in trainer.parameters:
+        for parameter in trainer.learner.parameters:
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
@@ -97,10 +98,10 @@ def test_better_samples_become_likelier_than_worse_ones(tmp_path, algorithm, set
     trainer = trainer_of(tmp_path, algorithm, learning_rate=1e-4, clip_range=0.01, **settings)
     batch, _ = trainer.collect(0)
     for _ in range(4):
-        metrics = trainer.update(batch)
+        metrics = trainer.learner.update(batch)
     assert metrics["grad_norm"] > 0
     if algorithm in ("grpo", "grpo_guard"):
-        rows = torch.cat([rows for rows, _ in units(trainer, batch)])
+        rows = torch.cat([rows for rows, _ in micro_batches(trainer, batch)])
         difference = all_stats(trainer, batch)["log_prob_difference"].double()
         better = batch.advantages[rows] > 0
         assert difference[better].mean() > 0 > difference[~better].mean()
@@ -131,7 +132,7 @@ def test_the_baselines_are_what_their_formulas_say(tmp_path, algorithm):
     rewards = torch.tensor(
         [[1.0, 5, 2, 3, 0, 2, 2, 1], [1, 1, 1, 1, 1, 1, 1, 1], [NAN, 1, 2, 2, NAN, 0, 0.5, 1], [0, 0, 0, 0, 0, 0, 0, 9]]
     )
-    batch.advantages = sample_weights(algorithm, rewards.flatten(), SIZE)
+    batch.advantages = trainer.objective.advantages(Scores(rewards.flatten()), {})
     best, worst = torch.tensor([1, 18, 31]), torch.tensor([4, 21, 24])
     terms = []
     for slot in range(3):
@@ -196,7 +197,7 @@ def test_the_ratio_of_guard_is_the_papers(tmp_path, guidance):
     """(d log_prob + mean of (mean - mean_old)^2 / (2 std^2)) std, the old mean from a replay with the old weights."""
     trainer = trainer_of(tmp_path, "grpo_guard", guidance=guidance)
     batch, _ = trainer.collect(0)
-    rows, slots = units(trainer, batch)[0]
+    rows, slots = micro_batches(trainer, batch)[0]
     sample = batch.trajectory.latents[rows, slots]
     at = trainer.coefficients.at(batch.trajectory.steps[rows, slots])
     conditioning = {name: tensor[rows // SIZE] for name, tensor in batch.conditioning.items()}
@@ -225,12 +226,12 @@ def test_micro_batches_add_up_to_one_batch(tmp_path, algorithm):
     disturb(trainer)
     batch, _ = trainer.collect(0)
     whole = gradient(trainer, batch)
-    count = sum(len(rows) for rows, _ in units(trainer, batch))
+    count = sum(len(rows) for rows, _ in micro_batches(trainer, batch))
     for size in (1, 5):
         trainer.config.update.batch_size = size
-        micro_batches = units(trainer, batch)
-        assert sum(len(rows) for rows, _ in micro_batches) == count
-        assert len(micro_batches) == -(-count // (max(1, size // 2) if algorithm == "dpo" else size))
+        pairs = micro_batches(trainer, batch)
+        assert sum(len(rows) for rows, _ in pairs) == count
+        assert len(pairs) == -(-count // (max(1, size // 2) if algorithm == "dpo" else size))
         torch.testing.assert_close(gradient(trainer, batch), whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
 
 
@@ -239,7 +240,9 @@ def test_weights_of_the_baselines():
     nothing = [0.0, 0, 0, 0, NAN, NAN, NAN, NAN, NAN, 0, NAN, NAN]
 
     def weights(algorithm, temperature=1.0):
-        return sample_weights(algorithm, rewards, 4, temperature)
+        rollout, update = RolloutConfig(group_size=4), UpdateConfig(algorithm=algorithm, rwr_temperature=temperature)
+        objective = OBJECTIVES[algorithm](Config(rollout=rollout, update=update), None, None, 1)
+        return objective.advantages(Scores(rewards), {})
 
     for algorithm, first in (("sft", [1, 0, 0, NAN]), ("dpo", [1, -1, 0, NAN])):
         expected = torch.tensor([*first, *nothing]).double()

@@ -112,7 +112,7 @@ def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weigh
     found = estimate(config)
     trainer = Trainer(config)
     policy = trainer.policy
-    assert found.trained == sum(parameter.numel() for parameter in trainer.parameters)
+    assert found.trained == sum(parameter.numel() for parameter in trainer.learner.parameters)
     parts = {name: part for name, part in policy.pipeline.components.items() if isinstance(part, nn.Module)}
     count = {name: sum(parameter.numel() for parameter in part.parameters()) for name, part in parts.items()}
     count["transformer"] -= found.trained if rank else 0
@@ -122,7 +122,7 @@ def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weigh
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as sampling:
         batch, _ = trainer.collect(0)
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as updating:
-        metrics = trainer.update(batch)
+        metrics = trainer.learner.update(batch)
     trainer.accelerator.end_training()
     assert metrics["trained_pairs"] == found.plan.pairs
     assert found.flops["rollout"] + found.flops["decode"] == sampling.get_total_flops()

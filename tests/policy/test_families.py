@@ -276,7 +276,7 @@ def config_of(folder, output, name, *, window=(2, (0, 3)), guidance=1.0, **polic
 def ratios(config):
     """Ratios of an epoch's pairs before the first update, with an adapter that does something."""
     trainer = Trainer(config)
-    disturb(trainer.parameters)
+    disturb(trainer.learner.parameters)
     batch, _ = trainer.collect(0)
     pairs = trainer.objective.micro_batches(batch, 0, len(batch.advantages))
     return torch.cat([trainer.objective.loss(batch, rows, slots)[1]["ratio"] for rows, slots in pairs])

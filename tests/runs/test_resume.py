@@ -23,8 +23,8 @@ from fastflowgrpo import Trainer
 from fastflowgrpo.config import parse
 from fastflowgrpo.distributed import Processes, make_accelerator
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.learning.objective import Objective
-from fastflowgrpo.runs import checkpoints, resume, signals, training_state
+from fastflowgrpo.learning.policy_gradient import GRPO
+from fastflowgrpo.runs import checkpoints, resume, signals, state
 from fastflowgrpo.train import main
 
 # Forked from a process that has imported everything and computed nothing: a run takes a second, not ten.
@@ -100,7 +100,7 @@ def rows_of(run):
 
 def result(run):
     """What two equal runs have in common: the rows, and the bits of every tensor of the last checkpoint."""
-    last = checkpoints.saved(run)[-1]
+    last = checkpoints.list_checkpoints(run)[-1]
     return rows_of(run), {
         f"{path.relative_to(last)}: {name}": tensor.numpy().tobytes()
         for path in last.rglob("*.safetensors")
@@ -155,11 +155,11 @@ def on_call(monkeypatch, owner, name, number, act):
 
 
 PLACES = {  # what is called, for which time, and the whole epochs that the last checkpoint has behind it
-    "update": ((Objective, "loss"), 13, 3),  # the epoch under way is finished
+    "update": ((GRPO, "loss"), 13, 3),  # the epoch under way is finished
     "scoring": ((killed_run, "noisy"), 7, 2),  # in a reward's thread; the epoch is left
-    "rollout": (("fastflowgrpo.rollout", "sde_step"), 30, 3),
+    "rollout": (("fastflowgrpo.sampling.rollout", "sde_step"), 30, 3),
     "evaluation": (("fastflowgrpo.evaluation.sampling", "sample_ode"), 2, 3),
-    "saving": ((training_state, "save_training"), 1, 2),
+    "saving": ((state, "save_training"), 1, 2),
     "pictures": (("fastflowgrpo.runs.report", "image_grid"), 2, 3),
     "the end": (("fastflowgrpo.runs.report", "_table"), 1, 6),
 }
@@ -178,7 +178,7 @@ def test_a_signal_saves_and_the_run_goes_on(model, whole, tmp_path, monkeypatch,
         on_call(patched, owner, name, number, lambda: os.kill(os.getpid(), signum))
         assert main(arguments) == (128 + signum if epochs < 6 else 0)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
-    last = checkpoints.saved(tmp_path / "run")[-1]
+    last = checkpoints.list_checkpoints(tmp_path / "run")[-1]
     assert json.loads((last / "manifest.json").read_text())["epoch"] == epochs
     printed = capsys.readouterr().err
     if epochs < 6:
@@ -248,7 +248,7 @@ def test_no_process_is_left_after_a_signal(model, tmp_path):
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
     assert "--resume latest\ninterrupted\n" in log.read_text()
     assert "the process died" not in log.read_text()  # a reward's processes wait for the run to end them
-    assert checkpoints.saved(run)
+    assert checkpoints.list_checkpoints(run)
 
 
 def descendants(pid):
@@ -296,7 +296,7 @@ def test_going_back_sets_the_later_checkpoints_aside(model, whole, tmp_path, cap
 
 def test_only_the_newest_checkpoints_are_kept(model, tmp_path):
     assert main(command(model, tmp_path / "run", save_every=1, checkpoints_total_limit=2)) == 0
-    assert [path.name for path in checkpoints.saved(tmp_path / "run")] == ["checkpoint-10", "checkpoint-12"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-10", "checkpoint-12"]
     assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"checkpoint-10", "checkpoint-12"}
 
 
@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_is_named_and_the_good_one_before_it_offered(
     damage(good / name)
     damage(run / "checkpoints/checkpoint-4" / name)
     with pytest.raises(UserError, match="There is no good one before it"):
-        resume.find(parse(command(model, run)))
+        resume.find_checkpoint(parse(command(model, run)))
 
 
 FOREIGN = {
@@ -357,13 +357,13 @@ FOREIGN = {
 @pytest.mark.parametrize(("settings", "message"), FOREIGN.values(), ids=FOREIGN)
 def test_a_checkpoint_of_another_run_is_refused(model, whole, settings, message):
     with pytest.raises(UserError, match=message):
-        resume.find(parse(command(model, whole[4], **settings)))
+        resume.find_checkpoint(parse(command(model, whole[4], **settings)))
 
 
 def test_what_may_change_is_told(model, whole):
     reward = '{"support.killed_run:noisy": {"timeout": 3, "device": "cpu", "required": true}}'
     config = parse(command(model, whole[4], rewards=reward, epochs=9, **{"update.learning_rate": 1e-5}))
-    found = resume.find(config)
+    found = resume.find_checkpoint(config)
     assert found.changed == {"epochs": (6, 9), "update.learning_rate": (3e-4, 1e-5)}
     assert (found.epoch, found.step) == (6, 12)
 
@@ -392,10 +392,10 @@ def test_a_new_learning_rate_holds_after_resuming(model, whole, tmp_path):
     shutil.copytree(whole[4], run)
     config = parse(command(model, run, epochs=9, **{"update.learning_rate": 1e-5}))
     trainer = Trainer(config)
-    assert [group["lr"] for group in trainer.optimizer.param_groups] == [1e-5]
-    assert trainer.ema.optimization_step == 12
+    assert [group["lr"] for group in trainer.learner.optimizer.param_groups] == [1e-5]
+    assert trainer.learner.ema.optimization_step == 12
     saved = load_file(whole[4] / "checkpoints/checkpoint-12/training/weights.safetensors")
-    assert all(torch.equal(saved[name], parameter) for name, parameter in trainer.named_parameters().items())
+    assert all(torch.equal(saved[name], parameter) for name, parameter in trainer.learner.named_parameters().items())
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_as_they_were(model, whole, tmp_path):
@@ -430,7 +430,7 @@ def test_too_many_missing_scores_stop_the_run_with_a_checkpoint(model, whole, tm
         patched.setattr(Trainer, "sample", without_scores)
         with pytest.raises(RuntimeError, match="6 of the 8 images of epoch 3 have no score"):
             main(command(model, run))
-    assert [path.name for path in checkpoints.saved(run)] == ["checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
     assert f"the last checkpoint is {run}/checkpoints/checkpoint-6" in capsys.readouterr().err
     assert main(command(model, run)) == 0
     assert result(run) == result(whole[4])
@@ -452,7 +452,7 @@ def test_a_gradient_that_is_not_finite_touches_no_good_state(model, whole, tmp_p
         patched.setattr(Trainer, "accumulate", poisoned)
         with pytest.raises(FloatingPointError, match=r"lower update\.learning_rate"):
             main(command(model, run))
-    assert checkpoints.saved(run)[-1].name == kept
+    assert checkpoints.list_checkpoints(run)[-1].name == kept
     assert main(command(model, run)) == 0
     assert result(run) == result(whole[4])
 
@@ -464,7 +464,7 @@ def test_tensorboard_shows_every_step_once(model, tmp_path):
     until(lambda: (run / "metrics.jsonl").exists() and len(rows_of(run)) > 4)
     process.kill()
     end(process)
-    done = json.loads((checkpoints.saved(run)[-1] / "manifest.json").read_text())["epoch"]
+    done = json.loads((checkpoints.list_checkpoints(run)[-1] / "manifest.json").read_text())["epoch"]
     time.sleep(1.1)  # TensorBoard orders a run's files by the second in which they were made
     assert main(command(model, run, epochs=done + 2, **settings)) == 0
     events = EventAccumulator(str(run / "fastflowgrpo"))

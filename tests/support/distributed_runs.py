@@ -10,8 +10,8 @@ import torch
 from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, is_deepspeed_available
-from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
 from support import killed_run
 
 from fastflowgrpo import Config, Trainer
@@ -75,8 +75,8 @@ def train(config: Config) -> dict:
     """Two epochs as `Trainer.run` has them, and what this process sees of them."""
     trainer = Trainer(config)
     # Adam divides by the gradient's own size and would blow up the rounding of the smallest.
-    trainer.optimizer.param_groups[0]["eps"] = 1.0
-    before = [full_tensor(parameter.detach()).clone() for parameter in trainer.parameters]
+    trainer.learner.optimizer.param_groups[0]["eps"] = 1.0
+    before = [full_tensor(parameter.detach()).clone() for parameter in trainer.learner.parameters]
     seen = {"latents": {}, "pairs": [], "passes": []}
     trainer.evaluate()
     for epoch in range(2):
@@ -89,29 +89,31 @@ def train(config: Config) -> dict:
         hook = trainer.policy.module.register_forward_hook(
             lambda m, i, output, calls=calls: calls.append(len(output[0]))
         )
-        metrics |= trainer.update(batch)
+        metrics |= trainer.learner.update(batch)
         hook.remove()
         seen["passes"].append(len(calls))
-        trainer.report.epoch(epoch, trainer.step, metrics)
+        trainer.report.epoch(epoch, trainer.learner.step, metrics)
     trainer.evaluate()
-    trainer.epoch = 2
-    trainer.mark_epoch_boundary()
-    trainer.save()
-    after = [full_tensor(parameter.detach()).clone() for parameter in trainer.parameters]
+    trainer.state.epoch = 2
+    trainer.state.mark_epoch_boundary()
+    trainer.state.save()
+    after = [full_tensor(parameter.detach()).clone() for parameter in trainer.learner.parameters]
     seen["change"] = torch.cat([(b - a).flatten() for a, b in zip(before, after, strict=True)])
-    average = [full_tensor(parameter) for parameter in trainer.ema.shadow_params]
+    average = [full_tensor(parameter) for parameter in trainer.learner.ema.shadow_params]
     seen["average"] = torch.cat([(b - a).flatten() for a, b in zip(before, average, strict=True)])
     if config.update.per_epoch == 2:
         seen["gone on"] = torch.cat([next_epoch(trainer), next_epoch(Trainer(replace(config, resume="latest")))], 1)
-    seen["sharded"] = sum(full_tensor(p).numel() > getattr(p, "_local_tensor", p).numel() for p in trainer.parameters)
+    seen["sharded"] = sum(
+        full_tensor(p).numel() > getattr(p, "_local_tensor", p).numel() for p in trainer.learner.parameters
+    )
     return seen
 
 
 def next_epoch(trainer: Trainer) -> torch.Tensor:
     """The weights and their average after one more epoch."""
-    trainer.optimizer.param_groups[0]["eps"] = 1.0
-    trainer.update(trainer.collect(trainer.epoch)[0])
-    tensors = [*trainer.parameters, *trainer.ema.shadow_params]
+    trainer.learner.optimizer.param_groups[0]["eps"] = 1.0
+    trainer.learner.update(trainer.collect(trainer.state.epoch)[0])
+    tensors = [*trainer.learner.parameters, *trainer.learner.ema.shadow_params]
     return torch.cat([full_tensor(tensor.detach()).flatten() for tensor in tensors])[:, None]
 
 
@@ -147,11 +149,7 @@ def pretend_gpus(name: str) -> None:
     torch.accelerator.is_available = lambda: True
     arguments = launch_command_parser().parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "script.py"])
     arguments = _validate_launch_command(arguments)[0]
-    if arguments.use_deepspeed:
-        arguments.deepspeed_fields_from_accelerate_config = ""
-        os.environ.update(prepare_deepspeed_cmd_env(arguments)[1], DS_ACCELERATOR="cpu")
-    else:
-        os.environ.update(prepare_multi_gpu_env(arguments))
+    os.environ.update(prepare_multi_gpu_env(arguments))
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
@@ -183,16 +181,11 @@ def main(rank: int, count: int, port: int, log: Path, folder: Path, output: Path
         pretend_gpus("fsdp2")
         trainer = Trainer(config_of(folder, output / "bfloat16", dtype="bfloat16"))
         batch, _ = trainer.collect(0)
-        stats = trainer.accumulate(batch, trainer.objective.micro_batches(batch, 0, len(batch.advantages)))
+        stats = trainer.learner.accumulate(batch, trainer.objective.micro_batches(batch, 0, len(batch.advantages)))
         seen["ratio"] = torch.cat([s["ratio"] for s in stats if s])
-        trainer.optimizer.zero_grad()
-        seen["update"] = trainer.update(batch)
+        trainer.learner.optimizer.zero_grad()
+        seen["update"] = trainer.learner.update(batch)
         seen["dtypes"] = {p.dtype for p in trainer.policy.module.parameters()}
-        if is_deepspeed_available():
-            for kind, lora_rank in (("lora", 4), ("full", 0)):
-                pretend_gpus("zero2")
-                config = config_of(folder, output / f"{kind} zero2", rank=lora_rank)
-                seen[f"{kind} zero2"] = train(config)
         forget_accelerator()
         torch.accelerator.is_available = lambda: False
         trainer = Trainer(config_of(folder, output / "ends"))

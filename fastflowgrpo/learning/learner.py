@@ -1,0 +1,194 @@
+"""The optimiser updates of an epoch: gradients over micro-batches, clipping, AdamW, the weights' moving average."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from fastflowgrpo.config import Config
+from fastflowgrpo.console import progress
+from fastflowgrpo.distributed import Processes, full_tensor, mark_collective
+from fastflowgrpo.learning.objective import Batch, Objective, Statistics
+from fastflowgrpo.policy import Policy
+
+MicroBatches = list[tuple[Tensor, Tensor]]
+"""Pairs (rows, slots) of each micro-batch, see `Objective.micro_batches`."""
+
+
+class Learner:
+    """Trains a policy's weights on batches. The transformer is wrapped or sharded as the launcher says.
+
+    Args:
+        config: of the run.
+        policy: whose trainable parameters are optimised.
+        objective: gives the loss.
+        processes: share a global batch.
+    """
+
+    def __init__(self, config: Config, policy: Policy, objective: Objective, processes: Processes):
+        self.config, self.policy, self.objective, self.processes = config, policy, objective, processes
+        update = config.update
+        optimizer = torch.optim.AdamW(
+            policy.trainable_parameters(),
+            lr=update.learning_rate,
+            betas=update.betas,
+            weight_decay=update.weight_decay,
+        )
+        policy.transformer, self.optimizer = processes.prepare(policy.transformer, optimizer)
+        self.parameters = policy.trainable_parameters()  # sharding has replaced them
+        self.ema = EMAModel(self.parameters, decay=update.ema_decay) if update.ema_decay else None
+        self.step = 0
+        """Optimiser updates done."""
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """Run the optimiser updates of an epoch, each on an equal share of the batch's groups. Collective.
+
+        Returns:
+            Means of the statistics over the epoch's pairs.
+
+        Raises:
+            FloatingPointError: a gradient is not finite.
+        """
+        update, group_size = self.config.update, self.config.rollout.group_size
+        groups_per_update = self.config.prompts.per_epoch // update.per_epoch
+        statistics: list[Statistics] = []
+        for number in range(update.per_epoch):
+            groups = self.processes.local_slice(number * groups_per_update, (number + 1) * groups_per_update)
+            begin, count = groups.start * group_size, (groups.stop - groups.start) * group_size
+            of_update = self.accumulate(batch, self.objective.micro_batches(batch, begin, count))
+            if of_update:
+                norm = self._clip_gradient()
+                if self.processes.is_main:
+                    of_update[-1]["grad_norm"] = norm.reshape(1)
+            self.step += 1  # before the optimiser's step: from here on the weights are between two epochs
+            self.optimizer.step()  # does nothing without a gradient
+            self.optimizer.zero_grad()
+            self._step_average()
+            statistics += of_update
+        on_cpu = {name: tensor.cpu() for name, tensor in concatenate(statistics).items()}
+        return mean_statistics(self.processes.gather(on_cpu))
+
+    def accumulate(self, batch: Batch, micro_batches: MicroBatches) -> list[Statistics]:
+        """Leave the gradient of the mean loss over all processes' pairs on the parameters. Collective.
+
+        Returns:
+            The statistics of this process's micro-batches, on its device; [] if no process has a pair, and then there
+            is no gradient.
+        """
+        counts = self.processes.gather((sum(len(rows) for rows, _ in micro_batches), len(micro_batches)))
+        pairs, passes = sum(pairs for pairs, _ in counts), max(number for _, number in counts)
+        if not pairs:
+            return []
+        mean = self.processes.count / pairs  # the processes' gradients are averaged, not summed
+        # The loss is a mean over a sample's elements: without this factor float16 rounds their gradients to 0.
+        scale = batch.trajectory.final[0].numel()
+        statistics: list[Statistics] = [{}]
+        for number in progress("update", range(passes)):
+            with self.processes.backward_pass(self.policy.transformer, last=number + 1 == passes):
+                if number < len(micro_batches):
+                    loss, of_micro_batch = self.objective.loss(batch, *micro_batches[number])
+                    self.processes.backward(scale * loss.sum())
+                    statistics.append(of_micro_batch)
+                else:
+                    self.processes.backward(0 * self.dummy_loss(batch).sum())
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                parameter.grad *= mean / scale
+        return statistics
+
+    def dummy_loss(self, batch: Batch) -> Tensor:
+        """The loss of one pair with advantage 0, (1,).
+
+        A process without a micro-batch runs it while another one has some: all ranks of a sharded model run every pass.
+        """
+        first, no_advantages = torch.zeros(1, dtype=torch.int64), torch.zeros(len(batch.trajectory.final))
+        return self.objective.loss(replace(batch, advantages=no_advantages), first, first)[0]
+
+    def replay(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Compute log-probs of sampled steps again, with the weights that sampled them. Collective.
+
+        Every slot takes part in a first micro-batch; the last micro-batch, which may be smaller, is replayed too.
+
+        Returns:
+            Steps and absolute differences from the rollout's log-probs, (N,) each on the CPU, of all processes; None
+            if no process has a pair.
+        """
+        micro_batches = self.objective.micro_batches(batch, 0, len(batch.advantages))
+        replayed: list[tuple[Tensor, Tensor]] = []
+        if micro_batches:
+            first = micro_batches[0][0]
+            for rows, slots in ((first, torch.arange(len(first)) % self.objective.slots), micro_batches[-1]):
+                # Only the statistics are kept: the loss would hold its graph beside the next one.
+                statistics = self.objective.loss(batch, rows, slots)[1]
+                difference = statistics["log_prob_difference"].abs().cpu()
+                replayed.append((batch.trajectory.steps[rows, slots], difference))
+        else:
+            for _ in range(2):
+                self.dummy_loss(batch)
+        of_all = [pair for of_process in self.processes.gather(replayed) for pair in of_process]
+        if not of_all:
+            return None
+        steps, differences = zip(*of_all, strict=True)
+        return torch.cat(steps), torch.cat(differences)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside it the trained weights are their moving average, once there is one."""
+        if self.ema is None or not self.ema.optimization_step:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The trained parameters by their name in the unwrapped transformer, in the optimiser's order."""
+        module = self.processes.unwrap(self.policy.transformer)
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        return {names[id(parameter)]: parameter for parameter in self.parameters}
+
+    def _clip_gradient(self) -> Tensor:
+        """Clip the gradient to `update.max_grad_norm`; its norm before that."""
+        norm = full_tensor(self.processes.clip_gradient(self.parameters, self.config.update.max_grad_norm))
+        if not math.isfinite(norm):
+            raise mark_collective(
+                FloatingPointError("the gradient is not finite: lower update.learning_rate or use another policy.dtype")
+            )
+        return norm
+
+    def _step_average(self) -> None:
+        if self.ema is not None and self.step % self.config.update.ema_every == 0:
+            # The decay grows with the updates s to ema_decay, as s / (9 + s); EMAModel counts its own steps otherwise.
+            self.ema.optimization_step = self.step - 1
+            self.ema.step(self.parameters)
+
+
+def mean_statistics(parts: list[Statistics]) -> dict[str, float]:
+    """Means over pairs, and the ratio's extremes, of statistics on the CPU."""
+    joined = concatenate(parts)
+    if not joined:
+        return {"trained_pairs": 0}
+    pairs = max(len(tensor) for tensor in joined.values())
+    difference = joined.pop("log_prob_difference", None)
+    values = {name: tensor.mean() for name, tensor in joined.items()}
+    if difference is not None:
+        ratio = joined["ratio"]
+        values |= {
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
+            "approx_kl": (ratio - 1 - difference).mean(),
+        }
+    return {"trained_pairs": pairs, **{name: value.item() for name, value in values.items()}}
+
+
+def concatenate(parts: list[Statistics]) -> Statistics:
+    """The tensors of each name one after the other, from the parts that have it."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: torch.cat([part[name] for part in parts if name in part]) for name in names}

@@ -1,0 +1,90 @@
+"""Policy gradients on the sampled steps, with the losses of `fastflowgrpo.kernels.grpo_loss`.
+
+grpo        Flow-GRPO, arXiv 2505.05470
+grpo_guard  GRPO-Guard, arXiv 2510.22319, with the velocities that the rollout kept
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
+from fastflowgrpo.kernels.sde_step import guided_velocity
+from fastflowgrpo.learning.advantages import group_advantages
+from fastflowgrpo.learning.objective import Batch, Objective, Statistics
+from fastflowgrpo.policy import Conditioning
+from fastflowgrpo.sampling.coefficients import resolve_log_prob
+from fastflowgrpo.sampling.rollout import expand_row, repeat_rows
+from fastflowgrpo.scoring.contract import Scores
+
+
+class GRPO(Objective):
+    """The clipped policy gradient of Flow-GRPO on the window's steps, with a KL to the reference."""
+
+    uses_log_probs = True
+
+    def advantages(self, scores: Scores, reward_weights: Mapping[str, float]) -> Tensor:
+        rewards = torch.stack([scores.details[name] for name in reward_weights], 1)
+        group_ids = torch.arange(len(rewards) // self.group_size).repeat_interleave(self.group_size)
+        settings = self.config.advantage
+        weights = list(reward_weights.values())
+        return group_advantages(rewards, group_ids, settings.std, weights=weights, mode=settings.mode)
+
+    def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, Statistics]:
+        """The loss of `grpo_step_loss` of each pair (sample, step).
+
+        Only the policy's conditional velocity carries a gradient; its unconditional velocity and the reference's are
+        computed without one.
+        """
+        trajectory, device, update = batch.trajectory, self.policy.device, self.config.update
+        step = self.coefficients.at(trajectory.steps[rows, slots], device)
+        advantages = batch.advantages[rows].float().to(device, non_blocking=True)
+        rows, slots = rows.to(device, non_blocking=True), slots.to(device, non_blocking=True)
+        sample = trajectory.latents[rows, slots]
+        conditioning = repeat_rows(batch.conditioning, rows // self.group_size)
+        unconditional = expand_row(batch.unconditional, len(rows))
+
+        velocity_uncond = velocity_ref = None
+        with torch.no_grad():
+            if unconditional is not None:
+                velocity_uncond = self.policy.velocity(sample, step.sigma, unconditional)
+            if update.kl_weight:
+                velocity_ref = self.reference_velocity(sample, step.sigma, conditioning, unconditional)
+        return grpo_step_loss(
+            self.policy.velocity(sample, step.sigma, conditioning),
+            sample,
+            trajectory.latents[rows, slots + 1],
+            step.c_x,
+            step.c_v,
+            step.std,
+            step.dt,
+            trajectory.log_probs[rows, slots],
+            advantages,
+            clip_range=update.clip_range,
+            advantage_clip=self.config.advantage.clip,
+            velocity_ref=velocity_ref,
+            velocity_old=trajectory.velocities[rows, slots] if self.uses_velocities else None,
+            velocity_uncond=velocity_uncond,
+            guidance_scale=self.config.rollout.guidance_scale,
+            kl=update.kl,
+            kl_weight=update.kl_weight,
+            log_prob=resolve_log_prob(self.config.rollout.log_prob, self.config.rollout.dynamics),
+        )
+
+    def reference_velocity(
+        self, sample: Tensor, sigma: Tensor, conditioning: Conditioning, unconditional: Conditioning | None
+    ) -> Tensor:
+        """The velocity of the reference policy, with guidance: (N, ...) of samples (N, ...) at sigma (N,)."""
+        velocity_uncond = None
+        with self.policy.reference():
+            velocity = self.policy.velocity(sample, sigma, conditioning)
+            if unconditional is not None:
+                velocity_uncond = self.policy.velocity(sample, sigma, unconditional)
+        return guided_velocity(velocity, velocity_uncond, self.config.rollout.guidance_scale)
+
+
+class GRPOGuard(GRPO):
+    """The policy gradient with GRPO-Guard's ratio, which needs the velocities that sampled the steps."""
+
+    uses_velocities = True
