@@ -1,7 +1,6 @@
 """The Flow-GRPO loop (arXiv 2505.05470): rollout, score, normalise, update, report."""
 
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -173,12 +172,11 @@ class Trainer:
         with self.report.phase("encode"):
             conditioning = self.embed([prompt.text for prompt in prompts])
             unconditional = self.embed([""]) if rollout.guidance_scale != 1 else None
-        offline = self.config.update.data == "offline"
         parts: list[Trajectory] = []
         with progress("rollout", rollout.num_steps * -(-len(prompts) // groups_at_once)) as steps:
             for begin in range(0, len(prompts), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
-                with self.report.phase("rollout"), self.policy.reference() if offline else nullcontext():
+                with self.report.phase("rollout"), self.learner.sampling_weights():
                     part = sample_groups(
                         self.policy,
                         {name: tensor[groups] for name, tensor in conditioning.items()},

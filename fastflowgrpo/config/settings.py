@@ -103,7 +103,7 @@ class AdvantageConfig:
 class UpdateConfig:
     """What is learned from an epoch's images, and how."""
 
-    algorithm: Literal["grpo", "grpo_guard", "dpo", "sft", "rwr"] = "grpo"
+    algorithm: Literal["grpo", "grpo_guard", "nft", "awm", "dpo", "sft", "rwr"] = "grpo"
     """Policy gradient on the sampled steps (grpo, grpo_guard), or flow matching to the images: dpo the best of a group
     against the worst, sft the best, rwr all by weight."""
     data: Literal["online", "offline"] = "online"
@@ -112,6 +112,18 @@ class UpdateConfig:
     """Random noise levels at which dpo, sft and rwr learn an image."""
     dpo_beta: float = 100.0
     """How strongly dpo is held to the reference; lower lets it go further."""
+    nft_beta: float = 1.0
+    """Distance of nft's implicit positive and negative policies from the old policy, as a share of the policy's."""
+    awm_clip_range: float = 1.0
+    """The ratio of awm is clipped to [1 - awm_clip_range, 1 + awm_clip_range]."""
+    old_weight: float = 1.0
+    """Weight of awm's squared distance to the velocity of the old policy."""
+    old_decay_slope: float = 0.001
+    """The old policy of nft and awm keeps a share of itself that grows by this much with each update."""
+    old_decay_start: int = 0
+    """Updates before that share begins to grow."""
+    old_decay_max: float = 0.5
+    """Largest share that the old policy keeps of itself."""
     rwr_temperature: float = 1.0
     """The weights of rwr are softmax(reward / rwr_temperature) within a group."""
     per_epoch: int = 2

@@ -18,6 +18,10 @@ _AT_LEAST = {
         "update.learning_rate",
         "update.weight_decay",
         "update.kl_weight",
+        "update.old_weight",
+        "update.old_decay_slope",
+        "update.old_decay_start",
+        "update.old_decay_max",
         "update.betas",
         "update.ema_decay",
         "rollout.window_start",
@@ -52,6 +56,8 @@ _AT_LEAST = {
 _ABOVE_ZERO = (
     "update.replay_tolerance",
     "update.dpo_beta",
+    "update.nft_beta",
+    "update.awm_clip_range",
     "update.rwr_temperature",
     "rollout.noise_level",
     "advantage.clip",
@@ -59,21 +65,32 @@ _ABOVE_ZERO = (
     "update.clip_range",
 )
 _AT_MOST_ONE = ("max_missing",)
-_BELOW_ONE = ("update.clip_range", "update.betas", "update.ema_decay")
+_BELOW_ONE = ("update.clip_range", "update.old_decay_max", "update.betas", "update.ema_decay")
 POLICY_GRADIENTS = ("grpo", "grpo_guard")
+FORWARD_PROCESS = ("nft", "awm")
 # What only some choices read: (setting, the choices that do) -> settings that must stay at their defaults elsewhere.
 _READ_BY: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
     ("update.algorithm", POLICY_GRADIENTS): (
         "rollout.log_prob",
-        "advantage.mode",
-        "advantage.std",
-        "advantage.clip",
         "update.clip_range",
         "update.replay_tolerance",
         "update.kl",
+    ),
+    ("update.algorithm", (*POLICY_GRADIENTS, *FORWARD_PROCESS)): (
+        "advantage.mode",
+        "advantage.std",
+        "advantage.clip",
         "update.kl_weight",
     ),
-    ("update.algorithm", ("dpo", "sft", "rwr")): ("update.data", "update.noise_draws"),
+    ("update.algorithm", ("dpo", "sft", "rwr")): ("update.data",),
+    ("update.algorithm", ("dpo", "sft", "rwr", *FORWARD_PROCESS)): ("update.noise_draws",),
+    ("update.algorithm", FORWARD_PROCESS): (
+        "update.old_decay_slope",
+        "update.old_decay_start",
+        "update.old_decay_max",
+    ),
+    ("update.algorithm", ("nft",)): ("update.nft_beta",),
+    ("update.algorithm", ("awm",)): ("update.awm_clip_range", "update.old_weight"),
     ("update.algorithm", ("dpo",)): ("update.dpo_beta",),
     ("update.algorithm", ("rwr",)): ("update.rwr_temperature",),
     ("rollout.dynamics", ("flow_sde", "flow_cps", "dance_sde")): (

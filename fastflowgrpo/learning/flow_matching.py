@@ -1,20 +1,21 @@
-"""The flow-matching error of clean latents, which the objectives without log-probs learn from.
+"""Clean latents mixed with noise, which the objectives without log-probs learn from.
 
     x_t = (1 - t) x_0 + t x_1,    e = mean over elements of (v(x_t, t) - (x_1 - x_0))^2
 
-The noise x_1 and the level t, uniform on [0, 1], are functions of the sample's seed and the number of the draw, so
-that the policy and the reference see the same. v is the conditional velocity: guidance shapes the samples, not the
-loss.
+The noise x_1 and the level t are functions of the sample's seed and the number of the draw, so that the policy, the
+old policy and the reference see the same. v is the conditional velocity: guidance shapes the samples, not the loss.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastflowgrpo.config import RolloutConfig
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.learning.objective import Batch
-from fastflowgrpo.policy import Policy
+from fastflowgrpo.policy import Conditioning, Policy
 from fastflowgrpo.sampling.rollout import repeat_rows
 
 
@@ -34,22 +35,54 @@ def noise_draw(seeds: Tensor, draws: Tensor, num_steps: int, shape: Sequence[int
     return philox_normal(seeds, offset, shape), level
 
 
-def flow_matching_errors(
-    policy: Policy, batch: Batch, rows: Tensor, noise_rows: Tensor, draws: Tensor, num_steps: int, group_size: int
-) -> Tensor:
-    """Flow-matching errors (N,) float32 of clean latents.
+@dataclass
+class NoisyLatents:
+    """Clean latents of N samples, each mixed with its own noise."""
 
-    Args:
-        rows: int64 (N,), the samples.
-        noise_rows: int64 (N,), the samples whose seeds give noise and level.
-        draws: int64 (N,), the numbers of the draws.
-        num_steps, group_size: of the rollout.
-    """
-    trajectory = batch.trajectory
-    rows, noise_rows, draws = (index.to(policy.device, non_blocking=True) for index in (rows, noise_rows, draws))
-    clean = trajectory.final[rows].float()
-    noise, level = noise_draw(trajectory.seeds[noise_rows], draws, num_steps, clean.shape)
-    t = level.view(-1, *[1] * (clean.ndim - 1))
-    conditioning = repeat_rows(batch.conditioning, rows // group_size)
-    velocity = policy.velocity(((1 - t) * clean + t * noise).to(policy.dtype), level, conditioning)
-    return (velocity.float() - (noise - clean)).square().flatten(1).mean(1)
+    clean: Tensor
+    """x_0, (N, ...) float32."""
+    noise: Tensor
+    """x_1, (N, ...) float32."""
+    level: Tensor
+    """t, (N,) float32."""
+    conditioning: Conditioning
+    """One row per sample."""
+
+    @classmethod
+    def draw(
+        cls, batch: Batch, rows: Tensor, draws: Tensor, rollout: RolloutConfig, noise_rows: Tensor | None = None
+    ) -> "NoisyLatents":
+        """Mix samples of a batch with noise.
+
+        Args:
+            batch: with the clean latents, on whose device the result is.
+            rows: int64 (N,), the samples.
+            draws: int64 (N,), the numbers of the draws.
+            rollout: that sampled the batch.
+            noise_rows: int64 (N,), the samples whose seeds give noise and level; by default `rows`.
+        """
+        final, seeds = batch.trajectory.final, batch.trajectory.seeds
+        noise_rows = rows if noise_rows is None else noise_rows
+        rows, noise_rows, draws = (index.to(final.device, non_blocking=True) for index in (rows, noise_rows, draws))
+        clean = final[rows].float()
+        noise, level = noise_draw(seeds[noise_rows], draws, rollout.num_steps, clean.shape)
+        return cls(clean, noise, level, repeat_rows(batch.conditioning, rows // rollout.group_size))
+
+    @property
+    def t(self) -> Tensor:
+        """The levels, of a shape that broadcasts with the latents."""
+        return self.level.view(-1, *[1] * (self.clean.ndim - 1))
+
+    def velocity(self, policy: Policy) -> Tensor:
+        """The policy's velocity at x_t, (N, ...) float32."""
+        mixed = (1 - self.t) * self.clean + self.t * self.noise
+        return policy.velocity(mixed.to(policy.dtype), self.level, self.conditioning).float()
+
+    def error(self, velocity: Tensor) -> Tensor:
+        """The flow-matching error e of a velocity, (N,) float32."""
+        return mean_square(velocity - (self.noise - self.clean))
+
+
+def mean_square(tensor: Tensor) -> Tensor:
+    """The mean of the squared elements of each row, (N,)."""
+    return tensor.square().flatten(1).mean(1)

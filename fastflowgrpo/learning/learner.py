@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -13,6 +13,7 @@ from fastflowgrpo.config import Config
 from fastflowgrpo.console import progress
 from fastflowgrpo.distributed import Processes, full_tensor, mark_collective
 from fastflowgrpo.learning.objective import Batch, Objective, Statistics
+from fastflowgrpo.learning.snapshot import WeightSnapshot
 from fastflowgrpo.policy import Policy
 
 MicroBatches = list[tuple[Tensor, Tensor]]
@@ -41,6 +42,9 @@ class Learner:
         policy.transformer, self.optimizer = processes.prepare(policy.transformer, optimizer)
         self.parameters = policy.trainable_parameters()  # sharding has replaced them
         self.ema = EMAModel(self.parameters, decay=update.ema_decay) if update.ema_decay else None
+        self.old_policy: WeightSnapshot | None = None
+        if objective.uses_old_policy:
+            self.old_policy = objective.old_policy = WeightSnapshot(self.parameters)
         self.step = 0
         """Optimiser updates done."""
 
@@ -69,6 +73,9 @@ class Learner:
             self.optimizer.zero_grad()
             self._step_average()
             statistics += of_update
+        if self.old_policy is not None:
+            grown = update.old_decay_slope * max(self.step - update.old_decay_start, 0)
+            self.old_policy.follow(min(grown, update.old_decay_max))
         on_cpu = {name: tensor.cpu() for name, tensor in concatenate(statistics).items()}
         return mean_statistics(self.processes.gather(on_cpu))
 
@@ -134,6 +141,12 @@ class Learner:
             return None
         steps, differences = zip(*of_all, strict=True)
         return torch.cat(steps), torch.cat(differences)
+
+    def sampling_weights(self) -> AbstractContextManager[None]:
+        """Inside it the policy has the weights that sample the rollout."""
+        if self.config.update.data == "offline":
+            return self.policy.reference()
+        return nullcontext() if self.old_policy is None else self.old_policy.active()
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fastflowgrpo.config import Config
+from fastflowgrpo.learning.advantages import group_advantages
+from fastflowgrpo.learning.snapshot import WeightSnapshot
 from fastflowgrpo.policy import Conditioning, Policy
 from fastflowgrpo.sampling.coefficients import StepCoefficients
 from fastflowgrpo.sampling.rollout import Trajectory
@@ -53,15 +55,18 @@ class Objective(ABC):
     """Whether it has one pair per group and slot instead of one per sample and slot."""
     samples_per_pair: ClassVar[int] = 1
     """Samples whose velocity a pair needs."""
+    uses_old_policy: ClassVar[bool] = False
+    """Whether an old policy samples and is compared with: weights that follow the trained ones slowly."""
+    old_policy: WeightSnapshot
+    """The old policy's weights, which the learner sets where they are used."""
 
     def __init__(self, config: Config, policy: Policy, coefficients: StepCoefficients, window_size: int):
         self.config, self.policy, self.coefficients = config, policy, coefficients
         self.group_size = config.rollout.group_size
         self.slots = window_size if self.uses_log_probs else config.update.noise_draws
 
-    @abstractmethod
     def advantages(self, scores: Scores, reward_weights: Mapping[str, float]) -> Tensor:
-        """How much each sample teaches.
+        """How much each sample teaches; by default its group-relative advantage, as `config.advantage` says.
 
         Args:
             scores: of all samples of the epoch, group after group; NaN is a missing score.
@@ -70,6 +75,11 @@ class Objective(ABC):
         Returns:
             (B,) float64, NaN where a score is missing.
         """
+        rewards = torch.stack([scores.details[name] for name in reward_weights], 1)
+        group_ids = torch.arange(len(rewards) // self.group_size).repeat_interleave(self.group_size)
+        settings = self.config.advantage
+        weights = list(reward_weights.values())
+        return group_advantages(rewards, group_ids, settings.std, weights=weights, mode=settings.mode)
 
     @abstractmethod
     def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, Statistics]:

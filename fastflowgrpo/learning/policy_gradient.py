@@ -4,32 +4,21 @@ grpo        Flow-GRPO, arXiv 2505.05470
 grpo_guard  GRPO-Guard, arXiv 2510.22319, with the velocities that the rollout kept
 """
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
 from fastflowgrpo.kernels.sde_step import guided_velocity
-from fastflowgrpo.learning.advantages import group_advantages
 from fastflowgrpo.learning.objective import Batch, Objective, Statistics
 from fastflowgrpo.policy import Conditioning
 from fastflowgrpo.sampling.coefficients import resolve_log_prob
 from fastflowgrpo.sampling.rollout import expand_row, repeat_rows
-from fastflowgrpo.scoring.contract import Scores
 
 
 class GRPO(Objective):
     """The clipped policy gradient of Flow-GRPO on the window's steps, with a KL to the reference."""
 
     uses_log_probs = True
-
-    def advantages(self, scores: Scores, reward_weights: Mapping[str, float]) -> Tensor:
-        rewards = torch.stack([scores.details[name] for name in reward_weights], 1)
-        group_ids = torch.arange(len(rewards) // self.group_size).repeat_interleave(self.group_size)
-        settings = self.config.advantage
-        weights = list(reward_weights.values())
-        return group_advantages(rewards, group_ids, settings.std, weights=weights, mode=settings.mode)
 
     def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, Statistics]:
         """The loss of `grpo_step_loss` of each pair (sample, step).

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastflowgrpo.learning.flow_matching import flow_matching_errors
+from fastflowgrpo.learning.flow_matching import NoisyLatents
 from fastflowgrpo.learning.objective import Batch, Objective, Statistics
 from fastflowgrpo.learning.regression import best_and_worst
 from fastflowgrpo.scoring.contract import Scores
@@ -36,10 +36,11 @@ class DPO(Objective):
     def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, Statistics]:
         group = rows // self.group_size
         worst = self.group_size * group + batch.advantages.view(-1, self.group_size)[group].nan_to_num().argmin(1)
-        rows_of_both, noise_rows, slots = torch.cat([rows, worst]), torch.cat([rows, rows]), torch.cat([slots, slots])
+        both, slots = torch.cat([rows, worst]), torch.cat([slots, slots])
+        noisy = NoisyLatents.draw(batch, both, slots, self.config.rollout, noise_rows=torch.cat([rows, rows]))
         with torch.no_grad(), self.policy.reference():
-            reference = self._errors(batch, rows_of_both, noise_rows, slots)
-        errors = self._errors(batch, rows_of_both, noise_rows, slots)
+            reference = noisy.error(noisy.velocity(self.policy))
+        errors = noisy.error(noisy.velocity(self.policy))
         fall_best, fall_worst = (reference - errors).chunk(2)
         margin = fall_best - fall_worst
         loss = -F.logsigmoid(self.config.update.dpo_beta / 2 * margin)
@@ -50,7 +51,3 @@ class DPO(Objective):
             "dpo_fall_worst": fall_worst,
         }
         return loss, {name: value.detach().float() for name, value in statistics.items()}
-
-    def _errors(self, batch: Batch, rows: Tensor, noise_rows: Tensor, slots: Tensor) -> Tensor:
-        num_steps = self.config.rollout.num_steps
-        return flow_matching_errors(self.policy, batch, rows, noise_rows, slots, num_steps, self.group_size)

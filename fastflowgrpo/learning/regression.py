@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastflowgrpo.learning.flow_matching import flow_matching_errors
+from fastflowgrpo.learning.flow_matching import NoisyLatents
 from fastflowgrpo.learning.objective import Batch, Objective, Statistics
 from fastflowgrpo.scoring.contract import Scores
 
@@ -30,8 +30,8 @@ class _WeightedRegression(Objective):
         """The weights of samples, (G, n) float64 of rewards (G, n), of which NaN is missing."""
 
     def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, Statistics]:
-        rollout = self.config.rollout
-        errors = flow_matching_errors(self.policy, batch, rows, rows, slots, rollout.num_steps, rollout.group_size)
+        noisy = NoisyLatents.draw(batch, rows, slots, self.config.rollout)
+        errors = noisy.error(noisy.velocity(self.policy))
         loss = batch.advantages[rows].to(errors.device, errors.dtype, non_blocking=True) * errors
         return loss, {"loss": loss.detach(), "flow_matching_error": errors.detach()}
 

@@ -45,7 +45,7 @@ class RunState:
             UserError: it does not fit the model, or not every process sees it.
         """
         learner = self.learner
-        load_training(checkpoint, learner.named_parameters(), learner.optimizer, learner.ema)
+        load_training(checkpoint, learner.named_parameters(), learner.optimizer, learner.ema, learner.old_policy)
         load_rng(checkpoint, self.processes.rank, self.processes.accelerator.device)
         self.run_id, self.epoch, self.rows = checkpoint.manifest["run_id"], checkpoint.epoch, checkpoint.rows()
         learner.step = self.saved_step = checkpoint.step
@@ -82,7 +82,7 @@ class RunState:
         if learner.step == self.saved_step:
             return
         rng_states = processes.gather(self.boundary_rng)
-        state = training_state(learner.named_parameters(), learner.optimizer, learner.ema)
+        state = training_state(learner.named_parameters(), learner.optimizer, learner.ema, learner.old_policy)
         state = {name: processes.full_on_main(tensors) for name, tensors in state.items()}
         module = processes.unwrap(learner.policy.transformer)
         ema_steps = learner.ema.optimization_step if learner.ema is not None else None

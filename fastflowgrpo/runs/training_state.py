@@ -16,14 +16,19 @@ from torch import Tensor
 
 from fastflowgrpo.distributed import shard_like
 from fastflowgrpo.errors import UserError
+from fastflowgrpo.learning.snapshot import WeightSnapshot
 from fastflowgrpo.runs.checkpoints import Checkpoint
 from fastflowgrpo.runs.files import METRICS, json_lines
 
 WEIGHTS, OPTIMIZER, EMA, RNG = "weights.safetensors", "optimizer.safetensors", "ema.safetensors", "rng.json"
+OLD_POLICY = "old_policy.safetensors"
 
 
 def training_state(
-    parameters: Mapping[str, Tensor], optimizer: AcceleratedOptimizer, ema: EMAModel | None
+    parameters: Mapping[str, Tensor],
+    optimizer: AcceleratedOptimizer,
+    ema: EMAModel | None,
+    old_policy: WeightSnapshot | None,
 ) -> dict[str, dict[str, Tensor]]:
     """The tensors that training resumes from: "weights", "optimizer" and "ema", each by name.
 
@@ -31,6 +36,7 @@ def training_state(
         parameters: the trained parameters by name, in the optimiser's order.
         optimizer: of these parameters.
         ema: their average, if there is one.
+        old_policy: the weights that sample, if they are others.
     """
     states = optimizer.state_dict()["state"]
     state = {
@@ -43,6 +49,8 @@ def training_state(
     }
     if ema is not None:
         state["ema"] = dict(zip(parameters, ema.shadow_params, strict=True))
+    if old_policy is not None:
+        state["old_policy"] = dict(zip(parameters, old_policy.values, strict=True))
     return state
 
 
@@ -76,6 +84,7 @@ def load_training(
     parameters: Mapping[str, Tensor],
     optimizer: AcceleratedOptimizer,
     ema: EMAModel | None,
+    old_policy: WeightSnapshot | None,
 ) -> None:
     """Set weights, optimiser and average to those of a checkpoint; arguments as for `training_state`.
 
@@ -106,6 +115,10 @@ def load_training(
                 ema.optimization_step = int(file.metadata()["optimization_step"])
                 for name, average in zip(parameters, ema.shadow_params, strict=True):
                     average.copy_(shard_like(file.get_tensor(name), average))
+        if old_policy is not None:
+            saved = load_file(folder / OLD_POLICY)
+            for name, value in zip(parameters, old_policy.values, strict=True):
+                value.copy_(shard_like(saved[name], value))
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
