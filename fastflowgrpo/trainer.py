@@ -105,7 +105,7 @@ class Trainer:
         self.coefficients = step_coefficients(
             self.policy.sigmas(rollout.num_steps, self.shape), rollout.dynamics, rollout.noise_level
         )
-        # The last step is sampled but never trained on.
+        # The last step is an ODE step and is never trained.
         self.window_size = rollout.window_size or rollout.num_steps - 1
         self.window_start = rollout.window_start if rollout.window_size else (0, 1)
         self.objective = Objective(config, self.policy, self.coefficients, self.window_size)

@@ -33,7 +33,8 @@ from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import guided_velocity
 from fastflowgrpo.policy import Conditioning, Policy
 from fastflowgrpo.sampling.coefficients import StepCoefficients, resolve_log_prob
-from fastflowgrpo.sampling.rollout import Trajectory, expand_row, repeat_rows
+from fastflowgrpo.sampling.conditioning import expand_row, repeat_rows
+from fastflowgrpo.sampling.rollout import Trajectory
 
 Stats = dict[str, Tensor]
 

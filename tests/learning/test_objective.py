@@ -12,7 +12,7 @@ from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import guided_velocity, step_mean
 from fastflowgrpo.learning.objective import noise_draw, sample_weights
 from fastflowgrpo.rewards import Scores
-from fastflowgrpo.sampling.rollout import sample_ode
+from fastflowgrpo.sampling.ode import sample_ode
 
 NAN = math.nan
 LIKELIHOODS = ["dpo", "sft", "rwr"]

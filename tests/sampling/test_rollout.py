@@ -231,7 +231,7 @@ def test_noise_is_drawn_for_the_steps_that_some_sample_needs_it_for(monkeypatch,
         offsets.append(offset)
         return philox_normal(seed, offset, *rest)
 
-    monkeypatch.setattr("fastflowgrpo.rollout.philox_normal", counted)
+    monkeypatch.setattr("fastflowgrpo.sampling.rollout.philox_normal", counted)
     monkeypatch.setattr("fastflowgrpo.kernels.sde_step.philox_normal", counted)
     sample(TinyPolicy(), starts=starts, window_size=1, dynamics=dynamics)
     assert offsets == drawn
