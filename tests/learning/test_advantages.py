@@ -21,7 +21,7 @@ def backend(request):
 def runs(monkeypatch):
     """The backends that ran, one after the other."""
     names = []
-    choose = module._choose
+    choose = module._choose_backend
 
     def record(*arguments):
         names.append(choose(*arguments))
@@ -29,7 +29,7 @@ def runs(monkeypatch):
 
     monkeypatch.delenv("FASTFLOWGRPO_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(module, "_choose", record)
+    monkeypatch.setattr(module, "_choose_backend", record)
     return names
 
 
