@@ -9,7 +9,7 @@ from fastflowgrpo.config import Config, PromptsConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt, check_metadata, general, geneval, load_prompts, ocr
 from fastflowgrpo.prompts.__main__ import main
-from fastflowgrpo.prompts.geneval import CLASSES, COLORS, meaning, one, several
+from fastflowgrpo.prompts.geneval import CLASSES, COLORS, meaning, plural, singular
 from fastflowgrpo.prompts.sources import GENERATORS, run_prompts
 from fastflowgrpo.rewards.ocr import quoted_text
 
@@ -36,11 +36,11 @@ def target(prompt):
 
 def in_words(metadata):
     """What a prompt must say for its metadata, written the other way round: from the metadata to the words."""
-    objects = [one(item["class"], item.get("color", "")) for item in metadata["include"]]
+    objects = [singular(item["class"], item.get("color", "")) for item in metadata["include"]]
     if metadata["tag"] == "counting":
         (item,) = metadata["include"]
         assert metadata["exclude"] == [{"class": item["class"], "count": item["count"] + 1}]
-        return f"{ {2: 'two', 3: 'three', 4: 'four'}[item['count']] } {several(item['class'])}"
+        return f"{ {2: 'two', 3: 'three', 4: 'four'}[item['count']] } {plural(item['class'])}"
     assert "exclude" not in metadata and all(item["count"] == 1 for item in metadata["include"])
     if metadata["tag"] == "position":
         return f"{objects[1]} {metadata['include'][1]['position'][0]} {objects[0]}"
@@ -48,16 +48,16 @@ def in_words(metadata):
 
 
 def test_plurals_and_articles():
-    assert [several(label) for label in CLASSES] == [word.replace("_", " ") for word in PLURALS.split()]
-    assert [one(label) for label in ("orange", "tv", "scissors", "umbrella")] == [
+    assert [plural(label) for label in CLASSES] == [word.replace("_", " ") for word in PLURALS.split()]
+    assert [singular(label) for label in ("orange", "tv", "scissors", "umbrella")] == [
         "an orange",
         "a TV",
         "a pair of scissors",
         "an umbrella",
     ]
-    assert one("bus", "orange") == "an orange bus" and one("apple", "red") == "a red apple"
-    assert one("skis", "orange") == "a pair of orange skis"
-    vowel = {label for label in CLASSES if one(label).startswith("an ")}
+    assert singular("bus", "orange") == "an orange bus" and singular("apple", "red") == "a red apple"
+    assert singular("skis", "orange") == "a pair of orange skis"
+    vowel = {label for label in CLASSES if singular(label).startswith("an ")}
     assert vowel == {"airplane", "elephant", "umbrella", "apple", "orange", "oven"}
 
 
@@ -231,9 +231,9 @@ def test_command(tmp_path, capsys):
         (["genevall"], "invalid choice: 'genevall'"),
         (["ocr", "--count", "0"], "--count must be at least 1, got 0"),
         (["ocr", "--seed", "-1"], "--seed must be at least 0, got -1"),
-        (["ocr", "--length", "9", "4"], "--length: the least, 9, is above the most, 4"),
+        (["ocr", "--length", "9", "4"], "--length: the minimum, 9, is above the maximum, 4"),
         (["general", "--length", "4", "9"], "--length is for ocr, not for general"),
-        (["geneval", "--evaluation", "--count", "5"], "--evaluation has prompts of its own"),
+        (["geneval", "--evaluation", "--count", "5"], "--evaluation prints fixed prompts"),
         (["geneval", "--exclude", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["general", "--count", "9999999"], "9999999 different prompts were asked for"),
     ],
