@@ -81,7 +81,6 @@ def sample_groups(
     The host does not wait for the device between the first step and the last.
 
     Args:
-        policy: computes the velocities.
         conditioning: one row per group.
         coefficients: stochastic coefficients of the whole schedule.
         starts: first step of each group's window, the same for all its samples.
@@ -89,44 +88,40 @@ def sample_groups(
         group_size: samples per group.
         seeds: one per group; all noise of the group depends on it only.
         shape: shape of one latent sample.
-        unconditional: the empty prompt's conditioning, one row; needed if guidance_scale is not 1.
-        guidance_scale: classifier-free guidance scale.
+        policy, unconditional, guidance_scale: as in `sample_ode`.
         same_noise: start all samples of a group from the same initial noise.
         log_prob: "normalised" or "unnormalised", see `sde_step`.
         keep_steps: keep the steps of the windows; otherwise the trajectory has only the clean latents and the seeds.
         keep_velocities: keep the velocities of these steps too.
         on_step: called once per denoising step, for a progress bar.
     """
-    device, num_steps = policy.device, len(coefficients.dt)
-    group = torch.arange(len(starts)).repeat_interleave(group_size)
-    first_step = torch.tensor(starts)[group, None]
-    in_window = _in_window(first_step, window_size, num_steps)
-    sigma, c_x, c_v, std, draws_noise = _per_sample(coefficients, in_window, device)
-    noise_seeds = sample_seeds(seeds, group_size).to(device, non_blocking=True)
+    schedule = _window_schedule(coefficients, starts, window_size, group_size, policy.device)
+    noise_seeds = sample_seeds(seeds, group_size).to(policy.device, non_blocking=True)
+    initial_seeds = noise_seeds[::group_size] if same_noise else noise_seeds
+    sample = philox_normal(initial_seeds, 0, (len(initial_seeds), *shape)).to(policy.dtype)
+    begin = 0
     if same_noise:
         # until the first window the samples of a group are equal: compute them once per group
-        sample, begin = _initial_noise(policy, noise_seeds[::group_size], shape), min(starts)
-        guidance = (unconditional, guidance_scale)
+        begin, guidance = min(starts), (unconditional, guidance_scale)
         sample = ode_steps(policy, sample, conditioning, coefficients, range(begin), *guidance, on_step)
         sample = sample.repeat_interleave(group_size, 0)
-    else:
-        sample, begin = _initial_noise(policy, noise_seeds, shape), 0
-    conditioning = repeat_rows(conditioning, group.to(device, non_blocking=True))
+    conditioning = repeat_rows(conditioning, schedule.group.to(policy.device, non_blocking=True))
     unconditional = expand_row(unconditional, len(sample))
     keep_velocities = keep_velocities and keep_steps
     velocity_dtype = policy.dtype if unconditional is None else torch.float32
-    kept = _KeptSteps(sample, in_window, first_step, window_size * keep_steps, velocity_dtype, keep_velocities)
-    for i in range(begin, num_steps):
-        velocity, velocity_uncond = branch_velocities(policy, sample, sigma[i], conditioning, unconditional)
+    kept = _KeptSteps(sample, schedule, window_size * keep_steps, velocity_dtype, keep_velocities)
+    for i in range(begin, len(schedule.sigma)):
+        velocity, velocity_uncond = branch_velocities(policy, sample, schedule.sigma[i], conditioning, unconditional)
+        draws_noise = schedule.draws_noise[i]
         next_sample, step_log_prob = sde_step(
             velocity,
             sample,
-            c_x[i],
-            c_v[i],
-            std[i] if draws_noise[i] else 0.0,
+            schedule.c_x[i],
+            schedule.c_v[i],
+            schedule.std[i] if draws_noise else 0.0,
             velocity_uncond=velocity_uncond,
             guidance_scale=guidance_scale,
-            seed=noise_seeds if draws_noise[i] else None,
+            seed=noise_seeds if draws_noise else None,
             offset=i + 1,
             log_prob=log_prob,
         )
@@ -138,26 +133,36 @@ def sample_groups(
     return kept.trajectory(noise_seeds, sample)
 
 
-def _in_window(first_step: Tensor, window_size: int, num_steps: int) -> Tensor:
-    """bool (B, num_steps): whether a step is in the sample's window, which starts at first_step (B, 1)."""
-    step = torch.arange(num_steps)
-    return (step >= first_step) & (step < first_step + window_size)
+@dataclass
+class _WindowSchedule:
+    """The steps of B samples: stochastic inside the window of the sample's group, ODE outside it."""
+
+    group: Tensor
+    """int64 (B,) on the CPU: the group of each sample."""
+    first_step: Tensor
+    """int64 (B,) on the CPU: the first step of each sample's window."""
+    in_window: Tensor
+    """bool (B, num_steps) on the CPU."""
+    draws_noise: list[bool]
+    """For each step, whether any sample draws noise."""
+    sigma: Tensor
+    """float32 (num_steps, B) on the device of the policy, like c_x, c_v and std."""
+    c_x: Tensor
+    c_v: Tensor
+    std: Tensor
 
 
-def _per_sample(
-    coefficients: StepCoefficients, in_window: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[bool]]:
-    """sigma, c_x, c_v and std of each sample, float32 (num_steps, B), and whether a step draws noise for any sample."""
+def _window_schedule(
+    coefficients: StepCoefficients, starts: Sequence[int], window_size: int, group_size: int, device: torch.device
+) -> _WindowSchedule:
+    group = torch.arange(len(starts)).repeat_interleave(group_size)
+    first_step = torch.tensor(starts)[group]
+    step = torch.arange(len(coefficients.dt))
+    in_window = (step >= first_step[:, None]) & (step < first_step[:, None] + window_size)
     rows = coefficients.ode_outside(in_window)
-    sigma = rows.sigma.expand_as(in_window)
-    sigma, c_x, c_v, std = (
-        t.T.to(device, torch.float32, non_blocking=True) for t in (sigma, rows.c_x, rows.c_v, rows.std)
-    )
-    return sigma, c_x, c_v, std, (rows.std > 0).any(0).tolist()
-
-
-def _initial_noise(policy: Policy, seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return philox_normal(seeds, 0, (len(seeds), *shape)).to(policy.dtype)
+    per_step = (rows.sigma.expand_as(in_window), rows.c_x, rows.c_v, rows.std)
+    on_device = (tensor.T.to(device, torch.float32, non_blocking=True) for tensor in per_step)
+    return _WindowSchedule(group, first_step, in_window, (rows.std > 0).any(0).tolist(), *on_device)
 
 
 class _KeptSteps:
@@ -165,8 +170,7 @@ class _KeptSteps:
 
     Args:
         sample: (B, ...), gives shape, dtype and device of the latents.
-        in_window: bool (B, num_steps) on the CPU.
-        first_step: int64 (B, 1) on the CPU.
+        schedule: of these samples.
         count: steps to keep of each sample, 0 or the size of the window.
         velocity_dtype: dtype of the velocities.
         keep_velocities: whether to keep the velocities of these steps too.
@@ -175,20 +179,19 @@ class _KeptSteps:
     def __init__(
         self,
         sample: Tensor,
-        in_window: Tensor,
-        first_step: Tensor,
+        schedule: _WindowSchedule,
         count: int,
         velocity_dtype: torch.dtype,
         keep_velocities: bool,
     ):
         batch_size, *shape = sample.shape
-        self.steps = first_step + torch.arange(count)
+        self.steps = schedule.first_step[:, None] + torch.arange(count)
         self.latents = sample.new_empty(batch_size, count + (count > 0), *shape)
         self.velocities = sample.new_empty(batch_size, count * keep_velocities, *shape, dtype=velocity_dtype)
         self.log_probs = torch.empty(batch_size, count, device=sample.device)
-        # for each step: the samples that keep it, and its slot in each
-        rows = [torch.from_numpy(np.flatnonzero(samples)) for samples in in_window.T]
-        slots = [i - first_step[samples, 0] for i, samples in enumerate(rows)]
+        # for each step: the samples whose window contains it, and their slots
+        rows = [torch.from_numpy(np.flatnonzero(samples)) for samples in schedule.in_window.T]
+        slots = [step - schedule.first_step[samples] for step, samples in enumerate(rows)]
         self.rows, self.slots = (
             [index.to(sample.device, non_blocking=True) for index in indices] for indices in (rows, slots)
         )
