@@ -35,7 +35,7 @@ def target(prompt):
 
 
 def in_words(metadata):
-    """What a prompt must say for its metadata, written the other way round: from the metadata to the words."""
+    """The expected words of a prompt, derived from its metadata."""
     objects = [singular(item["class"], item.get("color", "")) for item in metadata["include"]]
     if metadata["tag"] == "counting":
         (item,) = metadata["include"]
@@ -80,10 +80,10 @@ def test_geneval_training_prompts():
         assert set(colors) <= set(COLORS)
         labels = [item["class"] for item in prompt.metadata["include"]]
         assert len(labels) == len(set(labels)) and not (colors and "person" in labels)
-    # 240 contents are enough for 500 counting prompts only in other wordings, and no other tag needs any.
+    # There are 240 contents for 500 counting prompts, so other wordings are needed; no other tag needs them.
     plain = [prompt for prompt in prompts if prompt.text == f"a photo of {in_words(prompt.metadata)}"]
     assert len(plain) == 1700 - 500 + 240
-    # The order tells nothing of the tag.
+    # The order is independent of the tag.
     assert len({prompt.metadata["tag"] for prompt in prompts[:40]}) > 3
 
 
@@ -108,7 +108,7 @@ def test_geneval_evaluation_has_the_official_balance_and_is_held_out():
     assert all(prompt.text == f"a photo of {in_words(prompt.metadata)}" for prompt in held_out)
     train = geneval.generate(8000, exclude=held_out)
     assert len(train) == 8000 and meanings(train).isdisjoint(meanings(held_out))
-    # Without the exclusion, there would be such prompts.
+    # Without the exclusion such prompts would appear.
     assert not meanings(geneval.generate(8000)).isdisjoint(meanings(held_out))
 
 
