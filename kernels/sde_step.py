@@ -8,7 +8,7 @@
 
 Source: Flow-GRPO (arXiv 2505.05470); like its code, the log-prob is the mean over elements and not the sum. The
 coefficients come from `fastflowgrpo.sampling.coefficients`. Everything is computed in float32 (float64 if an input is)
-whatever the storage dtype. The log-prob belongs to the rounded sample, which is the one that is stored.
+whatever the storage dtype. The log-prob is computed for the rounded sample, because that one is stored.
 
 This file has the public functions and the reference in plain torch; `sde_step_triton` has the Triton kernels.
 """

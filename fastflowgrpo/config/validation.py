@@ -195,7 +195,7 @@ def _check_sampling_and_updates(config: Config) -> None:
 
 
 def _check_unused(config: Config) -> None:
-    """Raises UserError for a setting that was changed although nothing uses it beside the other settings."""
+    """Raises UserError for a setting that was changed although the chosen algorithm or sampler does not use it."""
     default = Config()
     for (chooser, users), names in _USED_ONLY_WITH.items():
         choice = attrgetter(chooser)(config)

@@ -43,8 +43,8 @@ def group_advantages(
         rewards: (N,), or (N, K) for K rewards; floats. NaN is a missing score: its sample counts in no statistic of any
             reward.
         group_ids: (N,) integers, any values, on the device of `rewards`.
-        std: what to divide by: the population standard deviation of all rewards ("global"), that of the group
-            ("group"), or nothing ("none").
+        std: divide by the population standard deviation of all rewards ("global") or of the group's rewards ("group"),
+            or by nothing ("none").
         weights: K finite numbers, by default 1 each. A reward of weight 0 is left out, with its missing scores.
         mode: "sum": R is the weighted sum of the rewards. "gdpo": A is computed for each reward and these are summed
             with the weights; with std="group" this is GDPO (arXiv 2601.05242) without its last step, the division by

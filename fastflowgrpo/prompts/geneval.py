@@ -171,7 +171,7 @@ def _contents(tag: str, rng: np.random.Generator) -> Iterator[Content]:
 
 
 def _content(tag: str, *choice: int) -> Content | None:
-    """The content for one combination of choices, or None for a combination that makes no prompt: an object beside an
+    """The content for one combination of choices, or None for a combination that makes no prompt: an object and an
     equal one, a person with a color, an orange orange."""
     objects = [CLASSES[i] for i in choice[: 1 if tag in ("single_object", "counting", "colors") else 2]]
     rest = choice[len(objects) :]

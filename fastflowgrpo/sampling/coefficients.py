@@ -54,7 +54,7 @@ class StepCoefficients:
 
         Args:
             steps: int64 (B,), indices into the schedule.
-            device: where the result lives; the device of `steps` by default.
+            device: device of the result, by default the device of `steps`.
 
         Returns:
             The entries as float32 tensors of shape (B,) on `device`.

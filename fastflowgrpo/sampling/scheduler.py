@@ -155,7 +155,7 @@ class FlowSDEScheduler(FlowMatchEulerDiscreteScheduler):
             for name, given in (("stochastic_sampling", stochastic_sampling), ("invert_sigmas", invert_sigmas)):
                 if given:
                     raise ValueError(
-                        f"{name}=True is a sampler of its own that {dynamics} does not combine with: "
+                        f"{name}=True selects another sampler, which does not combine with {dynamics}: "
                         f"give {name}=False, or noise_level=0 to keep it"
                     )
         super().__init__(
