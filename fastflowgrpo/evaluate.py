@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from fastflowgrpo.config import parse_evaluation
-from fastflowgrpo.console import leave, refuse
+from fastflowgrpo.console import print_error, run_and_exit
 from fastflowgrpo.errors import UserError
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         evaluate(config)
     except UserError as error:
-        return refuse(error)
+        return print_error(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -32,4 +32,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main)
+    run_and_exit(main)

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastflowgrpo.console import refuse
+from fastflowgrpo.console import print_error
 from fastflowgrpo.errors import UserError
 
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = arguments.checkpoint or last_checkpoint(arguments.run)
         print(push(arguments.run, checkpoint, arguments.repository, arguments.private or None))
     except UserError as error:
-        return refuse(error)
+        return print_error(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

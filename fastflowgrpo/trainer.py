@@ -66,7 +66,7 @@ class Trainer:
         self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device, config.reward_frames)
         sigmas = self.policy.sigmas(rollout.num_steps, self.shape)
         self.coefficients = step_coefficients(sigmas, rollout.dynamics, rollout.noise_level)
-        # The last step is an ODE step and never trained on.
+        # The last step is an ODE step and is never trained.
         self.window_size = rollout.window_size or rollout.num_steps - 1
         objective = OBJECTIVES[config.update.algorithm]
         self.objective = objective(config, self.policy, self.coefficients, self.window_size)

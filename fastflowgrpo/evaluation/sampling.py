@@ -13,7 +13,9 @@ from fastflowgrpo.policy import Policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards import Scores
-from fastflowgrpo.sampling.rollout import repeat_rows, sample_ode, sample_seeds
+from fastflowgrpo.sampling.conditioning import repeat_rows
+from fastflowgrpo.sampling.ode import sample_ode
+from fastflowgrpo.sampling.rollout import sample_seeds
 from fastflowgrpo.scoring.pipeline import Scoring
 
 

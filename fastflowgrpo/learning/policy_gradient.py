@@ -15,7 +15,7 @@ from fastflowgrpo.learning.advantages import group_advantages
 from fastflowgrpo.learning.objective import Batch, Objective, Statistics
 from fastflowgrpo.policy import Conditioning
 from fastflowgrpo.sampling.coefficients import resolve_log_prob
-from fastflowgrpo.sampling.rollout import expand_row, repeat_rows
+from fastflowgrpo.sampling.conditioning import expand_row, repeat_rows
 from fastflowgrpo.scoring.contract import Scores
 
 
