@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from fastflowgrpo.config import Config, read_run
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.trained import FULL, LORA, holds_weights
-from fastflowgrpo.runs.files import versions
+from fastflowgrpo.results import versions
 from fastflowgrpo.shapes import PIPELINE
 
 CARD = "README.md"
