@@ -1,4 +1,4 @@
-"""An evaluation: the values of all its images, the figures that a run logs, and the images to show."""
+"""The summary of an evaluation: the value of every image, the figures that a run logs, and the images to show."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

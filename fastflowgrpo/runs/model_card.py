@@ -17,10 +17,11 @@ from fastflowgrpo.config import Config, read_run
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.trained import FULL, LORA, holds_weights
 from fastflowgrpo.results import versions
+from fastflowgrpo.runs.files import BEFORE_AFTER, CURVE, METRICS, read_rows
 from fastflowgrpo.shapes import PIPELINE
 
 CARD = "README.md"
-PICTURES = {"before_after.png": "Images before and after", "curve.png": "Scores while training"}
+PICTURES = {BEFORE_AFTER: "Images before and after", CURVE: "Scores while training"}
 PLACE = "FOLDER_OR_REPOSITORY"  # stands for the address of the weights until they are pushed
 # Settings that do not change the trained weights.
 NOT_IN_RECIPE = (
@@ -95,8 +96,9 @@ def _metadata(config: Config, checkpoint: Path, name: str) -> ModelCardData:
 def _description(config: Config, checkpoint: Path, step: int) -> str:
     weights = "A LoRA for" if (checkpoint / LORA).is_file() else "The transformer of"
     rewards = ", ".join(config.rewards)
-    # The folder raw/ within the checkpoint holds the weights without averaging.
-    averaged = config.update.ema_decay and checkpoint.name == f"checkpoint-{step}"
+    # Before the first step of the average, and in the folder raw/, the weights are those that were trained.
+    averaging = config.update.ema_decay and step >= config.update.ema_every
+    averaged = averaging and checkpoint.name == f"checkpoint-{step}"
     average = " These are the exponential moving average of the trained weights." if averaged else ""
     return (
         f"{weights} `{config.model}`, trained for {step} updates with online reinforcement learning "
@@ -107,8 +109,7 @@ def _description(config: Config, checkpoint: Path, step: int) -> str:
 
 def _evaluation(run: Path, step: int) -> str:
     """A table of the run's first evaluation and its last one up to a step; "" if there is none yet."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "eval" in row and row["step"] <= step]
+    rows = [row for row in read_rows(run / METRICS) if "eval" in row and row["step"] <= step]
     if not rows:
         return ""
     first, last = ({**row["eval"], **row["eval"]["scores"]} for row in (rows[0], rows[-1]))
