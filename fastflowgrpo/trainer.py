@@ -225,8 +225,7 @@ class Trainer:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
         with self.report.phase("evaluate"), self.learner.averaged_weights():
             samples = self.signals.interruptible(self._sample_evaluation)
-        scores = gather_scores(self.processes, samples.scores, len(self.eval_prompts), samples.images_per_prompt)
-        evaluation = Evaluation.of(self.eval_prompts, samples.images, scores, samples.images_per_prompt, self.processes)
+        evaluation = Evaluation.of(self.eval_prompts, samples, self.processes)
         self.report.evaluated(evaluation, self.learner.step)
 
     def epoch_prompts(self, epoch: int) -> list[Prompt]:

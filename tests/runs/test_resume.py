@@ -162,7 +162,7 @@ PLACES = {  # what is called, for which time, and the whole epochs that the last
     "evaluation": (("fastflowgrpo.evaluation.sampling", "sample_ode"), 2, 3),
     "saving": ((state, "save_training"), 1, 2),
     "pictures": (("fastflowgrpo.runs.report", "image_grid"), 2, 3),
-    "the end": (("fastflowgrpo.runs.report", "_table"), 1, 6),
+    "the end": (("fastflowgrpo.runs.report", "before_after_table"), 1, 6),
 }
 
 
