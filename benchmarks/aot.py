@@ -1,8 +1,8 @@
-"""What every Triton kernel compiles to, without a GPU: `python -m benchmarks.aot`.
+"""A report on every compiled Triton kernel, without a GPU: `python -m benchmarks.aot`.
 
-For sm_80, sm_90 and sm_100 it prints registers, spills, shared memory and the bytes loaded and stored per element,
-counted in the PTX, beside the least that the operation must move. It exits with 1 if a kernel spills or moves another
-number of bytes: more are waste, fewer are accesses too narrow to be counted, which are slow.
+For sm_80, sm_90 and sm_100 it prints registers, spills, shared memory, and the bytes loaded and stored per element,
+counted in the PTX, next to the minimum that the operation must move. It exits with 1 if a kernel spills or moves more
+or fewer bytes: more bytes are waste, and fewer mean narrow accesses, which are not counted and are slow.
 """
 
 import re
@@ -24,28 +24,28 @@ from fastflowgrpo.kernels.velocity_gradient_triton import GRADIENT_WARPS, veloci
 
 ARCHITECTURES = (80, 90, 100)
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# The accesses of a PTX line: .v4.b32 is 16 bytes in each thread.
+# A memory access in PTX: .v4.b32 is 16 bytes per thread.
 ACCESS = re.compile(r"\b(ld|st)\.global((?:\.\w+)*?)(?:\.v(\d))?\.[bfus](\d+)\b")
 
 
 @dataclass
 class Case:
-    """One specialisation of a kernel, as the operations launch it on large tensors."""
+    """One specialisation of a kernel, as an operation launches it on large tensors."""
 
     name: str
     kernel: Any
     types: dict[str, str]
-    """Triton's type of every argument that is neither absent nor a constant."""
+    """Triton's type of each argument, except for absent ones and constants."""
     constants: dict[str, Any]
     loaded: int
-    """The least bytes to load per element."""
+    """Minimum of bytes to load per element; `stored` likewise."""
     stored: int
     elements: int = MAX_BLOCK
     warps: int = field(default_factory=lambda: blocks(MAX_BLOCK)[2])
 
 
 def cases() -> Iterator[Case]:
-    """All kernels, with everything that they can read and with the least."""
+    """All kernels, with all optional tensors and with none."""
     step, loss = sde_step_triton.step_kernel, grpo_loss_triton.loss_kernel
     gradient, warps = velocity_gradient_kernel, GRADIENT_WARPS * blocks(MAX_BLOCK)[2]
     floats = ("c_x", "c_v", "std", "dt", "old_log_prob", "advantage", "upstream", "log_prob", "factor", "factors")
@@ -77,7 +77,7 @@ def cases() -> Iterator[Case]:
                 variant = {"KL": "flow_grpo" if kl else "none", "GUARD": guard}
                 read_loss = read + e * (1 + kl + guard)
                 yield Case(f"loss {dtype}{name_loss}", loss, data, flags | variant | missing, read_loss, 0)
-                # without a KL the gradient of Guard reads the old velocity in place of the new one
+                # without a KL, the gradient of GRPO-Guard reads the old velocity instead of the new one
                 if kl or not guard:
                     parts = {"BLOCK": MAX_BLOCK} | missing
                     yield Case(f"gradient {dtype}{name_loss}", gradient, data, parts, read_loss, e, warps=warps)
@@ -101,7 +101,7 @@ def compile_case(case: Case, architecture: int) -> Any:
         for name in names
     }
     constants = {(names.index(name),): value for name, value in case.constants.items() if name in names}
-    # as Triton finds it at a launch: tensors are aligned, sizes and strides multiples of 16
+    # as at a real launch: tensors are aligned, and sizes and strides are multiples of 16
     attributes = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
@@ -113,7 +113,7 @@ def compile_case(case: Case, architecture: int) -> Any:
 
 
 def bytes_per_element(ptx: str, case: Case) -> tuple[float, float]:
-    """(loaded, stored) by vector accesses; those of one number are a row's coefficients and sums."""
+    """(loaded, stored) by vector accesses; scalar accesses are the coefficients and sums of a row."""
     moved = {"ld": 0, "st": 0}
     for kind, _, width, bits in ACCESS.findall(ptx):
         if width:
@@ -123,7 +123,7 @@ def bytes_per_element(ptx: str, case: Case) -> tuple[float, float]:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL, ... of a kernel, by the cuobjdump that Triton brings."""
+    """REG, STACK, SHARED, LOCAL, ... of a kernel, from the cuobjdump that comes with Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -133,7 +133,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def main() -> int:
-    print("bytes per element are those found of those needed; spills and shared memory in bytes")
+    print("loaded and stored: bytes per element found of bytes needed; spills and shared memory in bytes")
     print(f"{'kernel':<40}{'sm':>5}{'registers':>11}{'spills':>8}{'shared':>8}{'loaded':>12}{'stored':>12}")
     failures = 0
     for case in cases():
@@ -149,7 +149,7 @@ def main() -> int:
                 f"{f'{loaded:g} of {case.loaded}':>12}{f'{stored:g} of {case.stored}':>12}{'' if good else '  FAILED'}"
             )
     if failures:
-        print(f"{failures} kernels spill or move other bytes than their minimum", file=sys.stderr)
+        print(f"{failures} kernels spill or move more or fewer bytes than needed", file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -1,8 +1,8 @@
-"""Group advantages on the CPU: the C++ extension, plain torch, and the loop over prompts of the existing code bases.
+"""Group advantages on the CPU: the C++ extension, plain torch, and the loop over prompts that other code bases use.
 
     python -m pytest benchmarks/bench_advantages.py --benchmark-group-by=param:rows
 
-Groups of 24 images at the size of one epoch (1152), of 20 above. The two loops over 1 000 000 samples take minutes.
+Groups have 24 images at 1152 samples, the size of one epoch, and 20 above. The loop over 1 000 000 takes minutes.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ SIZES = {1152: 24, 100_000: 20, 1_000_000: 20}
 
 
 def prompt_loop(rewards: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
-    """One mask over all samples per prompt; integer ids and a deviation computed once are in its favour."""
+    """One mask over all samples per prompt. Integer ids and a single standard deviation speed it up."""
     advantages = np.empty_like(rewards)
     divisor = rewards.std() + 1e-4
     for group in np.unique(group_ids):
@@ -49,11 +49,11 @@ METHODS = {
 @pytest.mark.parametrize("rows", SIZES)
 def test_group_advantages(benchmark, rows, method, order):
     rewards, group_ids = sample(rows, order == "shuffled")
-    # A round of the loop is long enough to stand alone, except at the smallest size.
+    # One round of the loop takes long enough, except at the smallest size.
     rounds = 1 if method == "loop" and rows > 10_000 else 30
-    found = benchmark.pedantic(METHODS[method], (rewards, group_ids), rounds=rounds, warmup_rounds=rounds > 1)
+    advantages = benchmark.pedantic(METHODS[method], (rewards, group_ids), rounds=rounds, warmup_rounds=rounds > 1)
     expected = group_advantages(rewards, group_ids, backend="reference")
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(advantages, expected, rtol=1e-10, atol=1e-10)
     benchmark.extra_info |= {
         "groups": rows // SIZES[rows],
         "threads": torch.get_num_threads() if method == "native" else 1,

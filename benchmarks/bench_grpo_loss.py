@@ -1,5 +1,5 @@
-"""The GRPO step loss on a GPU, forward, backward and both, and GRPO-Guard's: plain eager torch, torch.compile, and the
-Triton kernels; see `benchmarks.kernels`."""
+"""The GRPO step loss on a GPU (forward, backward, both, and both for GRPO-Guard) in eager torch, with torch.compile and
+with the Triton kernels; see `benchmarks.kernels`."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
 
 if not torch.cuda.is_available():
     pytest.skip("these benchmarks need a GPU", allow_module_level=True)
-pytestmark = pytest.mark.filterwarnings("default")  # the compiler's own are no failure
+pytestmark = pytest.mark.filterwarnings("default")  # warnings of the compiler are not failures
 
 
 @pytest.mark.parametrize("variant", ["eager", "compile", "triton"])
@@ -22,7 +22,7 @@ def test_loss(benchmark, size, direction, variant):
         torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(5)
     )
     c_x, c_v, std, dt, old_log_prob, advantage = torch.rand(6, shape[0], device="cuda").add(0.1)
-    # guided, and therefore kept in float32 by the rollout
+    # float32, as the rollout keeps velocities with guidance
     old = torch.randn(shape, device="cuda") if direction == "guard" else None
     upstream = torch.ones(shape[0], device="cuda")
     velocity.requires_grad_()
@@ -51,7 +51,7 @@ def test_loss(benchmark, size, direction, variant):
     def backward(loss, retain_graph=False):
         return torch.autograd.grad(loss, velocity, upstream, retain_graph=retain_graph)
 
-    # a compiled backward pass may reuse what it was given, unless it is to run again
+    # a compiled backward pass may overwrite its inputs, which must not happen if it runs again
     functorch_config.donated_buffer = direction != "backward"
     once = forward()
     run = {
@@ -60,6 +60,7 @@ def test_loss(benchmark, size, direction, variant):
         "both": lambda: backward(forward()),
         "guard": lambda: backward(forward()),
     }[direction]
-    # five tensors read forward, five read and the gradient written backward; of twice the size, one more read in each
+    # Forward reads five tensors; backward reads five and writes the gradient. GRPO-Guard's extra tensor is float32 and
+    # read in both.
     passes = {"forward": 5, "backward": 6, "both": 11, "guard": 15}[direction]
     take(benchmark, run, passes * sample.numel() * sample.element_size())

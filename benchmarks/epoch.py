@@ -39,8 +39,8 @@ from fastflowgrpo.config import Config, parse
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.learning.advantages import group_advantages
 from fastflowgrpo.policy.sd3 import SD3Policy
+from fastflowgrpo.results import PACKAGES
 from fastflowgrpo.rewards import RewardBatch
-from fastflowgrpo.runs.files import PACKAGES
 from fastflowgrpo.sampling.rollout import sample_seeds
 from fastflowgrpo.trainer import Trainer, group_seed
 

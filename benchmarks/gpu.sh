@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in under 8 minutes: benchmarks/gpu.sh OUT
+# Runs everything that needs a GPU, in under 8 minutes: benchmarks/gpu.sh OUT
 #
-# Installs the checkout beside the torch and triton that are there, runs the tests of the kernels compiled, their
-# benchmarks, an epoch at the size of SD3.5-M, and the report; results and logs are left in OUT. A part that fails or
-# runs out of time stops no other; the exit code is 1 then.
+# It installs the checkout beside the torch and triton that are there. Then it runs the tests of the compiled kernels,
+# their benchmarks, an epoch at the size of SD3.5-M, and the report. Results and logs are left in OUT. If a part fails or
+# runs out of time, the others still run, and the exit code is 1.
 #
-# PYTHON  the interpreter, python3 by default
-# WHEELS  a folder of wheels of what it lacks, installed as they are: for a machine without a network
+# PYTHON  the interpreter, by default python3
+# WHEELS  a folder with wheels of missing packages, for a machine without a network
 set -uo pipefail
 out=${1:?usage: benchmarks/gpu.sh OUT}
 python=${PYTHON:-python3}
 mkdir -p "$out" && out=$(cd "$out" && pwd) && cd "$(dirname "$0")/.." || exit
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-# The kernels compiled, into a cache of their own, and nothing downloaded.
+# Compile the kernels into a new cache, and download nothing.
 unset TRITON_INTERPRET FASTFLOWGRPO_BACKEND
 export TRITON_CACHE_DIR=$work/triton HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-rm -f "$out"/{sde_step,grpo_loss,epoch}.json # of an earlier run
+rm -f "$out"/{sde_step,grpo_loss,epoch}.json # from an earlier run
 failed=()
 
 part() { # NAME SECONDS COMMAND...
@@ -30,7 +30,7 @@ part() { # NAME SECONDS COMMAND...
 }
 
 bench() { # OPERATION SECONDS PARAMETER: results are grouped by size and by this parameter
-  # It stops by itself, and writes what it has measured, before it would be killed.
+  # --seconds stops it and writes the results before the timeout would kill it.
   part "$1" "$2" "$python" -m pytest "benchmarks/bench_$1.py" --seconds=$(($2 - 15)) -q -W default -p no:cacheprovider \
     --benchmark-json="$out/$1.json" --benchmark-columns=median --benchmark-group-by="param:size,param:$3"
 }
@@ -43,7 +43,7 @@ import torch
 
 print(f"python {platform.python_version()}, torch {torch.__version__}")
 if not torch.cuda.is_available():
-    sys.exit("there is no GPU that torch can use: nothing was measured")
+    sys.exit("torch finds no GPU: nothing was measured")
 import triton
 
 print(f"triton {triton.__version__}, CUDA {torch.version.cuda}")
@@ -55,9 +55,9 @@ END
 part install 40 "$python" -m pip install --no-index --no-deps --no-build-isolation -e .
 workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
-part tests 95 "$python" -m pytest tests/test_*kernel*.py "${workers[@]}" -q -W default -p no:benchmark \
+part tests 95 "$python" -m pytest tests/kernels/test_*kernel*.py "${workers[@]}" -q -W default -p no:benchmark \
   -p no:cacheprovider
-# Triton's interpreter leaves none.
+# Triton's interpreter would leave no compiled kernels.
 part compiled 5 "$python" -c "import glob, sys; count = len(glob.glob('$TRITON_CACHE_DIR/**/*.cubin', recursive=True))
 print(count, 'kernels were compiled'); sys.exit(not count)"
 bench sde_step 45 work

@@ -1,8 +1,8 @@
-"""Host time of the kernels' eager calls, on a machine without a GPU too: `python -m benchmarks.host`.
+"""Host time of eager calls of the kernels, also on a machine without a GPU: `python -m benchmarks.host`.
 
-Tensors are on the CPU and nothing runs: Triton compiles for sm_90 and launches through a driver that does nothing.
-Timed are the checks, the choice of the backend, the allocations and the arguments of the launches, by the direct path
-and through torch's dispatcher; and what Triton's own launch adds, up to the call of the driver.
+The tensors are on the CPU and no kernel runs: Triton compiles for sm_90 and launches with a driver that does nothing.
+The times include the checks, the choice of the backend, the allocations and the arguments of the launches, without and
+with torch's dispatcher, and in a third column Triton's own launch up to the call of the driver.
 """
 
 import os
@@ -34,7 +34,7 @@ class NoKernel:
         return nothing
 
 
-# What Triton asks of a driver before a launch, and a launch that does nothing.
+# The parts of a driver that Triton needs before a launch, and a launch that does nothing.
 NO_DRIVER = SimpleNamespace(
     get_current_device=lambda: 0,
     get_current_stream=lambda device: 0,
@@ -48,7 +48,7 @@ NO_DRIVER = SimpleNamespace(
 
 
 def microseconds(function: Callable[[], object], calls: int = 100, rounds: int = 100) -> float:
-    """Of one call, in the fastest of the rounds: the others were disturbed."""
+    """Time of one call in the fastest round; other processes disturb the slower ones."""
     function()
     fastest = float("inf")
     for _ in range(rounds):
@@ -61,7 +61,7 @@ def microseconds(function: Callable[[], object], calls: int = 100, rounds: int =
 
 def main() -> int:
     if triton_operation.INTERPRETED:
-        raise SystemExit("unset TRITON_INTERPRET: the interpreter's launches are not Triton's")
+        raise SystemExit("unset TRITON_INTERPRET: this measures compiled launches, not the interpreter")
     os.environ["TRITON_INTERPRET"] = "1"  # lets CPU tensors through
     triton.runtime.driver.set_active(NO_DRIVER)
     torch.set_num_threads(1)

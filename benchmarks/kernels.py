@@ -1,11 +1,11 @@
-"""What the benchmarks of the kernels share: the sizes, the device's own copy rate, and how a figure is taken.
+"""Shared parts of the kernel benchmarks: the sizes, the measurement, and the copy rate of the device.
 
     python -m pytest benchmarks/bench_sde_step.py benchmarks/bench_grpo_loss.py --benchmark-json results.json
 
-They need a GPU, of 24 GB for the largest size. A time is a median over CUDA events, behind a flush of the L2
-cache; the wall time of pytest-benchmark itself holds the host's share. `extra_info` has device ms, GB/s of the bytes
-that the operation must move, that rate as a share of the copy rate measured in the same process, and peak MB above what
-the inputs take. `python -m benchmarks.report FOLDER` makes tables of it.
+They need a GPU with 24 GB for the largest size. The device time is a median over CUDA events, with a flush of the L2
+cache before each call; pytest-benchmark's own wall time includes the host. `extra_info` has the device time in ms, the
+GB/s for the bytes that the operation must move, this rate as a share of a copy's rate in the same process, and the peak
+MB above the inputs. `python -m benchmarks.report FOLDER` makes tables of these.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ SHAPES = {
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for the shapes of one benchmark: with those of an earlier one in mind it would compile for any."""
+    """torch.compile for the shapes of this benchmark only; the reset keeps it from compiling for any shape."""
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -56,8 +56,8 @@ def take(benchmark: Any, function: Callable[[], Any], moved: int) -> None:
 
 
 def device_ms(function: Callable[[], Any], rounds: int = 50) -> float:
-    """Median time on the device. The flush before each call is as long as the host takes to queue all of the call, so
-    that no time is spent waiting for it."""
+    """Median time on the device. The flush before each call takes as long as the host needs to queue the call, so the
+    time includes no waiting for the host."""
     flush = torch.empty(2**32, dtype=torch.uint8, device="cuda")
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for begin, end in events:
@@ -71,7 +71,7 @@ def device_ms(function: Callable[[], Any], rounds: int = 50) -> float:
 
 @cache
 def copy_rate() -> float:
-    """GB/s read and written by a large device-to-device copy."""
+    """GB/s that a large copy on the device reads and writes."""
     source = torch.empty(2**31, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * source.numel() / device_ms(lambda: target.copy_(source)) / 1e6

@@ -1,7 +1,7 @@
-"""Tables and a plot of the results in a folder: `python -m benchmarks.report FOLDER`.
+"""Tables and a plot of benchmark results: `python -m benchmarks.report FOLDER`.
 
-Reads whatever JSON of pytest-benchmark, of `benchmarks.epoch` and of `benchmarks.ocr` is there; writes report.md and,
-where there are operations, speed.png beside it.
+It reads the JSON files of pytest-benchmark, `benchmarks.epoch` and `benchmarks.ocr` in the folder, and writes report.md
+and, if there are operations, speed.png next to them.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BASELINES = ("eager", "loop")  # what the others are faster than
+BASELINES = ("eager", "loop")  # variants that the others are compared with
 Cells = list[str]
 
 
@@ -21,7 +21,7 @@ class Measured:
     """One benchmark of pytest-benchmark."""
 
     operation: str
-    """The test's name and the parameters that are neither size nor variant: "loss backward"."""
+    """The name of the test and its parameters without size and variant: "loss backward"."""
     size: str
     variant: str
     wall_ms: float
@@ -29,7 +29,7 @@ class Measured:
 
     @property
     def milliseconds(self) -> float:
-        """On the device if it was measured there."""
+        """The device time if it was measured, else the wall time."""
         return self.info.get("device_ms", self.wall_ms)
 
 
@@ -53,7 +53,7 @@ def groups(rows: Iterable[Measured]) -> dict[str, dict[str, dict[str, Measured]]
 
 
 def speed(row: Measured, variants: dict[str, Measured], baseline: str) -> float | None:
-    """How many times as fast as the baseline at the same size."""
+    """Speed relative to the baseline at the same size."""
     return variants[baseline].milliseconds / row.milliseconds if baseline in variants else None
 
 
@@ -62,13 +62,13 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 
 def table(head: Cells, rows: Iterable[Cells]) -> str:
-    """Markdown, the columns from the third on to the right."""
+    """A markdown table; columns from the third on are right-aligned."""
     rule = ["-"] * 2 + ["-:"] * (len(head) - 2)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
 def operation_table(sizes: dict[str, dict[str, Measured]]) -> str:
-    """Of one operation: on the GPU with rates and memory, on the CPU per sample."""
+    """The results of one operation: rates and memory on a GPU, time per sample on the CPU."""
     on_gpu = any("device_ms" in row.info for variants in sizes.values() for row in variants.values())
     head = ["size", "variant", "device ms", "wall ms", "GB/s", "of copy rate", "peak MB", "x eager", "x compile"]
     if not on_gpu:
@@ -92,7 +92,7 @@ def operation_table(sizes: dict[str, dict[str, Measured]]) -> str:
 
 
 def epoch_table(data: dict[str, Any]) -> str:
-    """Of one result of `benchmarks.epoch`."""
+    """The result of `benchmarks.epoch`."""
     head = ["recipe", "loop", "images/s", "x eager", "encode s", "rollout s", "decode s", "score s", "update s"]
     head += ["TFLOP/s", "of matrix rate", "peak MB"]
     rows = []
@@ -121,7 +121,7 @@ def epoch_table(data: dict[str, Any]) -> str:
 
 
 def ocr_table(data: dict[str, Any]) -> str:
-    """Of the result of `benchmarks.ocr`."""
+    """The result of `benchmarks.ocr`."""
     readers: dict[str, dict[str, Any]] = data["readers"]
     head = ["reader", "images", "images/s", "mean score", "exact", *next(iter(readers.values()))["kinds"]]
     rows = [
@@ -139,11 +139,11 @@ def ocr_table(data: dict[str, Any]) -> str:
 
 
 def draw(operations: dict[str, dict[str, dict[str, Measured]]], path: Path) -> str:
-    """The speed relative to the baseline, a panel per operation; the markdown that shows it."""
+    """Plots the speed relative to the baseline, one panel per operation; returns the markdown that shows the plot."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return 'The plot is not drawn, for want of matplotlib: pip install "fastflowgrpo[bench]"'
+        return 'The plot needs matplotlib: pip install "fastflowgrpo[bench]"'
 
     columns = min(3, len(operations))
     lines = -(-len(operations) // columns)
@@ -169,10 +169,10 @@ def draw(operations: dict[str, dict[str, dict[str, Measured]]], path: Path) -> s
 
 
 def report(folder: Path) -> str:
-    """The markdown of all results in a folder; draws the plot.
+    """The markdown of all results in a folder; also draws the plot.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the folder has no results.
     """
     parts: list[str] = []
     rows: list[Measured] = []
@@ -196,7 +196,7 @@ def report(folder: Path) -> str:
             versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items())
             parts.append(f"## OCR\n\n{path.name}: one thread, {data['side']} px; {versions}\n\n{ocr_table(data)}")
         else:
-            parts.append(f"{path.name} is no result that can be made into a table, and left out.")
+            parts.append(f"{path.name} is not a result of a benchmark, and left out.")
     operations = groups(rows)
     if not operations and not any(part.startswith("## ") for part in parts):
         raise ValueError(f"{folder}: no JSON of pytest-benchmark, benchmarks.epoch or benchmarks.ocr there")

@@ -1,7 +1,8 @@
 // Group-relative advantages on the CPU, for numpy arrays. The equations are those of kernels/group_advantage.py.
 //
-// Rows are taken in chunks of a fixed size. Threads fill one table of groups per chunk (Welford); the tables are merged
-// in the order of the chunks (Chan, Golub, LeVeque 1979), so the result does not depend on the number of threads.
+// The rows are cut into chunks of a fixed size. Threads fill one table of groups per chunk (Welford). The tables are
+// then merged in the order of the chunks (Chan, Golub, LeVeque 1979), so the result does not depend on the number of
+// threads.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -29,7 +30,9 @@ constexpr double kMissing = std::numeric_limits<double>::quiet_NaN();
 
 enum class Std { kGlobal, kGroup, kNone };
 
-// Mean and sum of squared deviations of the values seen so far. Equal values have exactly that mean.
+std::size_t num_chunks(std::size_t rows) { return rows / kChunkRows + (rows % kChunkRows != 0); }
+
+// Mean and sum of squared deviations of the values added so far. The mean of equal values is exactly their value.
 struct Moments {
     double mean = 0;
     double deviations = 0;
@@ -50,7 +53,7 @@ struct Moments {
     double std(double count) const { return std::sqrt(deviations / count); }
 };
 
-// The groups met so far, numbered by first appearance: an open-addressing hash table from id to number.
+// The groups added so far, numbered in the order of their first sample: an open-addressing hash table of their ids.
 class Groups {
 public:
     explicit Groups(std::size_t columns) : columns_(columns), slots_(64, kEmpty) {}
@@ -61,7 +64,7 @@ public:
     Moments* moments(std::size_t group) { return moments_.data() + group * columns_; }
 
     std::size_t find_or_add(std::int64_t id) {
-        // Samples of a group mostly come one after the other.
+        // The samples of a group usually follow each other.
         if (last_ < ids_.size() && ids_[last_] == id) return last_;
         std::size_t slot = probe(id);
         if (slots_[slot] == kEmpty) {
@@ -80,7 +83,7 @@ public:
 private:
     static constexpr std::size_t kEmpty = std::numeric_limits<std::size_t>::max();
 
-    // The finaliser of SplitMix64: every bit of the id moves every bit of the slot.
+    // The finaliser of SplitMix64: every bit of the id affects every bit of the slot.
     static std::uint64_t mix(std::uint64_t x) {
         x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
         x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
@@ -107,7 +110,7 @@ private:
     std::vector<Moments> moments_;
 };
 
-// Runs work(0) ... work(count - 1) on up to `threads` threads, this one among them; rethrows the first exception.
+// Runs work(0) ... work(count - 1) on up to `threads` threads including this one; rethrows the first exception.
 template <typename Work>
 void parallel_for(std::size_t count, std::size_t threads, const Work& work) {
     std::atomic<std::size_t> next{0};
@@ -127,14 +130,14 @@ void parallel_for(std::size_t count, std::size_t threads, const Work& work) {
     try {
         while (others.size() + 1 < std::min(threads, count)) others.emplace_back(loop);
     } catch (const std::exception&) {
-        // The system has no more threads to give: those that run do all the work.
+        // The system has no more threads: the running ones do all the work.
     }
     loop();
     for (std::thread& other : others) other.join();
     if (failure) std::rethrow_exception(failure);
 }
 
-// What is normalised for one sample: its weighted sum in one column, or each of its rewards. False if one is missing.
+// The values of one sample to normalise: its weighted sum, or with gdpo each reward. False if a reward is missing.
 template <typename Real>
 bool read_row(const Real* rewards, const std::vector<double>& weights, bool gdpo, double* row) {
     double total = 0;
@@ -149,16 +152,15 @@ bool read_row(const Real* rewards, const std::vector<double>& weights, bool gdpo
     return present;
 }
 
+// One table of groups per chunk. local[i] becomes the group of sample i in the table of its chunk.
 template <typename Real>
-void advantages(const Real* rewards, const std::int64_t* ids, std::size_t rows, const std::vector<double>& weights,
-                Std std, bool gdpo, std::size_t threads, double* out) {
+std::vector<Groups> fill_tables(const Real* rewards, const std::int64_t* ids, std::size_t rows,
+                                const std::vector<double>& weights, bool gdpo, std::size_t threads,
+                                std::vector<std::int32_t>& local) {
     const std::size_t width = weights.size();
     const std::size_t columns = gdpo ? width : 1;
-    const std::size_t chunks = rows / kChunkRows + (rows % kChunkRows != 0);
-    std::vector<Groups> tables(chunks, Groups(columns));
-    std::vector<std::int32_t> local(rows);  // a sample's group in the table of its chunk
-
-    parallel_for(chunks, threads, [&](std::size_t chunk) {
+    std::vector<Groups> tables(num_chunks(rows), Groups(columns));
+    parallel_for(tables.size(), threads, [&](std::size_t chunk) {
         Groups& table = tables[chunk];
         std::vector<double> row(columns);
         const std::size_t end = std::min(rows, (chunk + 1) * kChunkRows);
@@ -170,10 +172,13 @@ void advantages(const Real* rewards, const std::int64_t* ids, std::size_t rows, 
             for (std::size_t k = 0; k < columns; ++k) table.moments(group)[k].add(row[k], count);
         }
     });
+    return tables;
+}
 
-    Groups groups(columns);
-    std::vector<std::vector<std::size_t>> merged(chunks);  // group in a chunk's table -> group
-    for (std::size_t chunk = 0; chunk < chunks; ++chunk) {
+// Merges the tables in their order. merged[chunk][i] becomes the group of entry i of a chunk's table.
+void merge_tables(std::vector<Groups>& tables, std::size_t columns, Groups& groups,
+                  std::vector<std::vector<std::size_t>>& merged) {
+    for (std::size_t chunk = 0; chunk < tables.size(); ++chunk) {
         Groups& table = tables[chunk];
         merged[chunk].reserve(table.size());
         for (std::size_t from = 0; from < table.size(); ++from) {
@@ -185,20 +190,36 @@ void advantages(const Real* rewards, const std::int64_t* ids, std::size_t rows, 
             groups.count(to) += table.count(from);
         }
     }
+}
 
-    std::vector<double> global(columns, 0);
-    if (std == Std::kGlobal) {
-        double count = 0;
-        std::vector<Moments> all(columns);
-        for (std::size_t group = 0; group < groups.size(); ++group) {
-            if (groups.count(group) == 0) continue;
-            for (std::size_t k = 0; k < columns; ++k) all[k].merge(groups.moments(group)[k], count, groups.count(group));
-            count += groups.count(group);
-        }
-        for (std::size_t k = 0; k < columns; ++k) global[k] = all[k].std(count);
+// The standard deviation of each column over all groups.
+std::vector<double> global_stds(Groups& groups, std::size_t columns) {
+    double count = 0;
+    std::vector<Moments> all(columns);
+    for (std::size_t group = 0; group < groups.size(); ++group) {
+        if (groups.count(group) == 0) continue;
+        for (std::size_t k = 0; k < columns; ++k) all[k].merge(groups.moments(group)[k], count, groups.count(group));
+        count += groups.count(group);
     }
+    std::vector<double> stds(columns);
+    for (std::size_t k = 0; k < columns; ++k) stds[k] = all[k].std(count);
+    return stds;
+}
 
-    parallel_for(chunks, threads, [&](std::size_t chunk) {
+template <typename Real>
+void advantages(const Real* rewards, const std::int64_t* ids, std::size_t rows, const std::vector<double>& weights,
+                Std std, bool gdpo, std::size_t threads, double* out) {
+    const std::size_t width = weights.size();
+    const std::size_t columns = gdpo ? width : 1;
+    std::vector<std::int32_t> local(rows);
+    std::vector<Groups> tables = fill_tables(rewards, ids, rows, weights, gdpo, threads, local);
+    Groups groups(columns);
+    std::vector<std::vector<std::size_t>> merged(tables.size());
+    merge_tables(tables, columns, groups, merged);
+    std::vector<double> global(columns, 0);
+    if (std == Std::kGlobal) global = global_stds(groups, columns);
+
+    parallel_for(tables.size(), threads, [&](std::size_t chunk) {
         std::vector<double> row(columns);
         const std::size_t end = std::min(rows, (chunk + 1) * kChunkRows);
         for (std::size_t i = chunk * kChunkRows; i < end; ++i) {
@@ -222,7 +243,7 @@ void advantages(const Real* rewards, const std::int64_t* ids, std::size_t rows, 
 
 std::string shape_of(const py::array& array) { return py::str(py::object(array.attr("shape"))); }
 
-// The data of an array whose dtype is known to be T, once it is known to be read like a C array.
+// The data of an array whose dtype is T; checks that it can be read like a C array.
 template <typename T>
 const T* data_of(const py::array& array, const char* name) {
     const bool aligned = reinterpret_cast<std::uintptr_t>(array.data()) % alignof(T) == 0;
@@ -274,14 +295,14 @@ PYBIND11_MODULE(_native, module) {
                R"(Advantages (N,), float64: NaN where a reward is missing.
 
 Args:
-    rewards: float32 or float64 (N, K), C-contiguous and aligned; NaN in any column is a missing sample.
+    rewards: float32 or float64 (N, K), C-contiguous and aligned; a row with NaN in any column is missing.
     group_ids: int64 (N,), C-contiguous and aligned, any values.
     weights: K numbers.
     std: "global", "group" or "none".
-    gdpo: normalise each reward and sum with the weights, instead of the other way round.
-    threads: how many to use at most; the result does not depend on it.
+    gdpo: normalise each reward and then sum with the weights, instead of normalising the weighted sum.
+    threads: maximum number of threads; the result does not depend on it.
 
 Raises:
-    TypeError: for other dtypes.
-    ValueError: for shapes that do not fit, arrays that are not contiguous, an unknown `std`, or no threads.)");
+    TypeError: a dtype is wrong.
+    ValueError: shapes do not fit, an array is not contiguous, `std` is unknown, or threads is below 1.)");
 }

@@ -1,4 +1,4 @@
-"""What commands print: progress bars, errors in one line, and how a process ends."""
+"""The console side of a command: progress bars, one-line errors, and the end of the process."""
 
 import atexit
 import os
@@ -10,29 +10,30 @@ from typing import Any, NoReturn
 from tqdm import tqdm
 
 
-def is_main() -> bool:
-    """Whether this is the process that writes and prints: the only one, or rank 0."""
-    return os.environ.get("RANK", "0") == "0"
+def _rank() -> str:
+    return os.environ.get("RANK", "0")
 
 
 def progress(name: str, work: int | Iterable[Any]) -> tqdm:
-    """A progress bar over a number of steps or an iterable; none where the output is no terminal, and of several
-    processes only the first's."""
+    """A progress bar over a number of steps or an iterable, shown by rank 0 only and only on a terminal."""
     count, iterable = (work, None) if isinstance(work, int) else (None, work)
-    return tqdm(iterable, desc=name, total=count, leave=False, disable=None if is_main() else True)
+    return tqdm(iterable, desc=name, total=count, leave=False, disable=None if _rank() == "0" else True)
 
 
-def refuse(error: Exception) -> int:
-    """Print what the user can put right, in one line, and return the exit code for it."""
-    rank = os.environ.get("RANK", "0")
-    where = "" if rank == "0" else f"process {rank}: "
-    print(f"{where}error:", " ".join(str(error).split()), file=sys.stderr)
+def print_error(error: Exception) -> int:
+    """Prints an error that the user can fix as one line on stderr, and returns the exit code 2."""
+    rank = _rank()
+    prefix = "" if rank == "0" else f"process {rank}: "
+    print(f"{prefix}error:", " ".join(str(error).split()), file=sys.stderr)
     return 2
 
 
-def leave(main: Callable[[], int]) -> NoReturn:
-    """End the process with the exit code that `main` returns, or 1 and a traceback, after what is registered with
-    atexit. Python's own end aborts it where a reward's thread is within torch, as in a run that was interrupted."""
+def run_and_exit(main: Callable[[], int]) -> NoReturn:
+    """Runs `main` and ends the process with its exit code, or with a traceback and code 1.
+
+    The functions registered with atexit run first. The process then ends at once: Python's normal exit would abort it
+    if a thread of a reward is still inside torch, as after an interrupt.
+    """
     try:
         code = main()
     except Exception:

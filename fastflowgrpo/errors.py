@@ -1,14 +1,18 @@
-"""Errors that the user can mend, and hints at what was meant."""
+"""The error for what a user can fix, and suggestions for its message."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """What the user can put right: a setting, a file, a model. A command prints it as one line and exits with 2."""
+    """An error that the user can fix: a wrong setting or file, a missing model, a full disk, a failed push to the Hub.
+
+    The message starts with the setting to change, if there is one. A command prints it as one line and exits with
+    code 2; every other error keeps its traceback.
+    """
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """For error messages: " (did you mean 'x'?)" with the known name nearest to `name`, "" if none is near."""
+    """The suggestion " (did you mean 'x'?)" with the known name that is most like `name`; "" if none is similar."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     return f" (did you mean {nearest[0]!r}?)" if nearest else ""

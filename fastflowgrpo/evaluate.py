@@ -2,34 +2,54 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from fastflowgrpo.config import parse_evaluation
-from fastflowgrpo.console import leave, refuse
+from fastflowgrpo.config import EvaluateConfig, parse_evaluation
+from fastflowgrpo.console import print_error, run_and_exit
 from fastflowgrpo.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluates as the command line says.
+    """Evaluate as the command line says.
 
     Args:
-        argv: The command line without the program; by default the process's.
+        argv: the command line without the program; None reads `sys.argv`.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can put right, 130 when interrupted.
+        The exit code: 0, 2 after an error that the user can correct, 130 when interrupted.
     """
     try:
         config = parse_evaluation(argv)
-        # Only now, so that --help and a wrong setting do not wait for torch.
+        # Imported here, so that --help and a wrong setting do not wait for torch.
         from fastflowgrpo.evaluation.comparison import evaluate
 
-        evaluate(config)
+        evaluate(config, trained_weights(config))
     except UserError as error:
-        return refuse(error)
+        return print_error(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
 
 
+def trained_weights(config: EvaluateConfig) -> Path | None:
+    """The folder of the trained weights to evaluate; None to evaluate the model alone.
+
+    Raises:
+        UserError: weights is "trained" but neither a checkpoint nor a run is given, or the run has no checkpoint.
+    """
+    from fastflowgrpo.runs.checkpoints import last_checkpoint
+
+    if config.weights == "base":
+        return None
+    if config.checkpoint is not None:
+        return Path(config.checkpoint)
+    if config.run is not None:
+        return last_checkpoint(config.run)
+    if config.weights == "trained":
+        raise UserError("weights: trained needs a checkpoint or a run")
+    return None
+
+
 if __name__ == "__main__":
-    leave(main)
+    run_and_exit(main)

@@ -5,29 +5,29 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastflowgrpo.console import refuse
+from fastflowgrpo.console import print_error
 from fastflowgrpo.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Uploads what the command line names.
+    """Upload the weights that the command line names.
 
     Args:
-        argv: The command line without the program; by default the process's.
+        argv: the command line without the program; None reads `sys.argv`.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can put right, 130 when interrupted.
+        The exit code: 0, 2 after an error that the user can correct, 130 when interrupted.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fastflowgrpo.push", description="Upload the weights, card and pictures of a run's checkpoint."
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
-    parser.add_argument("repository", metavar="OWNER/NAME", help="repository of the hub; made if there is none")
-    parser.add_argument("--checkpoint", type=Path, help="folder of the run's checkpoint; by default its last")
-    parser.add_argument("--private", action="store_true", help="make the repository private, if it has to be made")
+    parser.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub; created if it does not exist")
+    parser.add_argument("--checkpoint", type=Path, help="folder of the checkpoint; by default the run's last")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
     arguments = parser.parse_args(argv)
     try:
-        # Only now, so that --help and a wrong argument do not wait for torch.
+        # Imported here, so that --help and a wrong argument do not wait for torch.
         from fastflowgrpo.runs.checkpoints import last_checkpoint
         from fastflowgrpo.runs.hub import check_push, push
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = arguments.checkpoint or last_checkpoint(arguments.run)
         print(push(arguments.run, checkpoint, arguments.repository, arguments.private or None))
     except UserError as error:
-        return refuse(error)
+        return print_error(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

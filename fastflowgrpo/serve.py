@@ -11,7 +11,7 @@ from dataclasses import fields
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from fastflowgrpo.config import TOKEN, ServerConfig
-from fastflowgrpo.console import refuse
+from fastflowgrpo.console import print_error
 from fastflowgrpo.errors import UserError
 
 
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when all is done
             uvicorn.Server(uvicorn.Config(create_app(rewards, config, token), log_level="warning")).run([listener])
     except UserError as error:
-        return refuse(error)
+        return print_error(error)
     except KeyboardInterrupt:
         pass
     return 0

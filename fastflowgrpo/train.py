@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from fastflowgrpo.config import parse
-from fastflowgrpo.console import leave, refuse
+from fastflowgrpo.console import print_error, run_and_exit
 from fastflowgrpo.errors import UserError
 
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         Trainer(config).run()
     except UserError as error:
-        return refuse(error)
+        return print_error(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -45,4 +45,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main)
+    run_and_exit(main)

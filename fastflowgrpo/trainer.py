@@ -1,7 +1,9 @@
 """The Flow-GRPO loop (arXiv 2505.05470): rollout, score, normalise, update, report."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate.utils import set_seed
@@ -29,7 +31,7 @@ from fastflowgrpo.runs.resume import checkpoint_to_resume, prompts_digest
 from fastflowgrpo.runs.signals import Signals
 from fastflowgrpo.runs.state import RunState
 from fastflowgrpo.sampling.coefficients import resolve_log_prob, step_coefficients
-from fastflowgrpo.sampling.rollout import Trajectory, sample_groups, sliding_start, window_starts
+from fastflowgrpo.sampling.rollout import Trajectory, sample_clean_groups, sample_groups, sliding_start, window_starts
 from fastflowgrpo.scoring.gather import gather_scores
 from fastflowgrpo.scoring.pipeline import Scoring
 
@@ -65,7 +67,7 @@ class Trainer:
         self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device, config.reward_frames)
         sigmas = self.policy.sigmas(rollout.num_steps, self.shape)
         self.coefficients = step_coefficients(sigmas, rollout.dynamics, rollout.noise_level)
-        # The last step is an ODE step and never trained on.
+        # The last step is an ODE step and is never trained.
         self.window_size = rollout.window_size or rollout.num_steps - 1
         objective = OBJECTIVES[config.update.algorithm]
         self.objective = objective(config, self.policy, self.coefficients, self.window_size)
@@ -177,29 +179,53 @@ class Trainer:
             for begin in range(0, len(prompts), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
                 with self.report.phase("rollout"), self.learner.sampling_weights():
-                    part = sample_groups(
-                        self.policy,
-                        {name: tensor[groups] for name, tensor in conditioning.items()},
-                        self.coefficients,
-                        self.window_starts(epoch, seeds[groups]),
-                        self.window_size,
-                        size,
-                        seeds[groups],
-                        self.shape,
-                        unconditional=unconditional,
-                        guidance_scale=rollout.guidance_scale,
-                        same_noise=rollout.same_noise,
-                        log_prob=resolve_log_prob(rollout.log_prob, rollout.dynamics),
-                        keep_steps=self.objective.uses_log_probs,
-                        keep_velocities=self.objective.uses_velocities,
-                        on_step=steps.update,
-                    )
+                    of_groups = {name: tensor[groups] for name, tensor in conditioning.items()}
+                    part = self._sample_groups(epoch, seeds[groups], of_groups, unconditional, steps.update)
                 with self.report.phase("decode"):
                     self.scoring.submit(part.final, prompts[groups], size)
                 parts.append(part)
             with self.report.phase("score"):
                 scores = self.scoring.finish(steps.set_postfix_str)
         return Trajectory.cat(parts), conditioning, unconditional, scores
+
+    def _sample_groups(
+        self,
+        epoch: int,
+        seeds: list[int],
+        conditioning: Conditioning,
+        unconditional: Conditioning | None,
+        on_step: Callable[[], object],
+    ) -> Trajectory:
+        rollout = self.config.rollout
+        guidance: dict[str, Any] = {"unconditional": unconditional, "guidance_scale": rollout.guidance_scale}
+        if rollout.dynamics == "ode":
+            return sample_clean_groups(
+                self.policy,
+                conditioning,
+                rollout.num_steps,
+                rollout.group_size,
+                seeds,
+                self.shape,
+                solver=rollout.solver,
+                on_step=on_step,
+                **guidance,
+            )
+        return sample_groups(
+            self.policy,
+            conditioning,
+            self.coefficients,
+            self.window_starts(epoch, seeds),
+            self.window_size,
+            rollout.group_size,
+            seeds,
+            self.shape,
+            same_noise=rollout.same_noise,
+            log_prob=resolve_log_prob(rollout.log_prob, rollout.dynamics),
+            keep_steps=self.objective.uses_log_probs,
+            keep_velocities=self.objective.uses_velocities,
+            on_step=on_step,
+            **guidance,
+        )
 
     def check_replay(self, batch: Batch) -> None:
         """Compute log-probs of the rollout's steps again, with the weights that sampled them, and compare.
@@ -223,8 +249,7 @@ class Trainer:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
         with self.report.phase("evaluate"), self.learner.averaged_weights():
             samples = self.signals.interruptible(self._sample_evaluation)
-        scores = gather_scores(self.processes, samples.scores, len(self.eval_prompts), samples.images_per_prompt)
-        evaluation = Evaluation.of(self.eval_prompts, samples.images, scores, samples.images_per_prompt, self.processes)
+        evaluation = Evaluation.of(self.eval_prompts, samples, self.processes)
         self.report.evaluated(evaluation, self.learner.step)
 
     def epoch_prompts(self, epoch: int) -> list[Prompt]:

@@ -1,4 +1,4 @@
-"""Which code runs an operation: the reference in plain torch, or Triton."""
+"""The choice between an operation's backends: the reference in plain torch, or Triton."""
 
 import os
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from types import MappingProxyType
 import torch
 
 BACKENDS = ("auto", "reference", "triton")
-# Found, not imported: it is imported when it first runs.
+# Looked up without an import: Triton is imported when it first runs.
 HAS_TRITON = find_spec("triton") is not None
 
 
@@ -16,13 +16,13 @@ def choose_backend(backend: str, device: torch.device) -> str:
     """The backend for tensors on `device`: "reference" or "triton".
 
     Args:
-        backend: "reference" or "triton", or "auto": what the environment variable FASTFLOWGRPO_BACKEND says, and
-            without it Triton on a GPU if it is installed and the reference elsewhere.
-        device: of the tensors.
+        backend: "reference", "triton", or "auto", which follows the environment variable FASTFLOWGRPO_BACKEND. Without
+            that variable it is Triton on a GPU, if Triton is installed, and the reference elsewhere.
+        device: device of the tensors.
 
     Raises:
-        ValueError: for an unknown name, and for "triton" where it cannot run: without Triton, or on tensors that are
-            not on a GPU unless TRITON_INTERPRET=1 lets its interpreter run on the CPU.
+        ValueError: the name is unknown, or "triton" is asked for and Triton is not installed or the tensors are not on
+            a GPU. With TRITON_INTERPRET=1 Triton's interpreter runs on the CPU.
     """
     source = "backend"
     if backend == "auto":
@@ -51,23 +51,24 @@ def use_triton(
     """Whether Triton computes with these tensors and dtypes.
 
     Args:
-        backend, like: see `choose_backend`; `like` has the device.
-        others: what else is computed with.
-        constants: arguments by name for which Triton has no gradient.
+        backend: see `choose_backend`.
+        like: tensor on the device that computes.
+        others: the other tensors, and the dtypes of results.
+        constants: arguments by name for which Triton computes no gradient.
 
     Raises:
-        ValueError: as `choose_backend`, and for "triton" with what is the reference's: float64, and a constant that
-            needs a gradient.
+        ValueError: as `choose_backend` does, and if backend is "triton" for what only the reference computes: float64,
+            and the gradient of a constant.
     """
     if choose_backend(backend, like.device) == "reference" or like.numel() == 0:
         return False
-    refused = None
+    unsupported = None
     for other in (like, *others):
         if other is not None and getattr(other, "dtype", other) is torch.float64:
-            refused = 'computes in float32: use backend="reference" for float64'
+            unsupported = 'computes in float32: use backend="reference" for float64'
     for name, value in constants.items():
         if isinstance(value, torch.Tensor) and value.requires_grad and torch.is_grad_enabled():
-            refused = f'has no gradient of {name}: use backend="reference", or detach it'
-    if refused and backend == "triton":
-        raise ValueError(f'backend "triton" {refused}')
-    return refused is None
+            unsupported = f'has no gradient of {name}: use backend="reference", or detach it'
+    if unsupported and backend == "triton":
+        raise ValueError(f'backend "triton" {unsupported}')
+    return unsupported is None

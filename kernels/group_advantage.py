@@ -1,13 +1,17 @@
-"""Group-relative advantages: each reward measured from the mean of its group.
+"""Group-relative advantages: the distance of each reward from the mean of its group.
 
-    A = (R - mean of its group) / (std + 1e-4)
+    A = (R - mean of the group) / (std + 1e-4)
 
-GRPO (arXiv 2402.03300); Flow-GRPO (arXiv 2505.05470, eq. 4). std is the population standard deviation of all rewards
-("global"), of the group's ("group"), or left out ("none"). A NaN is missing: it counts in no statistic and stays NaN.
-Each column is normalised by itself.
+Source: GRPO (arXiv 2402.03300); Flow-GRPO (arXiv 2505.05470, eq. 4). std is the population standard deviation of all
+rewards ("global") or of the group's rewards ("group"); with "none" nothing is divided. A NaN is a missing reward: it
+counts in no statistic and its advantage is NaN. Each column is normalised separately.
 
-In float64 throughout: measured from one of its own rewards, a group of equal rewards is exactly 0, and rounding has no
-part in it.
+Everything is computed in float64. Rewards are first measured from one reward of their group, so that a group of equal
+rewards gives exactly 0.
+
+The public function is `fastflowgrpo.group_advantages`. The Triton kernel here serves callers whose scores are on a GPU:
+it needs no copy to the CPU and no synchronisation. The trainer never runs it, because the scores of an epoch are
+gathered on the CPU, where the C++ extension computes the advantages.
 """
 
 import torch
@@ -23,10 +27,10 @@ EPSILON = 1e-4
 
 
 def group_advantage_reference(rewards: Tensor, group_ids: Tensor, std: str) -> Tensor:
-    """In plain torch.
+    """Advantages of each column in plain torch.
 
     Args:
-        rewards: (N, K) float64; NaN in one column is NaN in all.
+        rewards: (N, K) float64; a row with NaN in one column must have NaN in all.
         group_ids: (N,) int64, any values.
         std: "global", "group" or "none".
 
@@ -55,7 +59,7 @@ def group_advantage_reference(rewards: Tensor, group_ids: Tensor, std: str) -> T
 
 
 def global_std(rewards: Tensor) -> Tensor:
-    """Population standard deviation (K,) of each column of rewards (N, K), without the missing ones. Does not sync."""
+    """Population standard deviation (K,) of each column of rewards (N, K), missing ones left out. It does not sync."""
     present = ~rewards.isnan()
     count = present.sum(0)
     mean = rewards.where(present, 0).sum(0) / count
@@ -63,16 +67,16 @@ def global_std(rewards: Tensor) -> Tensor:
 
 
 def group_advantage_triton(rewards: Tensor, group_ids: Tensor, std: str) -> Tensor:
-    """`group_advantage_reference` in one kernel over the rows in the order of their ids.
+    """`group_advantage_reference` in one kernel, over the rows sorted by their group id.
 
-    Without atomics: the same inputs give the same bits. The host never waits for the device.
+    It uses no atomics, so the same inputs give the same bits. The host never waits for the device.
     """
     rows, columns = rewards.shape
     out = torch.empty_like(rewards)
     if rows:
         ids, order = group_ids.sort(stable=True)
         ends = torch.searchsorted(ids, ids, right=True)
-        scale = global_std(rewards) if std == "global" else rewards  # not read otherwise
+        scale = global_std(rewards) if std == "global" else rewards  # not read if std is not global
         _group_kernel[(rows, columns)](
             rewards, order, ends, scale, out, *rewards.stride(), *out.stride(), std, EPSILON, BLOCK=256, num_warps=1
         )
@@ -83,7 +87,7 @@ if triton is not None:
 
     @triton.jit
     def _load(rewards, order, start, end, stride_row, stride_column, column, BLOCK: tl.constexpr):
-        """A block of a group: row numbers, which of them are its rows, and their rewards in one column."""
+        """A block of a group: row numbers, a mask of the rows that belong to the group, rewards in one column."""
         positions = start + tl.arange(0, BLOCK)
         member = positions < end
         rows = tl.load(order + positions, mask=member, other=0)
@@ -105,9 +109,9 @@ if triton is not None:
         EPSILON: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """Program (i, k) does column k of the group whose first row is i in the order of the ids, if there is one.
+        """Program (i, k) does column k of the group that starts at sorted row i, and nothing if no group starts there.
 
-        The moments of the group's blocks are merged one after the other (Chan, Golub, LeVeque 1979).
+        It merges the moments of the group's blocks one after the other (Chan, Golub, LeVeque 1979).
         """
         first = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1).to(tl.int64)
@@ -132,7 +136,7 @@ if triton is not None:
                 count += block_count
         divisor = tl.full((), 1, tl.float64)
         if STD == "group":
-            divisor = tl.sqrt(deviations / tl.maximum(count, 1)) + EPSILON  # of no reward: they are all missing
+            divisor = tl.sqrt(deviations / tl.maximum(count, 1)) + EPSILON  # count is 0 if all rewards are missing
         if STD == "global":
             divisor = tl.load(scale + column) + EPSILON
         for start in range(first, end, BLOCK):

@@ -1,15 +1,18 @@
 """Triton kernels of `grpo_step_loss` and `grpo_loss`: one pass forward, and one elementwise pass backward.
 
     d loss / d velocity = guidance_scale [a (prev_sample - mean) + k (v - v_ref)]
-    a = -A ratio c_v / (std^2 D), 0 where the clip holds and at ODE steps; 2 c_v / D in place of c_v / (std^2 D) for the
-        unnormalised log-prob; for GRPO-Guard -A ratio c_v / (std D (-dt)), with the mean of velocity_old
+    a = -A ratio c_v / (std^2 D)             normalised log-prob
+    a = -A ratio 2 c_v / D                   unnormalised log-prob
+    a = -A ratio c_v / (std D (-dt))         GRPO-Guard, with the mean of velocity_old
     k = 2 kl_weight kl_scale / D
 
-Forward reads velocity, sample, prev_sample and, where given, velocity_uncond, velocity_ref and velocity_old, once each,
-and writes no tensor of that size. Backward (`velocity_gradient_triton`) reads the same and writes the gradient; it does
-without velocity_ref if the KL has no weight, and then, with velocity_old, without velocity and velocity_uncond too.
-Rows of more than `MAX_BLOCK` elements leave float64 sums per block, which a launch of one small program per row makes
-into the loss.
+a is 0 where the clip holds and at ODE steps. D is the number of elements of a row.
+
+The forward pass reads velocity, sample, prev_sample and, if given, velocity_uncond, velocity_ref and velocity_old, once
+each, and writes no tensor of that size. The backward pass (`velocity_gradient_triton`) reads the same and writes the
+gradient. If the KL has no weight it skips velocity_ref and, with velocity_old, also velocity and velocity_uncond. Rows
+of more than `MAX_BLOCK` elements leave float64 sums per block, and a second launch with one small program per row
+computes the loss from them.
 """
 
 from typing import Any
@@ -41,7 +44,7 @@ STATISTICS = ("ratio", "log_prob_difference", "clipped_above", "clipped_below", 
 def clipped_policy(
     row, inside, batch_size, log_ratio, difference, advantage, lower, upper, advantage_clip, statistics
 ):  # fmt: skip
-    """The policy loss, and its derivative by the log-ratio; stores the first four of `STATISTICS`."""
+    """The policy loss and its derivative with respect to the log-ratio; stores the first four of `STATISTICS`."""
     ratio = tl.exp(log_ratio)
     bound = tl.full(ratio.shape, advantage_clip, tl.float32)
     a = advantage.to(tl.float32)
@@ -112,9 +115,9 @@ def loss_kernel(
     start = (program % num_blocks).to(tl.int64) * BLOCK
     v = load_guided(velocity, uncond, guidance, row, velocity_stride, uncond_stride, start, size, BLOCK)
     mean = step_mean(v, sample, c_x, c_v, row, sample_stride, start, size, BLOCK)
-    # past the end of a row all that is loaded is 0, and so is what is summed
-    apart = load_row(prev_sample, row, prev_sample_stride, start, size, BLOCK) - mean
-    distance = tl.sum((apart * apart).to(tl.float64))
+    # past the end of a row, loads give 0 and add nothing to the sums
+    offset = load_row(prev_sample, row, prev_sample_stride, start, size, BLOCK) - mean
+    distance = tl.sum((offset * offset).to(tl.float64))
     divergence = distance * 0
     if KL != "none":
         shift = v - load_row(reference, row, reference_stride, start, size, BLOCK)
@@ -123,14 +126,14 @@ def loss_kernel(
     if GUARD:
         shift = v - load_row(old, row, old_stride, start, size, BLOCK)
         slope = tl.full(v.shape, row_value(c_v, row), tl.float32)
-        overlap = tl.sum((shift * tl.fma(slope, shift, apart)).to(tl.float64))
+        overlap = tl.sum((shift * tl.fma(slope, shift, offset)).to(tl.float64))
     if ONE_BLOCK:
         finish_row(
             row, batch_size, distance, divergence, overlap, loss, statistics, factors, c_v, std, dt,
             old_log_prob, advantage, guidance, size, lower, upper, advantage_clip, kl_weight, KL, GUARD, NORMALISED,
         )  # fmt: skip
     else:
-        plane = tl.full((), batch_size, tl.int64) * num_blocks  # of one row it is a constant
+        plane = tl.full((), batch_size, tl.int64) * num_blocks  # for one row Triton makes batch_size a constant
         tl.store(sums + program, distance)
         if KL != "none":
             tl.store(sums + plane + program, divergence)
@@ -163,7 +166,7 @@ def finish_kernel(
 def policy_kernel(
     log_prob, old_log_prob, advantage, loss, table, batch_size, lower, upper, advantage_clip, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """table: (5, B), the first four of `STATISTICS` and the derivative of the loss."""
+    """table: (5, B), the first four of `STATISTICS` and the derivative of the loss with respect to the log-ratio."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < batch_size
     difference = tl.load(log_prob + row, mask=inside, other=0).to(tl.float32)
@@ -177,13 +180,13 @@ def policy_kernel(
 
 
 def step_loss(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and statistics, arguments as `_step_loss` has them; differentiable in `velocity`."""
+    """Loss and statistics from the arguments of `_step_loss`; differentiable in `velocity`."""
     loss, statistics, _ = step_loss_operation(*arguments)
     return loss, dict(zip(STATISTICS, statistics.unbind(), strict=False))
 
 
 def policy_loss(*arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and statistics, arguments as `_policy_loss` has them; differentiable in `log_prob`."""
+    """Loss and statistics from the arguments of `_policy_loss`; differentiable in `log_prob`."""
     loss, table = policy_loss_operation(*arguments)
     return loss, dict(zip(STATISTICS, (*table.unbind()[:4], loss.detach()), strict=False))
 

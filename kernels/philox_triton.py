@@ -1,4 +1,4 @@
-"""`philox.philox_normal` inside a Triton kernel: the same integers, and normals that agree to rounding."""
+"""`philox.philox_normal` for Triton kernels: the integers are equal, and the normals agree to rounding."""
 
 import triton
 import triton.language as tl
@@ -6,10 +6,10 @@ import triton.language as tl
 
 @triton.jit
 def box_muller(a, b):
-    """Two standard normals from two words of 32 bits, as `philox.box_muller`.
+    """Two standard normals from two 32-bit words, as `philox.box_muller`.
 
-    Triton's sine and cosine keep an argument reduction in local memory; the angle is a fraction of a turn here, so its
-    upper bits are the quadrant and a polynomial (Cephes) does for the rest.
+    Triton's own sine and cosine reduce their argument in local memory. Here the angle is a fraction of a turn: its
+    upper bits are the quadrant, and a polynomial (Cephes) computes the rest.
     """
     uniform = tl.fma(a.to(tl.float32), tl.full(a.shape, 2.0**-32, tl.float32), 2.0**-33)
     radius = tl.sqrt(-2.0 * tl.log(uniform))

@@ -1,9 +1,9 @@
 """Triton kernels of `sde_step` and `gaussian_log_prob`: one pass draws and scores a step, or scores a given one.
 
-Drawing reads velocity, sample and, where given, velocity_uncond and noise, once each, and writes the next sample;
-scoring reads prev_sample in place of noise and writes nothing; the gradient (`velocity_gradient_triton`) reads what the
-scoring reads, and writes one tensor. A row of at most `MAX_BLOCK` elements is one launch; longer ones leave a float64
-sum per block, which a launch of one small program per row adds up in a fixed order.
+Drawing reads velocity, sample and, if given, velocity_uncond and noise, once each, and writes the next sample. Scoring
+reads prev_sample instead of noise and writes only the log-probs. The gradient (`velocity_gradient_triton`) reads the
+same as scoring and writes one tensor. Rows of at most `MAX_BLOCK` elements need one launch. Longer rows leave a float64
+sum per block, and a second launch with one small program per row adds these up in a fixed order.
 """
 
 from typing import Any
@@ -38,7 +38,7 @@ def step_kernel(
     seed, offset, sums, factor, c_x, c_v, std, guidance, size, num_blocks,
     DRAW: tl.constexpr, NORMALISED: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """sums: log-prob of each row if ONE_BLOCK, else float64 sums of squared distances of each block."""
+    """sums: the log-prob of each row if ONE_BLOCK, else the float64 sum of squared distances of each block."""
     program = tl.program_id(0)
     row = (program // num_blocks).to(tl.int64)
     start = (program % num_blocks).to(tl.int64) * BLOCK
@@ -111,7 +111,7 @@ def _draw(
     guidance: float, normalised: bool, noise: Tensor | None, seed: Tensor | None, offset: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    # the noise of a seed goes by the index of an element, not by its place in memory
+    # the noise of a seed depends on an element's logical index, not on its place in memory
     tensors, strides, size = dense_rows(velocity, uncond, sample, noise, logical=seed is not None)
     prev_sample = empty_rows(tensors[2], dtype)
     if seed is not None:

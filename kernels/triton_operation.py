@@ -1,7 +1,7 @@
-"""How Triton kernels become operations of torch, and how they are launched.
+"""Registration of Triton kernels as torch operations, and their launch.
 
-An `Operation` is registered with `torch.library`, so that compilers look into it. Eager calls on plain tensors pass the
-dispatcher by, which costs the host more than the rest of the call.
+An `Operation` is registered with `torch.library`, so that a compiler can trace it. Eager calls on plain tensors skip
+torch's dispatcher, which takes the host longer than the rest of the call.
 """
 
 from collections.abc import Callable
@@ -16,17 +16,17 @@ PLAIN = frozenset({Tensor, torch.nn.Parameter, float, int, bool, str, torch.dtyp
 
 
 class Operation:
-    """A function that launches kernels, as the operation `fastflowgrpo::name`.
+    """A function that launches kernels, registered as the operation `fastflowgrpo::name`.
 
-    The function's annotations are the schema; where they say tensor, a number may stand for all rows. With `keep` and
-    `gradient` the first of its results is differentiable, once, in its first argument.
+    The function's annotations are the schema. Where they say Tensor, a call may pass one number for all rows. With
+    `keep` and `gradient` the first result is differentiable, once, in the first argument.
 
     Args:
-        name: of the operation.
-        function: computes it.
-        fake: from the same arguments, empty results.
-        keep: what the gradient needs, from `(arguments, results)`.
-        gradient: of the first argument, from `(*kept, upstream)`.
+        name: name of the operation.
+        function: computes the results.
+        fake: makes empty results from the same arguments.
+        keep: returns what the gradient needs from `(arguments, results)`.
+        gradient: computes the gradient of the first argument from `(*kept, upstream)`.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Operation:
         *hints, _ = get_type_hints(function).values()
         self.is_tensor = [hint in (Tensor, Tensor | None) for hint in hints]
         self.function = function
-        # opaque to tracers where the interpreter runs the kernels
+        # the interpreter's kernels cannot be traced, so there the operation is opaque
         make: Any = torch.library.custom_op if INTERPRETED else torch.library.triton_op
         self.registered = make(f"fastflowgrpo::{name}", function, mutates_args=())
         self.registered.register_fake(fake)
@@ -61,9 +61,9 @@ class Operation:
             pairs = zip(ctx.saved_tensors, ctx.numbers, strict=True)
             result, *kept = (number if tensor is None else tensor for tensor, number in pairs)
             value = gradient(*kept, upstream)
-            return _Once.apply(value, result, upstream) if torch.is_grad_enabled() else value
+            return _NoSecondDerivative.apply(value, result, upstream) if torch.is_grad_enabled() else value
 
-        # autograd looks at each argument of its own, for half a microsecond: all but the first are one here
+        # autograd inspects each argument for half a microsecond: all but the first are passed as one tuple
         class Direct(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, first: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, ...]:
@@ -92,8 +92,8 @@ class Operation:
         return self.registered(first if self.direct is not None else first.detach(), *operands)
 
 
-class _Once(torch.autograd.Function):
-    """A gradient whose own derivative, by what it depends on, raises: it is never silently zero."""
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient whose derivative raises an error, so that it is never silently zero."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, *dependencies: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class _Once(torch.autograd.Function):
 
 
 def is_eager(*values: Any) -> bool:
-    """Whether plain tensors and numbers are computed with here and now."""
+    """Whether this is a plain eager call: no compiler, tracer or tensor subclass is involved."""
     if not _eager():
         return False
     for value in values:  # noqa: SIM110  a generator takes twice the time
@@ -123,7 +123,7 @@ def _eager() -> bool:
 
 
 def as_rows(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number as a tensor (B,): operations that a compiler sees take tensors only, since it makes floats float64."""
+    """A number as a tensor (B,): a compiler would pass a Python float to the kernel as float64."""
     if isinstance(value, Tensor):
         return value.detach()
     dtype = torch.float32 if isinstance(value, (float, torch.SymFloat)) else torch.int64
@@ -131,11 +131,11 @@ def as_rows(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 def launch(kernel: Any, programs: int, like: Tensor, *arguments: Any, **options: Any) -> None:
-    """Runs a kernel on the device of `like`; a tracer sees it."""
+    """Runs a kernel on the device of `like`, in a way that a compiler can trace."""
     if not INTERPRETED and not _eager():
         kernel = torch.library.wrap_triton(kernel)
     elif like.is_cuda and like.get_device() != torch.cuda.current_device():
-        with torch.cuda.device(like.device):  # Triton launches on the current one
+        with torch.cuda.device(like.device):  # Triton launches on the current device
             kernel[(programs,)](*arguments, **options)
         return
     kernel[(programs,)](*arguments, **options)

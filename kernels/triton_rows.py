@@ -1,9 +1,9 @@
-"""What the Triton kernels share on the device: rows in memory, the mean of a step, its log-prob.
+"""Device functions that the Triton kernels share: access to rows, the mean of a step, its log-prob.
 
-A kernel sees a tensor (B, ...) as B rows of D elements, each dense in memory; program i works on block i % num_blocks
-of row i // num_blocks. Elements are computed in float32, with explicit fused multiply-adds, so that no compiler
-contracts them in its own way, and summed in float64: rounded to float32, the order of such a sum all but never shows,
-so a log-prob has the same bits in every kernel, for any block size and batch.
+A kernel sees a tensor (B, ...) as B rows of D elements, each dense in memory. Program i works on block i % num_blocks
+of row i // num_blocks. Elements are computed in float32 with explicit fused multiply-adds, so that compilers do not
+contract them in different ways. Sums are float64: the order of summation almost never changes the result once it is
+rounded to float32. So a log-prob has the same bits in every kernel, for any block size and batch.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ MAX_BLOCK = 4096
 
 @triton.jit
 def row_value(value, row):
-    """A coefficient of a row: the number itself, or an element of the tensor."""
-    if isinstance(value, tl.tensor) and value.dtype.is_ptr():  # to the interpreter a number is no tensor
+    """A coefficient of a row: the number itself, or the row's element of the tensor."""
+    if isinstance(value, tl.tensor) and value.dtype.is_ptr():  # in the interpreter a number is not a tensor
         value = tl.load(value + row)
     return value
 
@@ -44,7 +44,7 @@ def load_guided(velocity, uncond, guidance, row, stride, uncond_stride, start, s
 
 @triton.jit
 def step_mean(v, sample, c_x, c_v, row, stride, start, size, BLOCK: tl.constexpr):
-    """Mean of the next sample; without a sample v is the mean."""
+    """Mean of the next sample; if there is no sample, v is the mean itself."""
     mean = v
     if sample is not None:
         x = load_row(sample, row, stride, start, size, BLOCK)
@@ -55,7 +55,7 @@ def step_mean(v, sample, c_x, c_v, row, stride, start, size, BLOCK: tl.constexpr
 
 @triton.jit
 def row_log_prob(total, size, std, NORMALISED: tl.constexpr):
-    """Log-prob of a row from the sum of its squared distances to the mean, 0 where std == 0."""
+    """Log-prob of a row from the sum of its squared distances to the mean; 0 if std == 0."""
     distance = total / size
     deviation = tl.where(std > 0, std, 1.0).to(tl.float64)
     if NORMALISED:
@@ -67,7 +67,7 @@ def row_log_prob(total, size, std, NORMALISED: tl.constexpr):
 
 @triton.jit
 def log_prob_slope(size, std, NORMALISED: tl.constexpr):
-    """d log-prob / d mean of a row is this times prev_sample - mean; 0 where std == 0."""
+    """The factor of (prev_sample - mean) in d log-prob / d mean of a row; 0 if std == 0."""
     scale = tl.full((), 0.5, tl.float32)
     if NORMALISED:
         scale = tl.where(std > 0, std * std, 1.0)
@@ -76,7 +76,7 @@ def log_prob_slope(size, std, NORMALISED: tl.constexpr):
 
 @triton.jit
 def sum_partials(partials, row, num_blocks):
-    """A row's sum over its blocks, in a fixed order."""
+    """The sum over a row's blocks, in a fixed order."""
     lanes = tl.arange(0, 1024)
     total = tl.zeros((1024,), tl.float64)
     for begin in range(0, num_blocks, 1024):
@@ -85,9 +85,10 @@ def sum_partials(partials, row, num_blocks):
 
 
 def dense_rows(*tensors: Tensor | None, logical: bool = False) -> tuple[Any, Any, int]:
-    """The tensors, (B, ...) each, with rows that are dense and in one order; how far apart those lie; elements of one.
+    """The tensors (B, ...) with dense rows in one memory order, the strides between rows, and the elements of a row.
 
-    As they are if they agree (channels last, say), contiguous if not; in `logical` order always contiguous.
+    Tensors that agree on a dense order (channels last, for example) stay as they are; otherwise they are copied to
+    contiguous ones. With `logical` the order is always the contiguous one.
     """
     first: Any = tensors[0]
     size = first.numel() // first.shape[0]
@@ -115,7 +116,7 @@ def _same_order(tensors: Sequence[Tensor]) -> bool:
 
 
 def empty_rows(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor of `like`'s shape, with the order of its rows and no gap between them."""
+    """An uninitialised tensor with the shape and memory order of `like`, and no gap between rows."""
     if like.is_contiguous():
         return torch.empty_like(like, dtype=dtype)
     size = like.numel() // like.shape[0]
@@ -123,8 +124,10 @@ def empty_rows(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def coefficients(*values: Any) -> list[Any]:
-    """The values, numbers and tensors (B,), as `row_value` reads them: tensors contiguous and float32, numbers floats,
-    since Triton makes an integer 1 a constant."""
+    """Numbers and tensors (B,) as `row_value` reads them: contiguous float32 tensors, and floats.
+
+    Integers become floats because Triton turns an integer 1 into a constant.
+    """
     rows = []
     for value in values:
         if isinstance(value, Tensor):
@@ -137,6 +140,6 @@ def coefficients(*values: Any) -> list[Any]:
 
 
 def blocks(size: int) -> tuple[int, int, int]:
-    """(BLOCK, number of blocks of a row, warps) for rows of `size` elements."""
+    """(BLOCK, blocks per row, warps) for rows of `size` elements."""
     block = MAX_BLOCK if size >= MAX_BLOCK else max(128, 1 << (size - 1).bit_length())
     return block, -(-size // block), max(1, block // 512)

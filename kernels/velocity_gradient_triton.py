@@ -1,9 +1,9 @@
-"""The Triton kernel of d loss / d velocity, which the log-prob of a step and the loss share: one elementwise pass.
+"""The Triton kernel of d loss / d velocity, one elementwise pass for the step's log-prob and for the loss.
 
     gradient = upstream [a (prev_sample - mean) + k (v - v_ref)]
 
-with factors a and k of each row from the forward pass, guidance scale included. It reads each tensor that it is given
-once and writes the gradient.
+The forward pass leaves the factors a and k of each row, which include the guidance scale. The kernel reads each of its
+tensors once and writes the gradient.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from fastflowgrpo.kernels.triton_rows import (
     step_mean,
 )
 
-# Times those of the other kernels: with fewer, ptxas for sm_100 spills a register when it is given all tensors.
+# Multiple of the other kernels' warps: with fewer, ptxas for sm_100 spills a register when all tensors are given.
 GRADIENT_WARPS = 2
 
 
@@ -35,21 +35,21 @@ def velocity_gradient_kernel(
     factors, upstream, upstream_stride, c_x, c_v, guidance, size, batch_size, num_blocks,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """factors: (2, B), a and k; the mean is that of `old` if given, else of v."""
+    """factors: (2, B), a and k. The mean is computed from `old` if it is given, else from v."""
     program = tl.program_id(0)
     row = (program // num_blocks).to(tl.int64)
     start = (program % num_blocks).to(tl.int64) * BLOCK
     v = load_guided(velocity, uncond, guidance, row, velocity_stride, uncond_stride, start, size, BLOCK)
-    moved = v
+    mean_velocity = v
     if old is not None:
-        moved = load_row(old, row, old_stride, start, size, BLOCK)
-    mean = step_mean(moved, sample, c_x, c_v, row, sample_stride, start, size, BLOCK)
+        mean_velocity = load_row(old, row, old_stride, start, size, BLOCK)
+    mean = step_mean(mean_velocity, sample, c_x, c_v, row, sample_stride, start, size, BLOCK)
     scale = tl.load(upstream + row * upstream_stride)
     distance = load_row(prev_sample, row, prev_sample_stride, start, size, BLOCK) - mean
     result = scale * tl.load(factors + row) * distance
     if reference is not None:
-        apart = v - load_row(reference, row, reference_stride, start, size, BLOCK)
-        result += scale * tl.load(factors + batch_size + row) * apart
+        shift = v - load_row(reference, row, reference_stride, start, size, BLOCK)
+        result += scale * tl.load(factors + batch_size + row) * shift
     lanes = tl.arange(0, BLOCK)
     target = gradient + row * gradient_stride + start + lanes
     tl.store(target, result.to(gradient.dtype.element_ty), mask=lanes < size - start)

@@ -115,11 +115,11 @@ def test_report_of_whatever_is_there(tmp_path, capsys):
     assert "| small | eager | 2.0000 | 4.0000 | 2 | 50% | 3 | 1 | 0.25 |" in lines
     assert "| 1152 | native | 8.5 | 30 |" in lines
     assert "a.json: A GPU, torch 2, 3 benchmarks." in lines and "b.json: A CPU, 2 benchmarks." in lines
-    assert "c.json is no result that can be made into a table, and left out." in lines
+    assert "c.json is not a result of a benchmark, and left out." in lines
     assert any(line.startswith("d.json is not JSON") for line in lines)
     drawn = find_spec("matplotlib") is not None
     assert (tmp_path / "speed.png").exists() == drawn
-    assert ("![Speed relative to the baseline](speed.png)" if drawn else "for want of matplotlib") in text
+    assert ("![Speed relative to the baseline](speed.png)" if drawn else "The plot needs matplotlib") in text
 
 
 def test_ocr_measures_both_readers_on_the_same_images(tmp_path, capsys):

@@ -1,5 +1,6 @@
-"""The settings of the commands: what they are (`settings`), which values fit (`validation`), how they are read
-(`parsing`)."""
+"""The settings of the commands: definitions and help (`settings`), limits (`validation`), reading and writing
+(`parsing`). Code that acts on a setting belongs elsewhere. Nothing here imports torch.
+"""
 
 from fastflowgrpo.config.parsing import parse, parse_evaluation, parse_settings, read_run, save, setting_types
 from fastflowgrpo.config.settings import (

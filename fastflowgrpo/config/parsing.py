@@ -1,6 +1,6 @@
 """Reading settings from the command line and YAML files, and writing them back.
 
-Nothing here imports torch, so that ``--help`` and a wrong setting answer at once.
+This module does not import torch, so that ``--help`` and the message for a wrong setting appear at once.
 """
 
 import re
@@ -16,24 +16,24 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
 from fastflowgrpo.config.settings import Config, EvaluateConfig
-from fastflowgrpo.config.validation import validate
+from fastflowgrpo.config.validation import validate, validate_evaluation
 from fastflowgrpo.errors import UserError, did_you_mean
 
 Settings = TypeVar("Settings")
 
 
 def parse(argv: Sequence[str] | None = None) -> Config:
-    """Reads the settings of a run: the defaults, then ``--config`` files and dotted overrides in the order given.
+    """Reads the settings of a training run: the defaults, then ``--config`` files and options in the order given.
 
     Args:
-        argv: The command line without the program; by default the process's.
+        argv: the command line without the program's name, by default that of this process.
 
     Returns:
         The complete, validated config.
 
     Raises:
-        UserError: A name, value or file is wrong, or the values do not fit together (see `validate`).
-        SystemExit: With code 0, after ``--help`` or ``--print_config``.
+        UserError: a name, a value or a file is wrong, or the values do not fit together (see `validate`).
+        SystemExit: with code 0, after ``--help`` or ``--print_config``.
     """
     config = parse_settings(Config, "train", argv)
     validate(config)
@@ -41,25 +41,19 @@ def parse(argv: Sequence[str] | None = None) -> Config:
 
 
 def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateConfig:
-    """Reads the settings of an evaluation, like `parse`; what is not given is the run's, if `--run` names one."""
+    """Reads the settings of an evaluation like `parse`. With ``--run``, the run's settings are the defaults."""
     config = parse_settings(EvaluateConfig, "evaluate", argv)
     if config.run is not None:
-        config = parse_settings(EvaluateConfig, "evaluate", argv, _defaults_of_run(config.run))
-    for name in ("num_steps", "images_per_prompt", "batch_size", "height", "width", "num_frames", "reward_frames"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name}: must be at least 1, got {value}")
-    for name in ("guidance_scale", "seed"):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"{name}: must be at least 0, got {getattr(config, name)}")
+        config = parse_settings(EvaluateConfig, "evaluate", argv, _run_defaults(config.run))
+    validate_evaluation(config)
     return config
 
 
 def read_run(run: str | Path) -> Config:
-    """The settings of the run that a directory holds.
+    """The settings of the run in a directory.
 
     Raises:
-        UserError: It holds none, or its config.yaml has a setting that is wrong or unknown.
+        UserError: there is no run in it, or its config.yaml has a wrong or unknown setting.
     """
     path = Path(run) / "config.yaml"
     if not path.is_file():
@@ -67,8 +61,8 @@ def read_run(run: str | Path) -> Config:
     return parse(["--config", str(path)])
 
 
-def _defaults_of_run(run: str) -> dict[str, Any]:
-    """The settings of an evaluation that are those of a run, by dotted name."""
+def _run_defaults(run: str) -> dict[str, Any]:
+    """Defaults for an evaluation from the settings of a run, by dotted name."""
     config = read_run(run)
     evaluation, rollout = config.evaluation, config.rollout
     return {
@@ -89,39 +83,45 @@ def _defaults_of_run(run: str) -> dict[str, Any]:
 def parse_settings(
     cls: type[Settings], command: str, argv: Sequence[str] | None, defaults: dict[str, Any] | None = None
 ) -> Settings:
-    """Reads a dataclass of settings: its defaults, other `defaults` by dotted name, then the command line's."""
+    """Reads a dataclass of settings: its own defaults, then `defaults` by dotted name, then the command line.
+
+    Raises:
+        UserError: a name, a value or a file is wrong.
+        SystemExit: with code 0, after ``--help`` or ``--print_config``.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     types = setting_types(cls)
     groups = [name for name, hint in types.items() if _is_group(hint)]
     options = {"config", "print_config", "help"} | (types.keys() - set(groups))
-    open_groups = tuple(f"{name}." for name, hint in types.items() if "dict[" in str(hint))  # rewards.my_reward
+    # an entry of a dict setting may have any name: --rewards.my_reward
+    free_prefixes = tuple(f"{name}." for name, hint in types.items() if "dict[" in str(hint))
     for argument in argv:
         name = argument.partition("=")[0].removeprefix("--").removesuffix("+")
-        if argument.startswith("--") and not name.startswith(open_groups):
+        if argument.startswith("--") and not name.startswith(free_prefixes):
             if name in groups:
                 raise UserError(f"{name}: is a group of settings; set one of them, as in --{name}.NAME VALUE")
             _check_name(name, options)
     parser = _parser(cls, command)
     parser.set_defaults(defaults or {})
-    return _build(cls, parser.parse_args(_bare_switches(argv, types)).as_dict())
+    return _to_dataclass(cls, parser.parse_args(_complete_flags(argv, types)).as_dict())
 
 
-def _bare_switches(argv: list[str], types: dict[str, Any]) -> list[str]:
-    """A switch without a value, such as --dry_run, is true."""
-    switches = {f"--{name}" for name, hint in types.items() if hint is bool}
+def _complete_flags(argv: list[str], types: dict[str, Any]) -> list[str]:
+    """The command line with "=true" added to flags without a value, such as --dry_run."""
+    flags = {f"--{name}" for name, hint in types.items() if hint is bool}
     return [
-        f"{argument}=true" if argument in switches and following.startswith("--") else argument
-        for argument, following in zip_longest(argv, argv[1:], fillvalue="--")
+        f"{argument}=true" if argument in flags and next_argument.startswith("--") else argument
+        for argument, next_argument in zip_longest(argv, argv[1:], fillvalue="--")
     ]
 
 
 def save(config: Config, path: str | Path) -> None:
-    """Writes the complete config as YAML, which ``--config`` reads back to an equal one."""
+    """Writes the complete config as YAML; ``--config`` reads it back to an equal config."""
     Path(path).write_text(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def setting_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
-    """The dotted name of every setting and group of settings, with its type (a dataclass for a group)."""
+    """The dotted name of every setting and every group of settings, with its type (a dataclass for a group)."""
     types: dict[str, Any] = {}
     for name, hint in get_type_hints(cls).items():
         types[prefix + name] = hint
@@ -131,22 +131,23 @@ def setting_types(cls: type = Config, prefix: str = "") -> dict[str, Any]:
 
 
 class _Parser(ArgumentParser):
-    types: Mapping[str, Any] = MappingProxyType({})  # of the settings, by dotted name
+    types: Mapping[str, Any] = MappingProxyType({})
+    """Type of each setting by its dotted name."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises UserError instead of printing the usage."""
         match = re.search(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
         if match and match[1] in self.types:
-            raise UserError(_wrong_value(match[1], self.types[match[1]], match[2])) from ex
+            raise UserError(_value_message(match[1], self.types[match[1]], match[2])) from ex
         raise UserError(message) from ex
 
 
 class _ConfigFile(ActionConfigFile):
-    """``--config``: an error inside a file names the file."""
+    """The action of ``--config``: errors inside a file name the file."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         try:
-            _check_tree(_read(values), parser.types)
+            _check_names(_read_yaml(values), parser.types)
             super().__call__(parser, cfg, values, option_string)
         except UserError as error:
             raise UserError(f"{values}: {error}") from None
@@ -164,7 +165,7 @@ def _parser(cls: type, command: str) -> ArgumentParser:
     return parser
 
 
-def _read(path: str) -> dict[str, Any]:
+def _read_yaml(path: str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -179,14 +180,15 @@ def _read(path: str) -> dict[str, Any]:
     return settings
 
 
-def _check_tree(settings: dict[str, Any], types: dict[str, Any], prefix: str = "") -> None:
+def _check_names(settings: dict[str, Any], types: dict[str, Any], prefix: str = "") -> None:
+    """Raises UserError for an unknown name in nested settings."""
     for key, value in settings.items():
         name = f"{prefix}{key}"
         _check_name(name, types)
         if _is_group(types[name]):
             if not isinstance(value, dict):
                 raise UserError(f"{name}: is a group of settings, got {value!r}")
-            _check_tree(value, types, f"{name}.")
+            _check_names(value, types, f"{name}.")
 
 
 def _is_group(hint: Any) -> bool:
@@ -198,7 +200,8 @@ def _check_name(name: str, names: Collection[str]) -> None:
         raise UserError(f"unknown setting {name}" + (did_you_mean(name, names) or "; --help explains them all"))
 
 
-def _wrong_value(name: str, hint: Any, value: str) -> str:
+def _value_message(name: str, hint: Any, value: str) -> str:
+    """The message for a value that does not have the type of its setting."""
     choices = get_args(hint) if get_origin(hint) is Literal else ()
     if choices:
         expected = f"one of {', '.join(choices)}"
@@ -209,13 +212,14 @@ def _wrong_value(name: str, hint: Any, value: str) -> str:
     return f"{name}: expected {expected}, got {value or 'nothing'}" + did_you_mean(value, choices)
 
 
-def _build(cls: type, settings: dict[str, Any], prefix: str = "") -> Any:
+def _to_dataclass(cls: type, settings: dict[str, Any], prefix: str = "") -> Any:
+    """Nested settings as an instance of the dataclass."""
     values = {}
     for name, hint in get_type_hints(cls).items():
         value = settings[name]
         if _is_group(hint):
-            value = _build(hint, value, f"{prefix}{name}.")
-        elif value is None and type(None) not in get_args(hint):  # jsonargparse takes null for any type
-            raise UserError(_wrong_value(prefix + name, hint, "null"))
+            value = _to_dataclass(hint, value, f"{prefix}{name}.")
+        elif value is None and type(None) not in get_args(hint):  # jsonargparse accepts null for any type
+            raise UserError(_value_message(prefix + name, hint, "null"))
         values[name] = value
     return cls(**values)

@@ -1,12 +1,16 @@
-"""Limits of single settings, and which settings fit together."""
+"""Limits of single settings, and checks that settings fit together."""
 
 from operator import attrgetter
 from typing import Any
 
-from fastflowgrpo.config.settings import Config
+from fastflowgrpo.config.settings import Config, EvaluateConfig
 from fastflowgrpo.errors import UserError
 
-_AT_LEAST = {
+POLICY_GRADIENTS = ("grpo", "grpo_guard")
+FORWARD_PROCESS = ("nft", "awm")
+
+# Lowest allowed value -> the settings that have it. A setting that is null or a tuple is checked value by value.
+_MINIMUM = {
     0: (
         "seed",
         "save_every",
@@ -66,10 +70,13 @@ _ABOVE_ZERO = (
 )
 _AT_MOST_ONE = ("max_missing",)
 _BELOW_ONE = ("update.clip_range", "update.old_decay_max", "update.betas", "update.ema_decay")
-POLICY_GRADIENTS = ("grpo", "grpo_guard")
-FORWARD_PROCESS = ("nft", "awm")
-# What only some choices read: (setting, the choices that do) -> settings that must stay at their defaults elsewhere.
-_READ_BY: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
+_EVALUATE_MINIMUM = {
+    1: ("num_steps", "images_per_prompt", "batch_size", "height", "width", "num_frames", "reward_frames"),
+    0: ("guidance_scale", "seed"),
+}
+
+# (setting, its values) -> settings that only these values use. With another value they must keep their default.
+_USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
     ("update.algorithm", POLICY_GRADIENTS): (
         "rollout.log_prob",
         "update.clip_range",
@@ -93,6 +100,7 @@ _READ_BY: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
     ("update.algorithm", ("awm",)): ("update.awm_clip_range", "update.old_weight"),
     ("update.algorithm", ("dpo",)): ("update.dpo_beta",),
     ("update.algorithm", ("rwr",)): ("update.rwr_temperature",),
+    ("rollout.dynamics", ("ode",)): ("rollout.solver",),
     ("rollout.dynamics", ("flow_sde", "flow_cps", "dance_sde")): (
         "rollout.noise_level",
         "rollout.window_size",
@@ -101,8 +109,9 @@ _READ_BY: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
         "rollout.same_noise",
     ),
 }
-# What may be another from one start of a run to the next: it changes nothing that is computed but its rounding, or is
-# what a run that stopped asks for.
+
+# Settings that may differ when a run is resumed: they change results by rounding only, or a user may well want to
+# change them after a stop.
 MAY_CHANGE = (
     "epochs",
     "save_every",
@@ -124,41 +133,70 @@ MAY_CHANGE = (
 
 
 def validate(config: Config) -> None:
-    """Checks that the values of a config are in range and fit together.
+    """Checks that the settings of a training run are in range and fit together.
 
     Raises:
-        UserError: Naming the first setting that does not, with the limit or the arithmetic that fails.
+        UserError: names the first setting that does not, with the limit or the arithmetic that fails.
     """
-
-    def values(name: str) -> tuple[float, ...]:
-        value = attrgetter(name)(config)
-        return value if isinstance(value, tuple) else () if value is None else (value,)
-
-    # Written as "not (a >= b)" so that NaN fails too.
-    for limit, names in _AT_LEAST.items():
-        for name in names:
-            for value in values(name):
-                if not value >= limit:
-                    raise UserError(f"{name}: must be at least {limit}, got {value}")
+    _check_minimum(config, _MINIMUM)
+    # Every comparison is written as "not (a > b)", so that NaN fails too.
     for name in _ABOVE_ZERO:
-        for value in values(name):
+        for value in _numbers(config, name):
             if not value > 0:
                 raise UserError(f"{name}: must be above 0, got {value}")
     for name in _AT_MOST_ONE:
-        for value in values(name):
+        for value in _numbers(config, name):
             if not value <= 1:
                 raise UserError(f"{name}: must be at most 1, got {value}")
     for name in _BELOW_ONE:
-        for value in values(name):
+        for value in _numbers(config, name):
             if not value < 1:
                 raise UserError(f"{name}: must be below 1, got {value}")
+    _check_lora(config)
+    _check_sampling_and_updates(config)
+    _check_unused(config)
+    if config.advantage.mode == "gdpo" and len(config.rewards) < 2:
+        raise UserError("advantage.mode: gdpo normalises each of several rewards, and there is one")
+    _check_window(config)
 
-    policy, prompts, rollout, update = config.policy, config.prompts, config.rollout, config.update
-    advantage = config.advantage
+
+def validate_evaluation(config: EvaluateConfig) -> None:
+    """Checks that the settings of an evaluation are in range.
+
+    Raises:
+        UserError: names the first setting that is not.
+    """
+    _check_minimum(config, _EVALUATE_MINIMUM)
+
+
+def _numbers(config: Config | EvaluateConfig, name: str) -> tuple[float, ...]:
+    """The values of a setting: several for a tuple, none for null."""
+    value = attrgetter(name)(config)
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _check_minimum(config: Config | EvaluateConfig, limits: dict[int, tuple[str, ...]]) -> None:
+    for limit, names in limits.items():
+        for name in names:
+            for value in _numbers(config, name):
+                if not value >= limit:
+                    raise UserError(f"{name}: must be at least {limit}, got {value}")
+
+
+def _check_lora(config: Config) -> None:
+    policy = config.policy
     if policy.lora is not None and policy.lora_rank == 0:
-        raise UserError("policy.lora_rank: is 0, which trains the whole transformer; leave it out to go on from a LoRA")
+        raise UserError(
+            "policy.lora_rank: is 0, which trains the whole transformer; leave it out to continue from policy.lora"
+        )
     if policy.lora_rank != 0 and policy.lora_targets == []:
         raise UserError("policy.lora_targets: is empty; set policy.lora_rank to 0 to train the whole transformer")
+
+
+def _check_sampling_and_updates(config: Config) -> None:
+    prompts, rollout, update = config.prompts, config.rollout, config.update
     if rollout.dynamics == "flow_cps" and rollout.noise_level > 1:
         raise UserError(f"rollout.noise_level: must be at most 1 for flow_cps, got {rollout.noise_level}")
     if rollout.batch_size % rollout.group_size:
@@ -172,35 +210,41 @@ def validate(config: Config) -> None:
             f"rollout.dynamics: update.algorithm {update.algorithm} learns from log-probs, and ode has none; "
             "choose flow_sde, flow_cps or dance_sde, or update.algorithm dpo, sft or rwr"
         )
-    _check_unread(config)
-    if advantage.mode == "gdpo" and len(config.rewards) < 2:
-        raise UserError("advantage.mode: gdpo normalises each of several rewards, and there is one")
+
+
+def _check_unused(config: Config) -> None:
+    """Raises UserError for a setting that was changed although the chosen algorithm or sampler does not use it."""
+    default = Config()
+    for (chooser, users), names in _USED_ONLY_WITH.items():
+        choice = attrgetter(chooser)(config)
+        if choice in users:
+            continue
+        unused = []
+        for name in names:
+            value, default_value = attrgetter(name)(config), attrgetter(name)(default)
+            if value not in (None, default_value):
+                unused.append(f"{name} (default {default_value})")
+        if unused:
+            raise UserError(f"{chooser}: {choice} does not use {', '.join(unused)}: leave at the default")
+
+
+def _check_window(config: Config) -> None:
+    rollout = config.rollout
     if rollout.window_epochs != 1 and not rollout.window_stride:
         raise UserError("rollout.window_epochs: the window does not move unless rollout.window_stride is above 0")
     if rollout.window_size is None and rollout.window_stride:
         raise UserError("rollout.window_stride: all steps but the last are the window; set rollout.window_size")
-    if rollout.window_size is not None and rollout.dynamics != "ode":
-        low, high = rollout.window_start
-        if low >= high:
-            raise UserError(f"rollout.window_start: low must be below high, got [{low}, {high})")
-        needed, trained = high - 1 + rollout.window_size, rollout.num_steps - 1
-        if needed > trained:
-            raise UserError(
-                f"rollout.window_start: a window of {rollout.window_size} steps from step {high - 1} on needs {needed} "
-                f"steps, but rollout.num_steps = {rollout.num_steps} has {trained}: the last is never trained"
-            )
-
-
-def _check_unread(config: Config) -> None:
-    """Raises UserError for a setting that was changed though nothing reads it beside the others."""
-    default = Config()
-    for (chooser, readers), names in _READ_BY.items():
-        choice = attrgetter(chooser)(config)
-        if choice not in readers:
-            values = {name: (attrgetter(name)(config), attrgetter(name)(default)) for name in names}
-            unread = [f"{name} (default {was})" for name, (value, was) in values.items() if value not in (None, was)]
-            if unread:
-                raise UserError(f"{chooser}: {choice} does not use {', '.join(unread)}: leave at the default")
+    if rollout.window_size is None or rollout.dynamics == "ode":
+        return
+    low, high = rollout.window_start
+    if low >= high:
+        raise UserError(f"rollout.window_start: low must be below high, got [{low}, {high})")
+    needed, trained = high - 1 + rollout.window_size, rollout.num_steps - 1
+    if needed > trained:
+        raise UserError(
+            f"rollout.window_start: a window of {rollout.window_size} steps from step {high - 1} on needs {needed} "
+            f"steps, but rollout.num_steps = {rollout.num_steps} has {trained}: the last is never trained"
+        )
 
 
 def _division(dividend: int, divisor: int) -> str:

@@ -1,47 +1,62 @@
-"""Grids of evaluation images."""
+"""Pictures of evaluations: grids of images, and the curve of a run."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from fastflowgrpo.evaluation.summary import Evaluation
+from fastflowgrpo.evaluation.shown import ShownImages
+from fastflowgrpo.prompts import TAGS
 
 MIN_CELL, MAX_CELL = 96, 256  # pixels; smaller images are enlarged in grids, larger ones shrunk
+GAP, FRAME = 16, 3  # pixels between two blocks of images, and around an image
+GREEN, RED = "#2a9d3a", "#d03030"
 
 
-def image_grid(evaluations: list[Evaluation], titles: list[str] | None = None) -> Image.Image:
-    """The same prompts a row each; a block of images per evaluation, framed green or red where correctness is known,
-    under its title."""
-    prompts, (_, n, _, height, width) = evaluations[0].prompts, evaluations[0].shown.shape
+def image_grid(evaluations: Sequence[ShownImages], titles: Sequence[str] = ()) -> Image.Image:
+    """Draw a row for each prompt, with a block of images for each evaluation.
+
+    Images that were checked have a green frame if they are correct and a red one if not.
+
+    Args:
+        evaluations: images of the same prompts, as many of each.
+        titles: one for each evaluation, drawn above its block.
+    """
+    prompts, (_, n, _, height, width) = evaluations[0].prompts, evaluations[0].images.shape
     if min(height, width) < MIN_CELL:
         scale, resampling = float(-(-MIN_CELL // min(height, width))), Image.Resampling.NEAREST
     else:
         scale, resampling = min(1.0, MAX_CELL / max(height, width)), Image.Resampling.LANCZOS
     height, width = round(height * scale), round(width * scale)
-    gap, frame = 16, 3
-    left, top, block = _text_width(prompts), 24 if titles else 0, n * (width + 2 * frame)
-    size = (left + len(evaluations) * (block + gap), top + len(prompts) * (height + 2 * frame))
+    left, top, block = _text_width(prompts), 24 if titles else 0, n * (width + 2 * FRAME)
+    size = (left + len(evaluations) * (block + GAP), top + len(prompts) * (height + 2 * FRAME))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    for k, title in enumerate(titles or []):
-        draw.text((left + k * (block + gap) + frame, 4), title, "black", _font())
+    for k, title in enumerate(titles):
+        draw.text((left + k * (block + GAP) + FRAME, 4), title, "black", _font())
     for row, prompt in enumerate(prompts):
-        y = top + row * (height + 2 * frame)
+        y = top + row * (height + 2 * FRAME)
         draw.text((8, y + height // 2 - 8), prompt, "black", _font())
         for k, evaluation in enumerate(evaluations):
             for column in range(n):
-                x = left + k * (block + gap) + column * (width + 2 * frame)
+                x = left + k * (block + GAP) + column * (width + 2 * FRAME)
                 if evaluation.correct is not None:
-                    color = "#2a9d3a" if evaluation.correct[row, column] else "#d03030"
-                    draw.rectangle((x, y, x + width + 2 * frame - 1, y + height + 2 * frame - 1), color)
-                pixels = evaluation.shown[row, column].permute(1, 2, 0).numpy()
+                    color = GREEN if evaluation.correct[row, column] else RED
+                    draw.rectangle((x, y, x + width + 2 * FRAME - 1, y + height + 2 * FRAME - 1), color)
+                pixels = evaluation.images[row, column].permute(1, 2, 0).numpy()
                 image = Image.fromarray(pixels).resize((width, height), resampling)
-                canvas.paste(image, (x + frame, y + frame))
+                canvas.paste(image, (x + FRAME, y + FRAME))
     return canvas
 
 
-def side_by_side(before: Path, after: Path, prompts: list[str]) -> Image.Image:
-    """Two grids of the same prompts as one: the prompts, the images before, the images after."""
+def side_by_side(before: Path, after: Path, prompts: Sequence[str]) -> Image.Image:
+    """Join two grids of one evaluation each: the prompts, the images before, the images after.
+
+    Args:
+        before, after: files of two grids.
+        prompts: the prompts that both show.
+    """
     left = _text_width(prompts)
     with Image.open(before) as first, Image.open(after) as last:
         canvas = Image.new("RGB", (first.width + last.width - left, first.height))
@@ -50,11 +65,45 @@ def side_by_side(before: Path, after: Path, prompts: list[str]) -> Image.Image:
     return canvas
 
 
+def draw_curve(
+    trained_rows: Sequence[Mapping[str, Any]], evaluation_rows: Sequence[Mapping[str, Any]], path: Path
+) -> Path | str:
+    """Draw the accuracy of a run over its optimiser steps, or the reward where there are no tags.
+
+    Args:
+        trained_rows: rows of metrics.jsonl, one per epoch.
+        evaluation_rows: rows of metrics.jsonl, one per evaluation.
+        path: the file to write.
+
+    Returns:
+        The path, or a sentence that says how to install matplotlib where it is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return 'not drawn, as matplotlib is missing: pip install "fastflowgrpo[demo]"'
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    key = "geneval/strict" if "geneval/strict" in trained_rows[0] else "reward"
+    trained_steps, values = [row["step"] for row in trained_rows], [row[key] for row in trained_rows]
+    axes.plot(trained_steps, values, color="0.75", lw=1, label="training batches")
+    steps = [row["step"] for row in evaluation_rows]
+    for tag in TAGS:
+        if tag in evaluation_rows[0]["eval"]:
+            axes.plot(steps, [row["eval"][tag] for row in evaluation_rows], lw=1, marker=".", label=tag)
+    axes.plot(steps, [row["eval"]["overall"] for row in evaluation_rows], "k", lw=2, marker="o", label="overall")
+    axes.set(xlabel="optimiser step", ylabel="strict accuracy" if key != "reward" else "reward")
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, dpi=150)
+    return path
+
+
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=14)
 
 
-def _text_width(prompts: list[str]) -> int:
-    """Width in pixels of a grid's column of prompts."""
+def _text_width(prompts: Sequence[str]) -> int:
+    """The width in pixels of a grid's column of prompts."""
     font = _font()
     return int(max(font.getlength(prompt) for prompt in prompts)) + 16

@@ -16,7 +16,7 @@ from fastflowgrpo.config import RolloutConfig
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.learning.objective import Batch
 from fastflowgrpo.policy import Conditioning, Policy
-from fastflowgrpo.sampling.rollout import repeat_rows
+from fastflowgrpo.sampling.conditioning import repeat_rows
 
 
 def noise_draw(seeds: Tensor, draws: Tensor, num_steps: int, shape: Sequence[int]) -> tuple[Tensor, Tensor]:

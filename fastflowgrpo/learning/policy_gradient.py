@@ -12,7 +12,7 @@ from fastflowgrpo.kernels.sde_step import guided_velocity
 from fastflowgrpo.learning.objective import Batch, Objective, Statistics
 from fastflowgrpo.policy import Conditioning
 from fastflowgrpo.sampling.coefficients import resolve_log_prob
-from fastflowgrpo.sampling.rollout import expand_row, repeat_rows
+from fastflowgrpo.sampling.conditioning import expand_row, repeat_rows
 
 
 class GRPO(Objective):

@@ -1,4 +1,6 @@
-"""Prompts: reading them from files, making them, and choosing those of an epoch."""
+"""Prompts: their files, the generators that make them, and the choice of an epoch's prompts. Encoding a prompt for a
+model belongs to `policy`, judging an image by its prompt to `rewards`.
+"""
 
 from fastflowgrpo.prompts.epochs import epoch_prompts
 from fastflowgrpo.prompts.files import check_metadata, load_prompts

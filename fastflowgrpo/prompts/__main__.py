@@ -1,4 +1,4 @@
-"""``python -m fastflowgrpo.prompts``: makes prompt files."""
+"""``python -m fastflowgrpo.prompts``: generates prompts, to be saved as a prompt file."""
 
 import argparse
 import json
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from fastflowgrpo.console import refuse
+from fastflowgrpo.console import print_error
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import load_prompts, ocr
 from fastflowgrpo.prompts.prompt import Prompt
@@ -15,23 +15,23 @@ from fastflowgrpo.prompts.sources import GENERATORS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints prompts as the command line says.
+    """Prints generated prompts, one a line.
 
     Args:
-        argv: The command line without the program; by default the process's.
+        argv: the command line without the program's name, by default that of this process.
 
     Returns:
-        The exit code: 0, or 2 after an error that the user can put right.
+        The exit code: 0, or 2 after an error that the user can fix.
     """
     try:
         arguments = _parser().parse_args(argv)
         for prompt in _prompts(arguments):
             print(json.dumps(prompt.metadata) if prompt.metadata else prompt.text)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has enough
+    except BrokenPipeError:  # the reader, such as head, wants no more lines
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        return refuse(error)
+        return print_error(error)
     return 0
 
 
@@ -44,16 +44,17 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     settings = {"seed": arguments.seed}
     if arguments.evaluation:
         if arguments.exclude or arguments.count or arguments.length:
-            raise UserError("--evaluation has prompts of its own: it goes with --seed alone")
+            raise UserError("--evaluation prints fixed prompts: combine it with --seed only")
         return generator.evaluation(**settings)
     if arguments.count:
         settings["count"] = arguments.count
     if arguments.length:
         if generator is not ocr:
             raise UserError(f"--length is for ocr, not for {arguments.kind}")
-        if arguments.length[0] > arguments.length[1]:
-            raise UserError(f"--length: the least, {arguments.length[0]}, is above the most, {arguments.length[1]}")
-        settings["length"] = tuple(arguments.length)
+        low, high = arguments.length
+        if low > high:
+            raise UserError(f"--length: the minimum, {low}, is above the maximum, {high}")
+        settings["length"] = (low, high)
     return generator.generate(exclude=[p for path in arguments.exclude for p in load_prompts(path)], **settings)
 
 
@@ -70,14 +71,24 @@ def _parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("kind", choices=GENERATORS)
-    parser.add_argument("--count", type=int, metavar="N", help="how many; by default 50000 for geneval, else 20000")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the choice")
     parser.add_argument(
-        "--exclude", nargs="+", default=[], metavar="FILE", help="evaluation prompts that training must not see"
+        "--count", type=int, metavar="N", help="prompts to print; by default 50000 for geneval, else 20000"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random choice; by default 0")
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="evaluation prompts to leave out",
     )
     parser.add_argument("--evaluation", action="store_true", help="print the held-out evaluation prompts instead")
     parser.add_argument(
-        "--length", type=int, nargs=2, metavar=("LEAST", "MOST"), help="of ocr: characters of the texts, 3 to 24"
+        "--length",
+        type=int,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="ocr: characters of a quoted text; by default 3 24",
     )
     return parser
 

@@ -1,23 +1,28 @@
-"""Drawing prompts at random until there are enough different ones."""
+"""Random prompts without duplicates."""
 
 from collections.abc import Callable
 from itertools import repeat
 
 from fastflowgrpo.prompts.prompt import Prompt
 
-PATIENCE = 2000  # draws in a row that bring nothing new before it gives up
+MAX_FAILED_DRAWS = 2000  # successive draws without a new prompt before an error
 
 
 def distinct(draw: Callable[[], Prompt], count: int, excluded: Callable[[Prompt], bool]) -> list[Prompt]:
-    """`count` prompts of different texts from `draw`, none of them `excluded`.
+    """Calls `draw` until there are `count` prompts with different texts.
+
+    Args:
+        draw: returns a random prompt.
+        count: number of prompts to return.
+        excluded: whether a prompt must not be returned.
 
     Raises:
-        ValueError: `draw` brings nothing new any more.
+        ValueError: `draw` returns no new prompt any more.
     """
     found: dict[str, Prompt] = {}
     while len(found) < count:
         before = len(found)
-        for _ in repeat(None, PATIENCE):
+        for _ in repeat(None, MAX_FAILED_DRAWS):
             prompt = draw()
             if prompt.text not in found and not excluded(prompt):
                 found[prompt.text] = prompt

@@ -1,4 +1,4 @@
-"""Choosing the prompts of an epoch."""
+"""The choice of each epoch's prompts."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,30 +12,30 @@ from fastflowgrpo.prompts.prompt import Prompt
 def epoch_prompts(
     prompts: Sequence[Prompt], count: int, seed: int, epoch: int, mix: Mapping[str, float] | None = None
 ) -> list[int]:
-    """The prompts of one epoch: a pure function of its arguments, so that resuming a run needs no sampler state.
+    """The prompts of one epoch. They depend on the arguments only, so a resumed run needs no sampler state.
 
-    All epochs together read an endless stream of passes over the prompts, each pass in its own random order, so
-    that every prompt is used before one is used again, and within an epoch none repeats while others are left.
+    The epochs read one endless stream of passes over the prompts. Each pass has its own random order, so every prompt
+    is used once before any is used again, and an epoch repeats a prompt only if it has used all others.
 
     Args:
         prompts: the whole training set.
         count: prompts per epoch.
         seed: seed of the run.
         epoch: epoch number, from 0.
-        mix: weight of each GenEval tag. Each tag then has a stream of its own and gets its exact share of every
-            epoch where that is an integer, else one of the two integers next to it, right on average. Tags that
-            are not named, or have weight 0, are not used.
+        mix: weight of each GenEval tag. Each tag then has its own stream. Its number of prompts in an epoch is its
+            share of `count` if that is an integer, otherwise the integer below or above, with the share as the mean.
+            Tags without a weight, or with weight 0, are not used.
 
     Returns:
         `count` indices into `prompts`, shuffled.
 
     Raises:
-        ValueError: no prompts, a weight that is no number >= 0, or a weighted tag that no prompt has.
+        ValueError: there are no prompts, a weight is not a number >= 0, or a tag has a weight but no prompt.
     """
     pools, weights = _pools(prompts, mix)
     edges = np.concatenate([[0.0], np.cumsum(weights)])
     edges /= edges[-1]
-    # Systematic sampling: of the points u, u + 1, ..., u + count - 1 each pool gets those between its two edges.
+    # Systematic sampling: each pool gets as many prompts as there are points u, u + 1, ... between its two edges.
     u = np.random.default_rng([seed, 0, 0, 0]).random(epoch + 1)
     counts = np.diff(np.ceil(count * edges - u[:, None]).astype(np.int64), axis=1)
     starts = np.concatenate([np.zeros_like(counts[:1]), np.cumsum(counts, axis=0)])
@@ -44,7 +44,7 @@ def epoch_prompts(
 
 
 def _pools(prompts: Sequence[Prompt], mix: Mapping[str, float] | None) -> tuple[list[np.ndarray], list[float]]:
-    """The index arrays of the prompts that are drawn from, and their weights."""
+    """Index arrays into the prompts, one for each stream, and their weights."""
     if not prompts:
         raise ValueError("there are no prompts to draw from")
     if mix is None:
@@ -65,9 +65,10 @@ def _pools(prompts: Sequence[Prompt], mix: Mapping[str, float] | None) -> tuple[
 
 
 def _draw(size: int, starts: np.ndarray, seed: tuple[int, ...]) -> np.ndarray:
-    """Items starts[-2] to starts[-1] of the endless stream of shuffled range(size); starts[e] is where epoch e begins.
+    """Items starts[-2] to starts[-1] of an endless stream of shuffled passes over range(size).
 
-    A pass that begins within an epoch takes first what this epoch has drawn least.
+    starts[e] is where epoch e begins in the stream. A pass that begins within an epoch first takes the items that the
+    epoch has used least.
     """
     stream = np.empty(math.ceil(starts[-1] / size) * size, np.int64)
     for index, begin in enumerate(range(0, len(stream), size)):

@@ -1,4 +1,4 @@
-"""Reading prompt files, and checking GenEval metadata."""
+"""Prompt files, and the check of GenEval metadata."""
 
 import functools
 import json
@@ -9,19 +9,19 @@ from typing import Any
 from fastflowgrpo.errors import did_you_mean
 from fastflowgrpo.prompts.prompt import RELATIONS, TAGS, Prompt
 
-BUILT_IN = "shapes, geneval, ocr or general"  # prompts that a run has without a file, see sources.py
+BUILT_IN = "shapes, geneval, ocr or general"  # prompts that need no file, see sources.py
 
 
 def load_prompts(source: str) -> list[Prompt]:
-    """Read a prompt file.
+    """Reads a prompt file.
 
     Args:
-        source: a UTF-8 file; .txt with one prompt a line, or .jsonl with one GenEval metadata object a line
-            (`check_metadata`, and its text under "prompt"). Blank lines are skipped.
+        source: a UTF-8 file: .txt with one prompt a line, or .jsonl with one GenEval metadata object a line (see
+            `check_metadata`) whose text is under "prompt". Blank lines are skipped.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another kind of file, no prompt in it, or a line that is wrong (named, with the field).
+        ValueError: the file is of another kind, has no prompt, or has a wrong line; the message names line and field.
     """
     path = Path(source)
     if path.suffix not in (".txt", ".jsonl"):
@@ -53,14 +53,14 @@ def _geneval_prompt(line: str, where: str) -> Prompt:
 
 
 def check_metadata(metadata: Any) -> None:
-    """Check GenEval metadata (arXiv 2310.11513):
+    """Checks GenEval metadata (arXiv 2310.11513):
     `{tag, include: [{class, count, color?, position?: [relation, index]}], exclude?: [{class, count}]}`.
 
-    A position's index is that of the earlier include which the relation is to. Other top-level keys are free, for
-    rewards of your own; within a clause an unknown key is an error, since its wish would be ignored.
+    A position's index points to an earlier entry of `include`, to which the object has this relation. Other top-level
+    keys are allowed, for your own rewards. Inside a clause an unknown key is an error, since no reward would check it.
 
     Raises:
-        ValueError: names the field, what it must be and what it is.
+        ValueError: names the wrong field, its expected value and its value.
     """
     if not isinstance(metadata, dict):
         raise ValueError(f"expected a JSON object, got {metadata!r}")

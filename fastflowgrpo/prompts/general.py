@@ -1,7 +1,7 @@
-"""Prompts of all sorts for rewards of taste, such as PickScore: somebody does something somewhere, in some style.
+"""General prompts for preference rewards such as PickScore: a subject does something in a place, in some style.
 
-They describe motion, so that they suit videos too. Published runs use prompts that people wrote (Pick-a-Pic): give
-those as a file where you have them.
+They describe motion, so they also suit videos. Published runs use prompts written by people (Pick-a-Pic); if you have
+such prompts, give them as a file.
 """
 
 from collections.abc import Sequence
@@ -57,11 +57,11 @@ def generate(count: int = COUNT, seed: int = 0, exclude: Sequence[Prompt] = ()) 
 
     Args:
         count: number of prompts.
-        seed: of the choice.
-        exclude: prompts whose texts are not in the result.
+        seed: seed of the random choice.
+        exclude: prompts whose texts must not be in the result.
 
     Raises:
-        ValueError: there are not so many prompts.
+        ValueError: there are not enough different prompts.
     """
     rng = np.random.default_rng(seed)
     texts = {prompt.text.casefold() for prompt in exclude}
@@ -76,5 +76,5 @@ def generate(count: int = COUNT, seed: int = 0, exclude: Sequence[Prompt] = ()) 
 
 
 def evaluation(seed: int = 0) -> list[Prompt]:
-    """Evaluation prompts, to be excluded from training."""
+    """Evaluation prompts, which training must exclude."""
     return generate(EVALUATION, seed)

@@ -1,4 +1,4 @@
-"""GenEval prompts (arXiv 2310.11513) over the 80 classes of COCO, from templates of our own."""
+"""GenEval prompts (arXiv 2310.11513) over the 80 classes of COCO, from this project's own templates."""
 
 import itertools
 import math
@@ -9,9 +9,9 @@ import numpy as np
 
 from fastflowgrpo.prompts.prompt import RELATIONS, TAGS, Prompt
 
-# The paper's mix of tags in training (arXiv 2505.05470); single_object is left to the evaluation.
+# Weight of each tag in training, as in Flow-GRPO (arXiv 2505.05470); single_object is for the evaluation only.
 MIX = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1}
-# GenEval's evaluation set: prompts of each tag.
+# Number of prompts of each tag in GenEval's evaluation set.
 EVALUATION = {
     "single_object": 80,
     "two_object": 99,
@@ -20,9 +20,9 @@ EVALUATION = {
     "position": 100,
     "color_attr": 100,
 }
-COUNT = 50_000  # the paper's number of training prompts
+COUNT = 50_000  # training prompts, as in the paper
 
-# COCO's 80 classes in COCO's order, by GenEval's names for them.
+# The 80 classes of COCO in its order, with GenEval's names.
 # fmt: off
 CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -38,8 +38,8 @@ CLASSES = (
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
-# Words that are not counted by themselves: "two pairs of scissors".
-UNITS = {"scissors": ("pair", "pairs"), "skis": ("pair", "pairs"), "broccoli": ("head", "heads")}
+# Classes that are counted with another word: "two pairs of scissors".
+MEASURE_WORDS = {"scissors": ("pair", "pairs"), "skis": ("pair", "pairs"), "broccoli": ("head", "heads")}
 IRREGULAR = {"person": "people", "knife": "knives", "computer mouse": "computer mice", "sheep": "sheep"}
 
 _SHOTS = (
@@ -70,10 +70,10 @@ _SETTINGS = (
     " on a plain background",
     " with a blurred background",
 )
-# The first is GenEval's own, which evaluation prompts are in.
+# The first one is GenEval's own, which the evaluation prompts use.
 WORDINGS = tuple(f"{shot} {{}}{setting}" for setting in _SETTINGS for shot in _SHOTS)
 
-# What a tag's prompts vary in: the number of choices of each.
+# The choices that make a prompt of each tag: the number of options of every choice.
 _AXES = {
     "single_object": (len(CLASSES),),
     "two_object": (len(CLASSES), len(CLASSES)),
@@ -84,22 +84,22 @@ _AXES = {
 }
 
 Content = tuple[str, dict[str, Any]]
-"""What a prompt asks for: in words, and as GenEval metadata without its prompt."""
+"""What a prompt asks for: the words, and the GenEval metadata without its "prompt"."""
 
 
 def generate(count: int = COUNT, seed: int = 0, exclude: Sequence[Prompt] = ()) -> list[Prompt]:
-    """Training prompts in the mix of tags `MIX`, shuffled, no two the same.
+    """Training prompts, all different and shuffled, with the mix of tags `MIX`.
 
-    Every content of a tag comes in GenEval's wording, "a photo of ...", before one comes in another.
+    Other wordings are used only after every content of a tag has appeared in GenEval's own, "a photo of ...".
 
     Args:
         count: number of prompts.
-        seed: of the choice and the order.
-        exclude: prompts to stay away from: none of these texts is in the result, nor, where they have GenEval metadata,
-            another wording or order of what they ask for (`meaning`).
+        seed: seed of the choice and the order.
+        exclude: prompts that must not be in the result. If they have GenEval metadata, prompts with the same `meaning`
+            in other words or another order are left out too.
 
     Raises:
-        ValueError: there are not so many prompts.
+        ValueError: there are not enough different prompts.
     """
     rng = np.random.default_rng(seed)
     texts = {prompt.text.casefold() for prompt in exclude}
@@ -117,7 +117,7 @@ def generate(count: int = COUNT, seed: int = 0, exclude: Sequence[Prompt] = ()) 
 
 
 def evaluation(seed: int = 0) -> list[Prompt]:
-    """Evaluation prompts, as many of each tag as GenEval's own 553, in its wording; no two ask for the same."""
+    """553 evaluation prompts in GenEval's wording, as many of each tag as GenEval has, each with another meaning."""
     rng = np.random.default_rng(seed)
     prompts = []
     for tag in TAGS:
@@ -131,8 +131,7 @@ def evaluation(seed: int = 0) -> list[Prompt]:
 
 
 def meaning(metadata: dict[str, Any]) -> tuple[Any, ...]:
-    """What GenEval metadata asks for, whichever way round the prompt says it: the same for "a cat left of a dog" and
-    "a dog right of a cat"."""
+    """What GenEval metadata asks for, independent of the order: "a cat left of a dog" equals "a dog right of a cat"."""
     objects = [(item["class"], item["count"], item.get("color", "")) for item in metadata["include"]]
     relations = []
     for item, subject in zip(metadata["include"], objects, strict=True):
@@ -143,17 +142,17 @@ def meaning(metadata: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(sorted(objects)), tuple(sorted(relations))
 
 
-def one(label: str, color: str = "") -> str:
-    """One object of a class with its article: "an orange bus", "a pair of red scissors"."""
+def singular(label: str, color: str = "") -> str:
+    """The singular of a class with its article: "an orange bus", "a pair of red scissors"."""
     noun = f"{color} {_noun(label)}".strip()
-    phrase = f"{UNITS[label][0]} of {noun}" if label in UNITS else noun
+    phrase = f"{MEASURE_WORDS[label][0]} of {noun}" if label in MEASURE_WORDS else noun
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
-def several(label: str) -> str:
+def plural(label: str) -> str:
     """The plural of a class: "knives", "pairs of scissors"."""
-    if label in UNITS:
-        return f"{UNITS[label][1]} of {_noun(label)}"
+    if label in MEASURE_WORDS:
+        return f"{MEASURE_WORDS[label][1]} of {_noun(label)}"
     if label in IRREGULAR:
         return IRREGULAR[label]
     return _noun(label) + ("es" if label.endswith(("s", "x", "z", "ch", "sh")) else "s")
@@ -172,8 +171,8 @@ def _contents(tag: str, rng: np.random.Generator) -> Iterator[Content]:
 
 
 def _content(tag: str, *choice: int) -> Content | None:
-    """The content at a place of a tag's axes; None where there is none: an object beside its like, a person's colour,
-    an orange orange."""
+    """The content for one combination of choices, or None for a combination that makes no prompt: an object and an
+    equal one, a person with a color, an orange orange."""
     objects = [CLASSES[i] for i in choice[: 1 if tag in ("single_object", "counting", "colors") else 2]]
     rest = choice[len(objects) :]
     if len(set(objects)) < len(objects):
@@ -183,12 +182,12 @@ def _content(tag: str, *choice: int) -> Content | None:
         number = list(NUMBERS)[rest[0]]
         include[0]["count"] = number
         exclude = [{"class": objects[0], "count": number + 1}]
-        return f"{NUMBERS[number]} {several(objects[0])}", {"tag": tag, "include": include, "exclude": exclude}
+        return f"{NUMBERS[number]} {plural(objects[0])}", {"tag": tag, "include": include, "exclude": exclude}
     if tag == "position":
         relation = RELATIONS[rest[0]]
-        # GenEval names the object that the relation is to first.
+        # GenEval lists the object that the relation refers to first.
         subject = {**include[0], "position": [relation, 0]}
-        text = f"{one(objects[0])} {relation} {one(objects[1])}"
+        text = f"{singular(objects[0])} {relation} {singular(objects[1])}"
         return text, {"tag": tag, "include": [include[1], subject]}
     colors = [COLORS[i] for i in rest]
     if len(set(colors)) < len(colors) or (colors and "person" in objects):
@@ -197,7 +196,7 @@ def _content(tag: str, *choice: int) -> Content | None:
         return None
     for item, color in zip(include, colors, strict=False):
         item["color"] = color
-    text = " and ".join(one(item["class"], item.get("color", "")) for item in include)
+    text = " and ".join(singular(item["class"], item.get("color", "")) for item in include)
     return text, {"tag": tag, "include": include}
 
 
@@ -207,7 +206,7 @@ def _prompt(wording: str, content: Content) -> Prompt:
 
 
 def _shares(count: int, weights: Sequence[int]) -> list[int]:
-    """`count` split by weight into integers: each rounded down, and one more for those that lost most."""
+    """`count` split by weight into integers: rounded down, plus one for the shares that lost most."""
     exact = [count * weight / sum(weights) for weight in weights]
     shares = [math.floor(share) for share in exact]
     losers = sorted(range(len(weights)), key=lambda i: shares[i] - exact[i])

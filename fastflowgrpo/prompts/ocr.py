@@ -1,4 +1,4 @@
-"""Prompts with a text to be drawn between double quotes, for the OCR reward (arXiv 2505.05470)."""
+"""Prompts for the OCR reward (arXiv 2505.05470): each asks for a text, which stands between double quotes."""
 
 import zlib
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ import numpy as np
 from fastflowgrpo.prompts.distinct import distinct
 from fastflowgrpo.prompts.prompt import Prompt
 
-COUNT = 20_000  # about the paper's number of training prompts
-EVALUATION = 1024  # and of its evaluation prompts
-LENGTH = (3, 24)  # characters of a text, spaces included
+COUNT = 20_000  # training prompts, about as in the paper
+EVALUATION = 1024  # evaluation prompts, about as in the paper
+LENGTH = (3, 24)  # range of a text's characters, spaces included
 
 # fmt: off
 _ADJECTIVES = (
@@ -45,7 +45,7 @@ _SYLLABLES = (
     "ta", "ten", "to", "va", "vel", "vi", "wan", "xo", "ya", "zen", "zo",
 )
 
-# Where a text stands, with the word that goes before it.
+# Where the text stands, and the words before it.
 _SURFACES = (
     ("a neon sign above a bar", "that reads"), ("a chalkboard outside a cafe", "that reads"),
     ("a wooden signpost at a crossroads", "that says"), ("a street sign on a corner", "that says"),
@@ -87,16 +87,16 @@ _SETTINGS = (
 def generate(
     count: int = COUNT, seed: int = 0, exclude: Sequence[Prompt] = (), length: tuple[int, int] = LENGTH
 ) -> list[Prompt]:
-    """Training prompts, no two the same, each with one text between double quotes.
+    """Training prompts, all different, each with one text between double quotes.
 
     Args:
         count: number of prompts.
-        seed: of the choice.
-        exclude: prompts to stay away from: none of their quoted texts is in the result, whatever its case and spaces.
-        length: least and most characters of a text, spaces included.
+        seed: seed of the random choice.
+        exclude: prompts whose quoted texts must not be in the result, whatever their case and spaces.
+        length: minimum and maximum of a text's characters, spaces included.
 
     Raises:
-        ValueError: there are not so many prompts.
+        ValueError: there are not enough different prompts.
     """
     rng = np.random.default_rng(seed)
     taken = {_target(prompt) for prompt in exclude if prompt.text.count('"') >= 2}
@@ -109,13 +109,13 @@ def generate(
 
 
 def evaluation(seed: int = 0) -> list[Prompt]:
-    """Evaluation prompts, to be excluded from training: of an eighth of the texts, to leave it the others."""
+    """Evaluation prompts, which training must exclude. They use an eighth of all texts; training has the rest."""
     rng = np.random.default_rng(seed)
     return distinct(lambda: _prompt(rng), EVALUATION, lambda prompt: zlib.crc32(_target(prompt).encode()) % 8 > 0)
 
 
 def _target(prompt: Prompt) -> str:
-    """The first quoted text, as the reward compares it."""
+    """The first quoted text, without spaces and in lower case as the reward compares it."""
     return "".join(prompt.text.split('"')[1].split()).lower()
 
 
@@ -144,7 +144,7 @@ def _text(rng: np.random.Generator) -> str:
 
 
 def _prompt(rng: np.random.Generator) -> Prompt:
-    """Where a text stands, in which letters, in which surroundings."""
+    """A random prompt: a surface with a text, the letters, the surroundings."""
     surface, reads = _SURFACES[rng.integers(len(_SURFACES))]
     sentence = f'{surface} {reads} "{_text(rng)}" {_pick(rng, _FONTS)}'.rstrip()
     setting = _pick(rng, _SETTINGS)

@@ -9,7 +9,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's text, and what rewards know of it: its GenEval metadata, {} for plain text."""
+    """A prompt's text, and the GenEval metadata that rewards may use, {} for a plain text."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The prompts of a run: files, the bundled ones, or made on the spot."""
+"""The prompts of a run: from a file, from the bundled world, or from a generator."""
 
 from fastflowgrpo.config.settings import Config
 from fastflowgrpo.errors import UserError
@@ -7,17 +7,17 @@ from fastflowgrpo.prompts.prompt import Prompt
 from fastflowgrpo.shapes import scenes
 
 GENERATORS = {"geneval": geneval, "ocr": ocr, "general": general}
-# Without evaluation prompts of its own, a run shows what becomes of its first training prompts.
+# Training prompts that a run evaluates on if it has no evaluation prompts.
 EVAL_PROMPTS = 16
 
 
 def run_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
     """(training, evaluation) prompts of a run.
 
-    Generated training prompts differ from seed to seed and stay away from the evaluation's, which are always the same.
+    Generated training prompts depend on the seed and exclude the evaluation prompts, which do not depend on it.
 
     Raises:
-        UserError: a file cannot be read, or there are not enough prompts beside the excluded ones.
+        UserError: a file cannot be read, or there are not enough prompts without the excluded ones.
     """
     train, evaluation = config.prompts.train, config.prompts.eval
     if evaluation is None and train in ("shapes", *GENERATORS):
@@ -34,10 +34,10 @@ def run_prompts(config: Config) -> tuple[list[Prompt], list[Prompt]]:
 
 
 def evaluation_prompts(setting: str, source: str) -> list[Prompt]:
-    """The evaluation prompts of a file, of the bundled model, or of a generator.
+    """Evaluation prompts from a file, from the bundled world ("shapes"), or from a generator.
 
     Raises:
-        UserError: a file cannot be read; names the setting.
+        UserError: a file cannot be read; the message names the setting.
     """
     try:
         if source in GENERATORS:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from fastflowgrpo.console import refuse
+from fastflowgrpo.console import print_error
 from fastflowgrpo.errors import UserError
 
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in _table({"image": arguments.images, **columns}):
             print(row)
     except (ValueError, OSError) as error:
-        return refuse(error)
+        return print_error(error)
     return 0
 
 

@@ -1,18 +1,12 @@
 """The files in a run directory, and how they are written."""
 
 import json
-import math
 import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fastflowgrpo import __version__
-
-PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate")
 CONFIG, METRICS, SUMMARY, IMAGES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "summary.json", "images", "checkpoints"
 BEFORE_AFTER, CURVE = "before_after.png", "curve.png"
 TRACKER = "fastflowgrpo"  # project name of the trackers, and TensorBoard's folder
@@ -29,19 +23,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as text, one JSON object a line."""
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-
-
-def finite(value: Any) -> Any:
-    """The value with None in place of every NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: finite(entry) for name, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide about the numbers."""
-    packages = {name: version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), "fastflowgrpo": __version__, **packages}
 
 
 @contextmanager

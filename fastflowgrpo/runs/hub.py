@@ -13,19 +13,21 @@ UPLOADED = (CARD, *PICTURES, LORA, f"{FULL}/*")
 
 
 def push(run: Path, checkpoint: Path, repository: str, private: bool | None = None) -> str:
-    """Upload the weights of a checkpoint, its card and its pictures, and nothing else of the run.
+    """Upload the weights of a checkpoint, its card and its pictures, and nothing else.
 
-    A card that is there already is kept as it is, with what its author wrote into it.
+    An existing card keeps its text, so that authors can edit it before the push.
 
     Args:
-        repository: OWNER/NAME on the hub; made if there is none.
-        private: whether it is private if it is made; None for its owner's default.
+        run: directory of the run.
+        checkpoint: folder of one of its checkpoints.
+        repository: OWNER/NAME on the hub; created if it does not exist.
+        private: whether a new repository is private; None takes its owner's default.
 
     Returns:
-        The repository's address.
+        The address of the repository.
 
     Raises:
-        UserError: it did not work; says why, and how to try again.
+        UserError: the upload failed. The message says why, and how to try again.
     """
     card = checkpoint / CARD
     if not card.is_file():
@@ -40,16 +42,20 @@ def push(run: Path, checkpoint: Path, repository: str, private: bool | None = No
             allow_patterns=list(UPLOADED),
             commit_message=f"{checkpoint.name} of FastFlowGRPO",
         )
-    except Exception as error:  # of the network, the hub, the disk: none of them may cost the run
+    except Exception as error:  # whatever fails in the network, the hub or the disk, the run must go on
         raise UserError(
             f"{checkpoint} was not pushed to {repository}: {type(error).__name__}: {error}; "
-            f"it is safe where it is, try again with: python -m fastflowgrpo.push {run} {repository}"
+            f"the weights are safe in that folder, try again with: python -m fastflowgrpo.push {run} {repository}"
         ) from error
     return str(address)
 
 
 def check_push(repository: str) -> None:
-    """Raises UserError if a push to a repository would fail for its name, or for want of a login."""
+    """Check the name of a repository, and that there is a login, before anything is pushed.
+
+    Raises:
+        UserError: a push would fail.
+    """
     try:
         validate_repo_id(repository)
     except HFValidationError as error:

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint."""
+"""The model card of a checkpoint: what was trained and how, its evaluations, and code that loads the weights."""
 
 import inspect
 import json
@@ -16,14 +16,15 @@ from huggingface_hub import ModelCard, ModelCardData
 from fastflowgrpo.config import Config, read_run
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.trained import FULL, LORA, holds_weights
-from fastflowgrpo.runs.files import versions
+from fastflowgrpo.results import versions
+from fastflowgrpo.runs.files import BEFORE_AFTER, CURVE, METRICS, read_rows
 from fastflowgrpo.shapes import PIPELINE
 
 CARD = "README.md"
-PICTURES = {"before_after.png": "Images before and after", "curve.png": "Scores while training"}
-PLACE = "FOLDER_OR_REPOSITORY"  # in a card that does not know where it will lie
-# Of a run's settings: how it was watched and kept, not what was done.
-NO_RECIPE = (
+PICTURES = {BEFORE_AFTER: "Images before and after", CURVE: "Scores while training"}
+PLACE = "FOLDER_OR_REPOSITORY"  # stands for the address of the weights until they are pushed
+# Settings that do not change the trained weights.
+NOT_IN_RECIPE = (
     "output_dir",
     "overwrite",
     "resume",
@@ -36,22 +37,22 @@ NO_RECIPE = (
     "hub_private",
     "evaluation",
 )
-# Of a reward's settings: addresses and accounts, which are nobody else's business.
+# Settings of rewards that a public card must not show: addresses and accounts.
 PRIVATE = ("url", "base_url", "api_key_env", "device")
 
 
 def write_card(run: Path, checkpoint: Path) -> Path:
-    """Write the card of a run's checkpoint into the checkpoint's folder, with copies of the run's pictures, so that the
-    folder can be given away as it is.
+    """Write the model card and copies of the run's pictures into the folder of a checkpoint, ready to be published.
 
     Args:
-        run: a run's directory, at its end or while it lasts.
+        run: directory of a run, finished or not.
+        checkpoint: folder checkpoint-STEP of the run, or a folder within one that holds other weights.
 
     Returns:
-        The card's path.
+        The path of the card.
 
     Raises:
-        UserError: these are no run and no checkpoint of one.
+        UserError: `run` is not the directory of a run, or `checkpoint` not the folder of a checkpoint.
     """
     config = read_run(run)
     steps = re.findall(r"checkpoint-(\d+)", str(checkpoint))
@@ -62,25 +63,22 @@ def write_card(run: Path, checkpoint: Path) -> Path:
     for name in pictures:
         shutil.copy(run / name, checkpoint / name)
     name = f"{Path(config.model).name} after Flow-GRPO"
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    body = "\n\n".join(
-        part
-        for part in (
-            f"# {name}",
-            _about(config, checkpoint, step),
-            "\n".join(f"![{PICTURES[picture]}]({picture})" for picture in pictures),
-            _evaluations([row for row in rows if "eval" in row and row["step"] <= step]),
-            _use(config, checkpoint),
-            _recipe(config),
-            "## Versions\n\n" + ", ".join(f"{package} {number}" for package, number in versions().items()),
-        )
-        if part
+    sections = (
+        f"# {name}",
+        _description(config, checkpoint, step),
+        "\n".join(f"![{PICTURES[picture]}]({picture})" for picture in pictures),
+        _evaluation(run, step),
+        _use(config, checkpoint),
+        _recipe(config),
+        _versions(),
     )
+    body = "\n\n".join(section for section in sections if section)
     ModelCard(f"---\n{_metadata(config, checkpoint, name).to_yaml()}\n---\n\n{body}\n").save(checkpoint / CARD)
     return checkpoint / CARD
 
 
 def _metadata(config: Config, checkpoint: Path, name: str) -> ModelCardData:
+    """The YAML block at the head of the card, which the hub reads."""
     lora = (checkpoint / LORA).is_file()
     pipeline = getattr(diffusers, _index(config)["_class_name"])
     video = "num_frames" in inspect.signature(pipeline.__call__).parameters
@@ -95,19 +93,23 @@ def _metadata(config: Config, checkpoint: Path, name: str) -> ModelCardData:
     )
 
 
-def _about(config: Config, checkpoint: Path, step: int) -> str:
-    what = "A LoRA for" if (checkpoint / LORA).is_file() else "The transformer of"
-    averaged = config.update.ema_decay and checkpoint.name == f"checkpoint-{step}"  # its subfolder has others
-    rewards = ", ".join(config.rewards) + (". An exponential moving average of the weights" if averaged else "")
+def _description(config: Config, checkpoint: Path, step: int) -> str:
+    weights = "A LoRA for" if (checkpoint / LORA).is_file() else "The transformer of"
+    rewards = ", ".join(config.rewards)
+    # Before the first step of the average, and in the folder raw/, the weights are those that were trained.
+    averaging = config.update.ema_decay and step >= config.update.ema_every
+    averaged = averaging and checkpoint.name == f"checkpoint-{step}"
+    average = " These are the exponential moving average of the trained weights." if averaged else ""
     return (
-        f"{what} `{config.model}`, trained for {step} updates with online reinforcement learning "
-        f"([Flow-GRPO](https://arxiv.org/abs/2505.05470)) by FastFlowGRPO. Rewards: {rewards}.\n\n"
-        "The licence is to be set by whoever publishes this; that of the base model applies to what is derived from it."
+        f"{weights} `{config.model}`, trained for {step} updates with online reinforcement learning "
+        f"([Flow-GRPO](https://arxiv.org/abs/2505.05470)) by FastFlowGRPO. Rewards: {rewards}.{average}\n\n"
+        "Whoever publishes these weights chooses their licence; the licence of the base model applies to them too."
     )
 
 
-def _evaluations(rows: list[dict[str, Any]]) -> str:
-    """The run's first evaluation beside the last one up to the checkpoint."""
+def _evaluation(run: Path, step: int) -> str:
+    """A table of the run's first evaluation and its last one up to a step; "" if there is none yet."""
+    rows = [row for row in read_rows(run / METRICS) if "eval" in row and row["step"] <= step]
     if not rows:
         return ""
     first, last = ({**row["eval"], **row["eval"]["scores"]} for row in (rows[0], rows[-1]))
@@ -172,7 +174,7 @@ def _use(config: Config, checkpoint: Path) -> str:
 
 
 def _recipe(config: Config) -> str:
-    settings = {name: value for name, value in asdict(config).items() if name not in NO_RECIPE}
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_IN_RECIPE}
     for reward in settings["rewards"].values():
         for key in PRIVATE if isinstance(reward, dict) else ():
             reward.pop(key, None)
@@ -180,6 +182,10 @@ def _recipe(config: Config) -> str:
     return f"## Recipe\n\nSettings of `python -m fastflowgrpo.train --config`:\n\n```yaml\n{text}```"
 
 
+def _versions() -> str:
+    return "## Versions\n\n" + ", ".join(f"{package} {number}" for package, number in versions().items())
+
+
 def _index(config: Config) -> dict[str, Any]:
-    """The base pipeline's model_index.json."""
+    """The model_index.json of the base pipeline."""
     return DiffusionPipeline.load_config(str(PIPELINE) if config.model == "shapes" else config.model)

@@ -16,23 +16,25 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastflowgrpo.config import Config, save
-from fastflowgrpo.evaluation.pictures import image_grid, side_by_side
-from fastflowgrpo.evaluation.summary import SHOWN, Evaluation, spread_over_tags
+from fastflowgrpo.evaluation.pictures import draw_curve, image_grid, side_by_side
+from fastflowgrpo.evaluation.shown import shown_prompts
+from fastflowgrpo.evaluation.summary import Evaluation
+from fastflowgrpo.evaluation.tables import before_after_table
 from fastflowgrpo.planning.plan import Plan
-from fastflowgrpo.prompts import TAGS, Prompt
+from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.results import finite, versions
 from fastflowgrpo.runs.checkpoints import Checkpoint, list_checkpoints, set_aside_later
 from fastflowgrpo.runs.files import (
     BEFORE_AFTER,
     CONFIG,
+    CURVE,
     IMAGES,
     METRICS,
     SUMMARY,
     TRACKER,
     WRITTEN,
     atomic_write,
-    finite,
     json_lines,
-    versions,
 )
 from fastflowgrpo.runs.state import RunState
 
@@ -119,7 +121,7 @@ class Report:
     def evaluated(self, evaluation: Evaluation, step: int) -> None:
         """Log an evaluation: one line, one row, a grid of images."""
         if self.main:
-            image_grid([evaluation]).save(self._grid_path(step))
+            image_grid([evaluation.shown]).save(self._grid_path(step))
         self._log({"step": step, "eval": evaluation.row()})
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
         missing = f"missing {evaluation.missing}" if evaluation.missing else ""
@@ -151,16 +153,16 @@ class Report:
         self._write_summary(wall, images / seconds, {"first": first, "last": last})
         self.accelerator.end_training()
         print(f"\n{images} images in {wall:.0f} s, {images / seconds:.0f} images/s while training")
-        print(_table(first, last))
+        print(before_after_table(first, last))
         paths: dict[str, Path | str] = {"metrics": self.folder / METRICS, "weights": list_checkpoints(self.folder)[-1]}
         if "tensorboard" in self.config.trackers:
             paths["curves"] = f"tensorboard --logdir {self.folder / TRACKER}"
         before, after = (self._grid_path(row["step"]) for row in (evaluated[0], evaluated[-1]))
         if before.is_file() and after.is_file():
             paths["images"] = self.folder / BEFORE_AFTER
-            shown = [prompts[i].text for i in spread_over_tags(prompts, SHOWN)]
+            shown = [prompts[i].text for i in shown_prompts(prompts)]
             side_by_side(before, after, shown).save(paths["images"])
-        paths["curve"] = self._curve(trained, evaluated)
+        paths["curve"] = draw_curve(trained, evaluated, self.folder / CURVE)
         for name, path in paths.items():
             print(f"{name:8} {path}")
 
@@ -211,28 +213,6 @@ class Report:
             file.write(json_lines([row]))
         self.accelerator.log(dict(_flat(row)), step=row["step"])
 
-    def _curve(self, trained: list[dict[str, Any]], evaluated: list[dict[str, Any]]) -> Path | str:
-        """Accuracy over optimiser steps: evaluations, and the training batches behind them."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return 'not drawn, for want of matplotlib: pip install "fastflowgrpo[demo]"'
-
-        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
-        axes = figure.subplots()
-        key = "geneval/strict" if "geneval/strict" in trained[0] else "reward"
-        axes.plot([r["step"] for r in trained], [r[key] for r in trained], color="0.75", lw=1, label="training batches")
-        steps = [row["step"] for row in evaluated]
-        for tag in TAGS:
-            if tag in evaluated[0]["eval"]:
-                axes.plot(steps, [row["eval"][tag] for row in evaluated], lw=1, marker=".", label=tag)
-        axes.plot(steps, [row["eval"]["overall"] for row in evaluated], "k", lw=2, marker="o", label="overall")
-        axes.set(xlabel="optimiser step", ylabel="strict accuracy" if key != "reward" else "reward")
-        axes.legend(fontsize="small", ncols=2)
-        path = self.folder / "curve.png"
-        figure.savefig(path, dpi=150)
-        return path
-
 
 def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in row.items():
@@ -240,16 +220,3 @@ def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
             yield from _flat(value, f"{prefix}{name}/")
         elif value is not None and name not in ("epoch", "step"):
             yield prefix + name, value
-
-
-def _table(first: dict[str, Any], last: dict[str, Any]) -> str:
-    """Before and after, two `Evaluation.row`s, a line per tag and score."""
-    names = [*(tag for tag in TAGS if tag in first), "overall"]
-    pairs: dict[str, tuple[float | None, float | None]] = {
-        **{name: (first[name], last[name]) for name in names},
-        **{name: (value, last["scores"].get(name)) for name, value in first["scores"].items()},
-        "diversity": (first["diversity"], last["diversity"]),
-    }
-    lines = [f"{str(last['images']) + ' images':24} before   after"]
-    lines += [f"{name:24} {a:6.3f}  {b:6.3f}" for name, (a, b) in pairs.items() if a is not None and b is not None]
-    return "\n".join(lines)

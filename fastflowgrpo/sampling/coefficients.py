@@ -5,7 +5,8 @@ sigma_next < sigma, dt = sigma_next - sigma < 0. Every sampler here is a Gaussia
 
     x_next ~ N(c_x x + c_v v, std^2 I)
 
-so three numbers per (schedule, step) are all that the sampling, the log-prob and the loss need of it:
+so the sampling, the log-prob and the loss need three numbers per step of a schedule. `step_coefficients` computes them
+and shows how they follow from the papers:
 
 | dynamics    | source                                   | std                                                      |
 |-------------|------------------------------------------|----------------------------------------------------------|
@@ -14,8 +15,8 @@ so three numbers per (schedule, step) are all that the sampling, the log-prob an
 | `dance_sde` | DanceGRPO, arXiv 2505.07818              | noise_level sqrt(-dt)                                    |
 | `ode`       | Euler                                    | 0                                                        |
 
-As steps get small, `flow_sde` and `dance_sde` tend to the marginals of the ODE. `flow_cps` keeps the mean and the noise
-level sigma at any number of steps, but the data part loses variance.
+With small steps, `flow_sde` and `dance_sde` have the marginals of the ODE. `flow_cps` keeps the mean and the noise
+level sigma at any number of steps, but its data part loses variance.
 """
 
 import math
@@ -33,9 +34,8 @@ DYNAMICS = ("flow_sde", "flow_cps", "dance_sde", "ode")
 class StepCoefficients:
     """Coefficients of denoising steps: x_next = c_x x + c_v v + std noise.
 
-    As `step_coefficients` makes them, fields are float64 CPU tensors of shape (num_steps,), one entry per step of a
-    schedule; `at` picks the float32 entries of a batch. A step with std == 0 is an ODE step: it draws no noise and has
-    no log-prob.
+    `step_coefficients` returns float64 CPU tensors (num_steps,), one entry per step of a schedule; `at` takes the
+    float32 entries of a batch from them. A step with std == 0 is an ODE step: it draws no noise and has no log-prob.
     """
 
     sigma: torch.Tensor
@@ -54,7 +54,7 @@ class StepCoefficients:
 
         Args:
             steps: int64 (B,), indices into the schedule.
-            device: where the result lives; the device of `steps` by default.
+            device: device of the result, by default the device of `steps`.
 
         Returns:
             The entries as float32 tensors of shape (B,) on `device`.
@@ -66,7 +66,7 @@ class StepCoefficients:
         return StepCoefficients(*rows.unbind())
 
     def ode_outside(self, inside: torch.Tensor) -> "StepCoefficients":
-        """The same steps, ODE ones where the bool tensor `inside`, of the shape of the fields, is False."""
+        """The same steps, as ODE steps where `inside` is False; a bool tensor that broadcasts with the fields."""
         return StepCoefficients(
             sigma=self.sigma,
             dt=self.dt,
@@ -96,14 +96,32 @@ def step_coefficients(
 ) -> StepCoefficients:
     """Coefficients of every step of a schedule, in float64 on the CPU.
 
+    The papers write a step with the predictions x_0 = x - sigma v and x_1 = x + (1 - sigma) v:
+
+        flow_sde   mean = x + [v + s^2 / (2 sigma) (x + (1 - sigma) v)] dt,               std = s sqrt(-dt)
+        dance_sde  mean = x + [v + eta^2 / (2 sigma^2) (x - (1 - sigma) x_0)] dt,         std = eta sqrt(-dt)
+        flow_cps   mean = (1 - sigma_next) x_0 + sqrt(sigma_next^2 - std^2) x_1,          std = sigma_next sin(a pi / 2)
+
+    with s = a sqrt(sigma / (1 - sigma)); a and eta are the noise level. In both SDEs the bracket is v + g^2 / (2 sigma)
+    x_1, with g = s or g = eta, since x + (1 - sigma) v = x_1 and x - (1 - sigma) x_0 = sigma x_1. So
+
+        mean = x + [v + k x_1] dt,    k = g^2 / (2 sigma)
+             = (1 + k dt) x + [1 + k (1 - sigma)] dt v
+        c_x  = 1 + k dt,    c_v = [1 + k (1 - sigma)] dt
+
+    and for `flow_cps`, with kept = sqrt(sigma_next^2 - std^2) = sigma_next cos(a pi / 2),
+
+        mean = (1 - sigma_next) (x - sigma v) + kept [x + (1 - sigma) v]
+        c_x  = (1 - sigma_next) + kept,    c_v = kept (1 - sigma) - (1 - sigma_next) sigma
+
     Args:
-        sigmas: (num_steps + 1,), `scheduler.sigmas` of diffusers; strictly decreasing from at most 1 to exactly 0, but
-            for the ODE, which takes any schedule.
+        sigmas: (num_steps + 1,), `scheduler.sigmas` of diffusers. They decrease strictly from at most 1 to exactly 0;
+            the ODE takes any schedule.
         dynamics: one of `DYNAMICS`.
         noise_level: a of `flow_sde` (0.7 in the paper) and `flow_cps` (at most 1), eta of `dance_sde`; 0 is the ODE.
 
     Raises:
-        ValueError: for an unknown dynamics, a noise level out of its range, or sigmas that are no such schedule.
+        ValueError: the dynamics is unknown, the noise level is out of range, or sigmas is not such a schedule.
     """
     check_dynamics(dynamics, noise_level)
     schedule = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu").detach().clone()
@@ -111,37 +129,45 @@ def step_coefficients(
         raise ValueError(
             f"sigmas has shape {tuple(schedule.shape)}: give one value per step and a final 0, shape (num_steps + 1,)"
         )
-    sigma, sigma_next = schedule[:-1], schedule[1:]
-    dt = sigma_next - sigma
     if dynamics == "ode" or noise_level == 0:
-        return StepCoefficients(sigma, dt, c_x=torch.ones_like(dt), c_v=dt.clone(), std=torch.zeros_like(dt))
+        dt = schedule.diff()
+        return StepCoefficients(schedule[:-1], dt, c_x=torch.ones_like(dt), c_v=dt.clone(), std=torch.zeros_like(dt))
     _check_schedule(schedule)
     if dynamics == "flow_cps":
-        # mean = (1 - sigma_next) x_0 + kept x_1, with x_0 = x - sigma v and x_1 = x + (1 - sigma) v
-        std = sigma_next * math.sin(noise_level * math.pi / 2)
-        kept = sigma_next * math.cos(noise_level * math.pi / 2)
-        c_x = (1 - sigma_next) + kept
-        c_v = kept * (1 - sigma) - (1 - sigma_next) * sigma
-        return StepCoefficients(sigma, dt, c_x, c_v, std)
+        return _cps_coefficients(schedule, noise_level)
+    return _sde_coefficients(schedule, dynamics, noise_level)
+
+
+def _sde_coefficients(schedule: torch.Tensor, dynamics: str, noise_level: float) -> StepCoefficients:
+    sigma, dt = schedule[:-1], schedule.diff()
+    diffusion = torch.full_like(sigma, noise_level**2)  # g^2
     if dynamics == "flow_sde":
-        # 1 - sigma is 0 at the first step: upstream puts the next sigma there; by index, for sigma is 1 up to rounding
+        # 1 - sigma is 0 at the first step, where Flow-GRPO's code uses the next sigma. This goes by index, because the
+        # first sigma may differ from 1 by rounding.
         data_level = 1 - sigma
         data_level[0] = 1 - schedule[1]
         diffusion = noise_level**2 * sigma / data_level
-    else:
-        diffusion = torch.full_like(sigma, noise_level**2)
-    # mean = x + [v + diffusion / (2 sigma) (x + (1 - sigma) v)] dt
-    correction = diffusion / (2 * sigma)
-    c_x = 1 + correction * dt
-    c_v = (1 + correction * (1 - sigma)) * dt
+    k = diffusion / (2 * sigma)
+    c_x = 1 + k * dt
+    c_v = (1 + k * (1 - sigma)) * dt
     return StepCoefficients(sigma, dt, c_x, c_v, std=torch.sqrt(-diffusion * dt))
 
 
+def _cps_coefficients(schedule: torch.Tensor, noise_level: float) -> StepCoefficients:
+    sigma, sigma_next = schedule[:-1], schedule[1:]
+    std = sigma_next * math.sin(noise_level * math.pi / 2)
+    kept = sigma_next * math.cos(noise_level * math.pi / 2)
+    c_x = (1 - sigma_next) + kept
+    c_v = kept * (1 - sigma) - (1 - sigma_next) * sigma
+    return StepCoefficients(sigma, schedule.diff(), c_x, c_v, std)
+
+
 def resolve_log_prob(log_prob: str, dynamics: str) -> str:
-    """The log-prob definition meant by "auto": "unnormalised" for `flow_cps` as upstream, "normalised" for the others.
+    """The log-prob definition that "auto" means: "unnormalised" for `flow_cps`, as in the code of Flow-GRPO, and
+    "normalised" for the others. Any other name of `LOG_PROBS` is returned unchanged.
 
     Raises:
-        ValueError: for a name that is neither "auto" nor one of `LOG_PROBS`.
+        ValueError: the name is neither "auto" nor one of `LOG_PROBS`.
     """
     if log_prob in LOG_PROBS:
         return log_prob
@@ -151,7 +177,7 @@ def resolve_log_prob(log_prob: str, dynamics: str) -> str:
 
 
 def check_dynamics(dynamics: str, noise_level: float) -> None:
-    """Raises ValueError for an unknown dynamics or a noise level out of its range."""
+    """Raises ValueError if the dynamics is unknown or the noise level is out of its range."""
     if dynamics not in DYNAMICS:
         raise ValueError(f"unknown dynamics {dynamics!r}: choose one of {', '.join(DYNAMICS)}")
     highest = 1.0 if dynamics == "flow_cps" else math.inf

@@ -1,6 +1,6 @@
-"""Sampling groups of images, and what of it the update needs."""
+"""Sampling the groups of an epoch, and keeping the steps that the update trains on."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -10,25 +10,28 @@ from torch import Tensor
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import guided_velocity, sde_step
 from fastflowgrpo.policy import Conditioning, Policy
-from fastflowgrpo.sampling.coefficients import StepCoefficients, step_coefficients
+from fastflowgrpo.sampling.coefficients import StepCoefficients
+from fastflowgrpo.sampling.conditioning import expand_row, repeat_rows
+from fastflowgrpo.sampling.ode import branch_velocities, ode_steps, sample_ode
 
 
 @dataclass
 class Trajectory:
-    """The trained steps of B samples, S each. Step j of a sample goes from latents[:, j] to latents[:, j + 1]."""
+    """The trained steps of B samples, S per sample. Step j of a sample goes from latents[:, j] to latents[:, j + 1]."""
 
     latents: Tensor
     """(B, S + 1, ...) in the policy's dtype; (B, 0, ...) if the steps are not kept."""
     velocities: Tensor
-    """(B, S, ...): the velocity of each step, guided, as exact as it was; (B, 0, ...) if it is not kept."""
+    """(B, S, ...): the velocity of each step after guidance, in the policy's dtype without guidance and in float32 with
+    it; (B, 0, ...) if the velocities are not kept."""
     log_probs: Tensor
-    """(B, S) float32: log-prob of each step when it was sampled."""
+    """(B, S) float32: log-prob of each step under the policy that sampled it."""
     steps: Tensor
     """(B, S) int64 on the CPU: index of each step in the schedule."""
     seeds: Tensor
-    """(B,) int64: what a sample's noise is a function of, with offsets from 0 (the initial noise) to the last step."""
+    """(B,) int64: seed of all noise of a sample, at offset 0 for the initial noise and at i + 1 for step i."""
     final: Tensor
-    """(B, ...): the clean latents, to be decoded."""
+    """(B, ...): the clean latents."""
 
     @classmethod
     def cat(cls, parts: Sequence["Trajectory"]) -> "Trajectory":
@@ -37,18 +40,24 @@ class Trajectory:
 
 
 def sliding_start(low: int, high: int, stride: int, epochs: int, epoch: int) -> int:
-    """First trained step in an epoch of a window that moves from `low` to `high - 1` (MixGRPO, arXiv 2507.21802): by
-    `stride` steps every `epochs` epochs. At the end it stays."""
+    """First step of a window that slides from `low` to `high - 1` and stays there (MixGRPO, arXiv 2507.21802).
+
+    Args:
+        low, high: range of the first step, `high` excluded.
+        stride: steps per move.
+        epochs: epochs between two moves.
+        epoch: number of the epoch, from 0.
+    """
     return min(low + stride * (epoch // epochs), high - 1)
 
 
 def window_starts(low: int, high: int, seeds: Sequence[int]) -> list[int]:
-    """First trained step of each group, drawn from [low, high) by the group's seed."""
+    """First step of each group's window, drawn from [low, high) by the group's seed."""
     return [int(np.random.default_rng(seed).integers(low, high)) for seed in seeds]
 
 
 def sample_seeds(seeds: Sequence[int], group_size: int) -> Tensor:
-    """A seed for each sample of each group, (B,) int64: a function of the group's seed and the place in the group."""
+    """The seed of each sample of each group, int64 (B,), from the group's seed and the sample's position in it."""
     states = [np.random.SeedSequence(seed).generate_state(group_size, np.uint64) for seed in seeds]
     return torch.from_numpy(np.concatenate(states).view(np.int64))
 
@@ -72,137 +81,173 @@ def sample_groups(
     keep_velocities: bool = False,
     on_step: Callable[[], object] = lambda: None,
 ) -> Trajectory:
-    """Sample group_size images for each prompt, stochastic inside each group's window and by the ODE outside.
+    """Samples group_size images per prompt, by the SDE inside each group's window and by the ODE outside it.
 
-    Nothing between the first step and the last waits for the device. Before the first window the samples of a group
-    with the same initial noise are one, and are computed once.
+    The host does not wait for the device between the first step and the last.
 
     Args:
-        conditioning: a row per group.
-        coefficients: the stochastic coefficients of the whole schedule.
-        starts: first step of each group's window; the same for all its samples.
-        seeds: one per group; all its noise is a function of it.
-        shape: of one latent sample.
-        unconditional: the empty prompt's conditioning, one row; needed if guidance_scale is not 1.
+        conditioning: one row per group.
+        coefficients: stochastic coefficients of the whole schedule.
+        starts: first step of each group's window, the same for all its samples.
+        window_size: steps of a window.
+        group_size: samples per group.
+        seeds: one per group; all noise of the group depends on it only.
+        shape: shape of one latent sample.
+        policy, unconditional, guidance_scale: as in `sample_ode`.
         same_noise: start all samples of a group from the same initial noise.
-        keep_steps: keep the steps of the windows; without it the trajectory has the clean latents and the seeds alone.
+        log_prob: "normalised" or "unnormalised", see `sde_step`.
+        keep_steps: keep the steps of the windows; otherwise the trajectory has only the clean latents and the seeds.
         keep_velocities: keep the velocities of these steps too.
         on_step: called once per denoising step, for a progress bar.
     """
-    num_steps, num_groups, device = len(coefficients.dt), len(starts), policy.device
-    batch_size = num_groups * group_size
-    group = torch.arange(num_groups).repeat_interleave(group_size)
-    first = torch.tensor(starts)[group, None]
-    step = torch.arange(num_steps)
-    trained = (step >= first) & (step < first + window_size)
-    rows = StepCoefficients(
-        *(getattr(coefficients, name).expand(batch_size, -1) for name in ("sigma", "dt", "c_x", "c_v", "std"))
-    ).ode_outside(trained)
-    sigma, c_x, c_v, std = (
-        t.T.to(device, torch.float32, non_blocking=True) for t in (rows.sigma, rows.c_x, rows.c_v, rows.std)
-    )
-
-    of_sample = sample_seeds(seeds, group_size).to(device, non_blocking=True)
-    shared = min(starts) if same_noise else 0
-    of_noise = of_sample[::group_size] if same_noise else of_sample
-    sample = philox_normal(of_noise, 0, (len(of_noise), *shape)).to(policy.dtype)
+    schedule = _window_schedule(coefficients, starts, window_size, group_size, policy.device)
+    noise_seeds = sample_seeds(seeds, group_size).to(policy.device, non_blocking=True)
+    initial_seeds = noise_seeds[::group_size] if same_noise else noise_seeds
+    sample = philox_normal(initial_seeds, 0, (len(initial_seeds), *shape)).to(policy.dtype)
+    begin = 0
     if same_noise:
-        prefix = range(shared)
-        sample = _ode_steps(policy, sample, conditioning, coefficients, prefix, unconditional, guidance_scale, on_step)
+        # until the first window the samples of a group are equal: compute them once per group
+        begin, guidance = min(starts), (unconditional, guidance_scale)
+        sample = ode_steps(policy, sample, conditioning, coefficients, range(begin), *guidance, on_step)
         sample = sample.repeat_interleave(group_size, 0)
-    conditioning = repeat_rows(conditioning, group.to(device, non_blocking=True))
-    unconditional = expand_row(unconditional, batch_size)
-
-    kept = window_size if keep_steps else 0
-    latents = torch.empty(batch_size, kept + keep_steps, *shape, dtype=policy.dtype, device=device)
-    # The policy's own output is exact in its dtype, what guidance makes of two is not.
-    exact = policy.dtype if unconditional is None else torch.float32
-    velocities = torch.empty(batch_size, kept * keep_velocities, *shape, dtype=exact, device=device)
-    log_probs = torch.empty(batch_size, kept, device=device)
-    noisy = (rows.std > 0).any(0).tolist()
-    inside = [torch.from_numpy(np.flatnonzero(of_step)) for of_step in trained.T]
-    slots = [(i - first[of_step, 0]).to(device, non_blocking=True) for i, of_step in enumerate(inside)]
-    inside = [of_step.to(device, non_blocking=True) for of_step in inside]
-    for i in range(shared, num_steps):
-        velocity = policy.velocity(sample, sigma[i], conditioning)
-        velocity_uncond = policy.velocity(sample, sigma[i], unconditional) if unconditional is not None else None
+    conditioning = repeat_rows(conditioning, schedule.group.to(policy.device, non_blocking=True))
+    unconditional = expand_row(unconditional, len(sample))
+    keep_velocities = keep_velocities and keep_steps
+    velocity_dtype = policy.dtype if unconditional is None else torch.float32
+    kept = _KeptSteps(sample, schedule, window_size * keep_steps, velocity_dtype, keep_velocities)
+    for i in range(begin, len(schedule.sigma)):
+        velocity, velocity_uncond = branch_velocities(policy, sample, schedule.sigma[i], conditioning, unconditional)
+        draws_noise = schedule.draws_noise[i]
         next_sample, step_log_prob = sde_step(
             velocity,
             sample,
-            c_x[i],
-            c_v[i],
-            std[i] if noisy[i] else 0.0,
+            schedule.c_x[i],
+            schedule.c_v[i],
+            schedule.std[i] if draws_noise else 0.0,
             velocity_uncond=velocity_uncond,
             guidance_scale=guidance_scale,
-            seed=of_sample if noisy[i] else None,
+            seed=noise_seeds if draws_noise else None,
             offset=i + 1,
             log_prob=log_prob,
         )
-        if keep_steps:
-            latents[inside[i], slots[i]] = sample[inside[i]]
-            latents[inside[i], slots[i] + 1] = next_sample[inside[i]]
-            log_probs[inside[i], slots[i]] = step_log_prob[inside[i]]
-        if keep_steps and keep_velocities:
-            guided = guided_velocity(velocity, velocity_uncond, guidance_scale)
-            velocities[inside[i], slots[i]] = guided[inside[i]].to(exact)
+        if keep_velocities:
+            velocity = guided_velocity(velocity, velocity_uncond, guidance_scale)
+        kept.store(i, sample, next_sample, step_log_prob, velocity)
         sample = next_sample
         on_step()
-    return Trajectory(latents, velocities, log_probs, first + torch.arange(kept), of_sample, sample)
+    return kept.trajectory(noise_seeds, sample)
 
 
 @torch.no_grad()
-def sample_ode(
+def sample_clean_groups(
     policy: Policy,
     conditioning: Conditioning,
     num_steps: int,
-    noise: Tensor,
+    group_size: int,
+    seeds: Sequence[int],
+    shape: tuple[int, ...],
     *,
     unconditional: Conditioning | None = None,
     guidance_scale: float = 1.0,
-) -> Tensor:
-    """Clean latents (B, ...) by the ODE from given noise; a conditioning row per sample."""
-    coefficients = step_coefficients(policy.sigmas(num_steps, tuple(noise.shape[1:])), "ode")
-    sample, steps = noise.to(policy.device, policy.dtype), range(num_steps)
-    return _ode_steps(policy, sample, conditioning, coefficients, steps, unconditional, guidance_scale)
-
-
-def _ode_steps(
-    policy: Policy,
-    sample: Tensor,
-    conditioning: Conditioning,
-    coefficients: StepCoefficients,
-    steps: Iterable[int],
-    unconditional: Conditioning | None,
-    guidance_scale: float,
+    solver: str = "euler",
     on_step: Callable[[], object] = lambda: None,
-) -> Tensor:
-    """The sample after the given steps of the schedule, taken by the ODE; a conditioning row per sample."""
-    sigma = coefficients.sigma.to(policy.device, torch.float32, non_blocking=True)
-    unconditional = expand_row(unconditional, len(sample))
-    for i in steps:
-        at = sigma[i].expand(len(sample))
-        velocity = policy.velocity(sample, at, conditioning)
-        velocity_uncond = policy.velocity(sample, at, unconditional) if unconditional is not None else None
-        sample, _ = sde_step(
-            velocity,
-            sample,
-            1.0,
-            float(coefficients.dt[i]),
-            0.0,
-            velocity_uncond=velocity_uncond,
-            guidance_scale=guidance_scale,
+) -> Trajectory:
+    """Samples group_size images per prompt by the ODE; the trajectory has only the clean latents and the seeds.
+
+    Args:
+        num_steps, solver: as in `sample_ode`.
+        conditioning, group_size, seeds, shape, unconditional, guidance_scale, on_step: as in `sample_groups`.
+    """
+    noise_seeds = sample_seeds(seeds, group_size).to(policy.device, non_blocking=True)
+    group = torch.arange(len(seeds)).repeat_interleave(group_size).to(policy.device, non_blocking=True)
+    clean = sample_ode(
+        policy,
+        repeat_rows(conditioning, group),
+        num_steps,
+        philox_normal(noise_seeds, 0, (len(noise_seeds), *shape)),
+        unconditional=unconditional,
+        guidance_scale=guidance_scale,
+        solver=solver,
+        on_step=on_step,
+    )
+    none = clean.new_empty(len(clean), 0, *shape)
+    empty = none.float().flatten(1)
+    return Trajectory(none, none, empty, torch.empty(len(clean), 0, dtype=torch.int64), noise_seeds, clean)
+
+
+@dataclass
+class _WindowSchedule:
+    """The steps of B samples: stochastic inside the window of the sample's group, ODE outside it."""
+
+    group: Tensor
+    """int64 (B,) on the CPU: the group of each sample."""
+    first_step: Tensor
+    """int64 (B,) on the CPU: the first step of each sample's window."""
+    in_window: Tensor
+    """bool (B, num_steps) on the CPU."""
+    draws_noise: list[bool]
+    """For each step, whether any sample draws noise."""
+    sigma: Tensor
+    """float32 (num_steps, B) on the device of the policy, like c_x, c_v and std."""
+    c_x: Tensor
+    c_v: Tensor
+    std: Tensor
+
+
+def _window_schedule(
+    coefficients: StepCoefficients, starts: Sequence[int], window_size: int, group_size: int, device: torch.device
+) -> _WindowSchedule:
+    group = torch.arange(len(starts)).repeat_interleave(group_size)
+    first_step = torch.tensor(starts)[group]
+    step = torch.arange(len(coefficients.dt))
+    in_window = (step >= first_step[:, None]) & (step < first_step[:, None] + window_size)
+    rows = coefficients.ode_outside(in_window)
+    per_step = (rows.sigma.expand_as(in_window), rows.c_x, rows.c_v, rows.std)
+    on_device = (tensor.T.to(device, torch.float32, non_blocking=True) for tensor in per_step)
+    return _WindowSchedule(group, first_step, in_window, (rows.std > 0).any(0).tolist(), *on_device)
+
+
+class _KeptSteps:
+    """The steps inside each sample's window, copied into preallocated tensors.
+
+    Args:
+        sample: (B, ...), gives shape, dtype and device of the latents.
+        schedule: of these samples.
+        count: steps to keep of each sample, 0 or the size of the window.
+        velocity_dtype: dtype of the velocities.
+        keep_velocities: whether to keep the velocities of these steps too.
+    """
+
+    def __init__(
+        self,
+        sample: Tensor,
+        schedule: _WindowSchedule,
+        count: int,
+        velocity_dtype: torch.dtype,
+        keep_velocities: bool,
+    ):
+        batch_size, *shape = sample.shape
+        self.steps = schedule.first_step[:, None] + torch.arange(count)
+        self.latents = sample.new_empty(batch_size, count + (count > 0), *shape)
+        self.velocities = sample.new_empty(batch_size, count * keep_velocities, *shape, dtype=velocity_dtype)
+        self.log_probs = torch.empty(batch_size, count, device=sample.device)
+        # for each step: the samples whose window contains it, and their slots
+        rows = [torch.from_numpy(np.flatnonzero(samples)) for samples in schedule.in_window.T]
+        slots = [step - schedule.first_step[samples] for step, samples in enumerate(rows)]
+        self.rows, self.slots = (
+            [index.to(sample.device, non_blocking=True) for index in indices] for indices in (rows, slots)
         )
-        on_step()
-    return sample
 
+    def store(self, step: int, sample: Tensor, next_sample: Tensor, log_prob: Tensor, velocity: Tensor) -> None:
+        """Copy a step of the schedule for the samples whose window contains it."""
+        rows, slots = self.rows[step], self.slots[step]
+        if self.steps.shape[1]:
+            self.latents[rows, slots] = sample[rows]
+            self.latents[rows, slots + 1] = next_sample[rows]
+            self.log_probs[rows, slots] = log_prob[rows]
+        if self.velocities.shape[1]:
+            self.velocities[rows, slots] = velocity[rows].to(self.velocities.dtype)
 
-def repeat_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
-    """The given rows of every tensor of a conditioning."""
-    return {name: tensor[rows] for name, tensor in conditioning.items()}
-
-
-def expand_row(conditioning: Conditioning | None, batch_size: int) -> Conditioning | None:
-    """A conditioning of one row for a whole batch, without copies."""
-    if conditioning is None:
-        return None
-    return {name: tensor.expand(batch_size, *tensor.shape[1:]) for name, tensor in conditioning.items()}
+    def trajectory(self, seeds: Tensor, final: Tensor) -> Trajectory:
+        """The kept steps, with the seeds and the clean latents of all samples."""
+        return Trajectory(self.latents, self.velocities, self.log_probs, self.steps, seeds, final)

@@ -1,4 +1,4 @@
-"""The command line: settings, their order, their help, and one clear line for each thing that can be wrong."""
+"""The command line: settings, their order, their help, and a one-line message for every error."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from fastflowgrpo import train
 from fastflowgrpo.config import Config, parse, save, setting_types, validate
 from fastflowgrpo.errors import UserError
 
-# what is wrong -> the command line, and what the message must say
+# error -> the command line, and a part of its message
 WRONG = {
     "unknown setting": (
         ["--rollout.num_stps", "3"],
@@ -92,7 +92,7 @@ WRONG = {
     ),
 }
 
-# what is wrong -> the YAML file, and what the message must say after the file's name
+# error -> the YAML file, and a part of the message after the file's name
 WRONG_FILES = {
     "unknown setting": (
         "rollout:\n  num_stps: 3",

@@ -12,19 +12,17 @@ from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from support.pipelines import tiny_sd3_pipeline
-from support.reward_models import clip_folder, sample_images
+from support.reward_models import clip_folder
 
 from fastflowgrpo import train
 from fastflowgrpo.config import parse_evaluation
 from fastflowgrpo.evaluate import main
 from fastflowgrpo.evaluation import comparison
-from fastflowgrpo.evaluation.sampling import Samples, diversity, sample_and_score
-from fastflowgrpo.evaluation.statistics import Statistic, cosine_distances, difference, measures, statistics
+from fastflowgrpo.evaluation.sampling import sample_and_score
 from fastflowgrpo.policy import load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.prompts import TAGS, Prompt
 from fastflowgrpo.rewards import RewardBatch, Scores, build_rewards
-from fastflowgrpo.rewards.clip import CLIP
 from fastflowgrpo.scoring.pipeline import Scoring
 from fastflowgrpo.shapes import scenes
 
@@ -176,75 +174,6 @@ def test_the_model_alone_with_a_failing_reward_and_a_clip(lora_run, tmp_path, ca
     assert set(result["base"]["Diversity"]) == {"pixels", "latents", "CLIP"}
     assert all(row["mean"] > 0 and row["scored"] == 4 for row in result["base"]["Diversity"].values())
     assert "| test_evaluate:patchy |" in capsys.readouterr().out
-
-
-def test_statistics():
-    values = torch.tensor([[1.0, 3.0], [2.0, 6.0], [0.0, 0.0]])
-    found = Statistic.of(values)
-    per_prompt = values.mean(1)
-    assert (found.mean, found.scored, found.missing) == (2.0, 6, 0)
-    assert found.standard_error == pytest.approx(float(per_prompt.std() / 3**0.5))
-
-    values[1, 1] = values[2] = math.nan  # of two prompts there remain two values and one
-    found = Statistic.of(values)
-    assert (found.mean, found.scored, found.missing) == (2.0, 3, 3)
-    assert found.standard_error == 0  # 1 + 3 - 2 x 2 and 2 - 2
-    values[1, 0] = 8.0
-    residuals = np.array([1 + 3 - 2 * 4.0, 8 - 4.0])
-    assert Statistic.of(values).standard_error == pytest.approx(math.sqrt(2 * (residuals**2).sum()) / 3)
-
-    assert math.isnan(Statistic.of(values[:1]).standard_error)
-    assert Statistic.of(values[:1]).mean == 2
-    none = Statistic.of(torch.full((2, 2), math.nan))
-    assert math.isnan(none.mean)
-    assert (none.scored, none.missing) == (0, 4)
-    parts = [Statistic(0.2, 0.3, 4, 0), Statistic(0.6, 0.4, 3, 1)]
-    assert Statistic.average(parts) == Statistic(pytest.approx(0.4), pytest.approx(0.25), 7, 1)
-
-
-def samples_of(images, images_per_prompt=2):
-    return Samples(
-        images_per_prompt, images, Scores(torch.zeros(len(images)), {}), torch.zeros(len(images) // images_per_prompt)
-    )
-
-
-def test_measures_and_their_difference():
-    prompts = [Prompt("two dogs", {"tag": "counting"}), Prompt("a red dog", {"tag": "colors"})]
-
-    def measured(*values):
-        values = torch.tensor(values)
-        return measures(prompts, 2, Scores(values, {"geneval/strict": values}), {"pixels": values[:2]})
-
-    base, trained = measured(0.0, 1.0, math.nan, 1.0), measured(3.0, math.nan, 1.0, 0.0)
-    found = statistics(difference(base, trained))["GenEval, strict"]
-    assert set(found) == {"overall", "counting", "colors"}
-    assert (found["counting"].mean, found["counting"].missing) == (3, 1)
-    assert (found["colors"].mean, found["colors"].missing) == (-1, 1)
-    assert found["overall"].mean == 1
-    assert statistics(base)["GenEval, strict"]["overall"].mean == 0.75
-    assert statistics(base)["Diversity"]["pixels"].mean == 0.5
-    plain = measures([Prompt("a"), Prompt("b")], 2, Scores(torch.zeros(4), {}), {}, total=False)
-    assert plain == {"Scores": {}}
-
-
-def test_diversity():
-    images = sample_images(20, 30)[:4]
-    groups = images.double().div(255).unflatten(0, (2, 2))
-    expected = (groups[:, 0] - groups[:, 1]).square().mean((1, 2, 3)).sqrt()
-    assert diversity(samples_of(images))["pixels"].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
-    assert diversity(samples_of(images[[0, 0, 1, 1]]))["pixels"].tolist() == [0, 0]
-    assert diversity(samples_of(images, images_per_prompt=1)) == {}
-
-
-def test_clip_diversity(tmp_path):
-    clip, images = CLIP(clip_folder(tmp_path)), sample_images(64, 64)[:6]
-    embeddings = clip.embed_images(images)
-    cosine = embeddings @ embeddings.T
-    pairs = [[(0, 1), (0, 2), (1, 2)], [(3, 4), (3, 5), (4, 5)]]
-    expected = [sum(1 - float(cosine[pair]) for pair in group) / 3 for group in pairs]
-    found = diversity(samples_of(images, images_per_prompt=3), clip.embed_images)["CLIP"]
-    assert found.tolist() == pytest.approx(expected, rel=1e-4)
-    assert cosine_distances(embeddings[[0, 0, 0]][None]).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_noise_is_a_function_of_seed_index_and_copy(lora_run):

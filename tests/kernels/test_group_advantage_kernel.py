@@ -14,7 +14,7 @@ BLOCK = 256  # rows that the kernel takes at a time
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """What the kernel leaves unwritten is 7."""
+    """Fills the memory that the kernel must write to with 7."""
     monkeypatch.setattr(torch, "empty_like", lambda tensor: torch.full_like(tensor, 7.0))
 
 
@@ -27,7 +27,7 @@ def expected(*arguments):
 
 
 def sample(sizes, columns, missing=0.1):
-    """Groups of these sizes in random order, their ids of both signs and too large for a float."""
+    """Groups of these sizes in random order; their ids have both signs and are too large for a float."""
     generator = torch.Generator().manual_seed(len(sizes))
     ids = torch.cat([torch.full((size,), (-1) ** k * (2**60 + k)) for k, size in enumerate(sizes)])
     ids = ids[torch.randperm(len(ids), generator=generator)]

@@ -43,7 +43,7 @@ def problem(dynamics="flow_sde", dtype=torch.float64, shape=(4, 3, 5), guidance=
 
 
 def guard_problem(dynamics="flow_sde", dtype=torch.float64, shape=(4, 3, 5), guidance=None, log_prob="normalised"):
-    """The same for GRPO-Guard: the policy has moved along the noise of the step, and a little across it.
+    """The arguments for GRPO-Guard: the policy has moved along the noise of the step, and a little across it.
 
     With a clip range of 0.15 it holds the third pair's ratio from above and the last one's from below.
     """
@@ -147,7 +147,7 @@ def test_gradcheck_of_guard(log_prob, kl_weight, guidance):
 
 @pytest.mark.parametrize("guidance", [None, 4.5])
 def test_gradient_of_guard_by_hand(guidance):
-    """d loss / d v = -A ratio g c_v (x_next - mean_old) / (std D (-dt)), of the mean that sampled."""
+    """d loss / d v = -A ratio g c_v (x_next - mean_old) / (std D (-dt)), with the mean of the draw."""
     arguments = guard_problem(guidance=guidance)
     velocity = arguments["velocity"].requires_grad_()
     loss, stats = grpo_step_loss(**arguments, clip_range=0.15)

@@ -89,7 +89,7 @@ def test_guard_against_float64(dynamics, log_prob, kl, guidance, kernel_device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_guard_of_dtypes_and_shapes(dtype, shape, kl_weight, kernel_device):
     arguments = on(kernel_device, guard_problem(dtype=dtype, shape=shape, guidance=2.0))
-    # a clip range that holds no ratio, since rounding to bfloat16 moves one across a bound; / -dt is ten times as much
+    # a wide clip range, since rounding to bfloat16 could move a ratio across a bound; / -dt scales the loss by ten
     compare(arguments, 4e-5, clip_range=0.9, atol=2e-4, kl_weight=kl_weight)
 
 
@@ -278,7 +278,7 @@ def test_one_graph_under_compile(make, kernel_device):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 3, 256, 1000])
 def test_loss_of_log_probs_against_float64(size, dtype, kernel_device):
-    """Ratios below, inside and above the clip, advantages of both signs, 0 and beyond their clip."""
+    """Ratios below, inside and above the clip; advantages of both signs, of 0 and beyond their own clip."""
     generator = torch.Generator().manual_seed(0)
     log_prob = torch.randn(size, generator=generator).to(kernel_device, dtype)
     old_log_prob = log_prob.float() + 0.3 * torch.randn(size, generator=generator).to(kernel_device)
@@ -335,7 +335,7 @@ def test_choice_for_log_probs(kernel_device):
 
 
 def test_a_compiler_sees_the_kernels():
-    """Forward and backward are one graph each of kernels that torch knows to write to their outputs only."""
+    """Forward and backward are one graph each, and torch knows that the kernels write only to their outputs."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parents[1] / "support" / "trace_kernels.py"
     result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)

@@ -48,7 +48,7 @@ def test_against_float64(dtype, shape):
     exact = mean + std.double().view(column) * n
     torch.testing.assert_close(prev_sample, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     if shape[0]:
-        # of the sample as it is stored, so this is exact to float32 in every dtype
+        # the log-prob belongs to the stored sample, so it is exact to float32 in every dtype
         expected = written_out_log_prob(prev_sample.double(), mean, std.double())
         torch.testing.assert_close(log_prob.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -102,7 +102,7 @@ def test_gradient_of_the_log_prob(log_prob):
 
 
 def test_log_prob_of_a_drawn_sample_has_the_gradient_of_the_score():
-    """Were the drawn sample not a constant, it would follow the velocity and the gradient would vanish."""
+    """If the drawn sample were not a constant, it would follow the velocity and the gradient would be 0."""
     velocity, sample, noise = tensors(count=3)
     velocity.requires_grad_()
     prev_sample, log_prob = sde_step(velocity, sample, C_X, C_V, STD, noise=noise)
@@ -165,7 +165,7 @@ def test_drawn_samples_have_the_mean_and_std():
 
 
 def test_float16_noise_below_its_resolution_is_scored_as_stored():
-    """The deviation is lost in rounding: the unrounded sample's log-prob would be far from that of what is stored."""
+    """Rounding hides the noise: the log-prob of the unrounded sample would be far from the stored sample's."""
     sample = torch.full((1, 1000), 1000.0, dtype=torch.float16)
     velocity, std = torch.zeros_like(sample), 0.01
     prev_sample, log_prob = sde_step(velocity, sample, 1.0, -0.1, std)
@@ -256,7 +256,7 @@ def test_errors(change, message):
 
 
 def test_philox_gives_the_integers_of_random123():
-    """The known answers that come with Random123, for Philox4x32-10."""
+    """The known answers for Philox4x32-10 that come with Random123."""
     pi = ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
     for (counter, key), expected in (
         (((0,) * 4, (0,) * 2), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
@@ -288,7 +288,7 @@ def test_noise_of_seeds_is_standard_normal():
     levels = torch.tensor([-2.0, -1.0, -0.3, 0.0, 0.5, 1.5, 2.5], dtype=torch.float64)
     found = (noise[..., None] < levels).double().mean(1)
     assert (found - torch.special.ndtr(levels)).abs().max() < bound / 2
-    # neither within a row nor between rows: seeds that differ in one bit of either word, offsets that differ
+    # uncorrelated within a row and between rows, also for seeds that differ in one bit and for other offsets
     for lag in range(1, 9):
         assert (noise[:, lag:] * noise[:, :-lag]).mean(1).abs().max() < bound
     between = noise @ noise.T / size - torch.eye(5)

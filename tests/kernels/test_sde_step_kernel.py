@@ -30,7 +30,7 @@ def coefficients(batch_size, device):
 
 
 def test_numbers_reach_the_kernels_as_floats():
-    """Compiled, an integer 1 would be a constant, which has none of a tensor's methods."""
+    """Triton would compile an integer 1 as a constant, which lacks the methods of a tensor."""
     rows = triton_rows.coefficients(1, 0.5, None, torch.ones(4, dtype=torch.float64)[::2])
     assert [type(row) for row in rows] == [float, float, type(None), torch.Tensor]
     assert rows[:2] == [1, 0.5] and rows[3].dtype == torch.float32 and rows[3].is_contiguous()
@@ -52,7 +52,7 @@ def test_against_float64(dtype, shape, source, guidance, kernel_device):
     wide = {name: t.double() if isinstance(t, torch.Tensor) and name != "seed" else t for name, t in given.items()}
     wide |= {"velocity_uncond": uncond.double(), "guidance_scale": guidance} if guidance else {}
     exact, _ = sde_step(velocity.double(), sample.double(), *c, backend="reference", **wide)
-    # the interpreter truncates to bfloat16, a GPU rounds; noise near a radius of 0 is not so exact, see its own test
+    # the interpreter truncates to bfloat16, a GPU rounds; test_noise_is_the_references covers noise near radius 0
     atol = 4e-4 if source == "seed" else 4e-6
     torch.testing.assert_close(prev_sample, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=atol)
     if shape[0]:
@@ -72,7 +72,7 @@ def test_every_step_of_every_dynamics(dynamics, log_prob, kernel_device):
     found = draw(*arguments, noise=noise, log_prob=log_prob)
     exact = sde_step(velocity.double(), sample.double(), *arguments[2:], noise=noise.double(), log_prob=log_prob)
     torch.testing.assert_close(found[0].double(), exact[0], rtol=1e-6, atol=1e-6)
-    # the scored sample is rounded: near the data, where std is small, this shows
+    # the scored sample is rounded, which matters near the data, where std is small
     scored = sde_step(*(t.double() for t in arguments[:2]), *arguments[2:], prev_sample=found[0], log_prob=log_prob)
     torch.testing.assert_close(found[1].double(), scored[1], rtol=1e-5, atol=1e-5)
     assert ((found[1] == 0) == (c.std == 0)).all()
@@ -105,7 +105,7 @@ def test_noise_is_the_references(offset, kernel_device):
     zero = torch.zeros(len(SEEDS), 3, 1367, device=kernel_device)
     noise, _ = draw(zero, zero, 1.0, -0.1, 1.0, seed=seed, offset=offset)
     expected = philox_normal(seed, offset, zero.shape, torch.float64)
-    # log u has an absolute error of a float32 u; near u = 1 the root magnifies it
+    # log u has the absolute error of a float32 u, and near u = 1 the root magnifies it
     assert ((noise - expected).abs() < 4e-6 + (4e-7 / expected.abs()).clamp(max=4e-4)).all()
     by_row = torch.full_like(seed, offset)
     assert torch.equal(draw(zero, zero, 1.0, -0.1, 1.0, seed=seed, offset=by_row)[0], noise)
@@ -121,7 +121,7 @@ def test_numbers_and_rows_of_any_stride_are_the_same(kernel_device):
 
 
 def layouts(tensor):
-    """The same values, laid out in memory as a pipeline might."""
+    """The same values in the memory layouts that a pipeline may use."""
     latents = torch.stack([torch.zeros_like(tensor), tensor], 1)
     padded = torch.cat([tensor, torch.zeros_like(tensor)], -1)
     return {
@@ -165,7 +165,7 @@ def test_one_row_for_the_whole_batch(kernel_device):
 
 
 def test_addresses_beyond_32_bits(kernel_device):
-    """Rows 2^30 elements apart: the third begins past the reach of 32 bits. What lies between is never touched."""
+    """Rows 2^30 elements apart: the third needs an address beyond 32 bits. The memory between them is never touched."""
     values, sample = (t.to(kernel_device) for t in tensors((3, 50), torch.bfloat16))
     storage = torch.empty_like(values[:0]).new_empty(0)
     storage.untyped_storage().resize_((2**31 + 64) * 2)
@@ -226,7 +226,7 @@ def test_gaussian_log_prob(dtype, shape, log_prob, kernel_device):
 
 
 def test_gaussian_log_prob_of_what_needs_another_gradient(kernel_device, monkeypatch):
-    """Triton has it of the mean alone: left to choose, the reference computes it."""
+    """Triton has the gradient of the mean only; with backend="auto" the reference computes the others."""
     mean, prev_sample = (t.to(kernel_device) for t in tensors())
     std = coefficients(3, kernel_device)[2]
     monkeypatch.setenv("FASTFLOWGRPO_BACKEND", "triton")

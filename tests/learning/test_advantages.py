@@ -19,9 +19,9 @@ def backend(request):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The backends that ran, one after the other."""
+    """The backends that ran, in order."""
     names = []
-    choose = module._choose
+    choose = module._choose_backend
 
     def record(*arguments):
         names.append(choose(*arguments))
@@ -29,7 +29,7 @@ def runs(monkeypatch):
 
     monkeypatch.delenv("FASTFLOWGRPO_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(module, "_choose", record)
+    monkeypatch.setattr(module, "_choose_backend", record)
     return names
 
 
@@ -76,7 +76,7 @@ def test_no_samples(shape, mode, backend):
 
 REWARDS = torch.tensor([[0.0, 10.0], [1.0, 10.0], [NAN, 70.0], [1.0, 40.0], [0.5, -20.0], [0.75, 5.0]])
 IDS = torch.tensor([5, 5, 5, 5, 9, 9])
-# Without the sample that lacks one of its rewards, in no statistic of either.
+# The sample that lacks one of its rewards counts in no statistic of either reward.
 PRESENT = ~REWARDS.isnan().any(1)
 
 
@@ -139,7 +139,7 @@ def test_auto_is_native_on_the_cpu(runs, monkeypatch):
     group_advantages(REWARDS, IDS)
     monkeypatch.setenv("FASTFLOWGRPO_BACKEND", "reference")
     group_advantages(REWARDS, IDS)
-    # A training on a GPU whose scores are on the CPU.
+    # As in a training on a GPU, whose scores are on the CPU.
     monkeypatch.setenv("FASTFLOWGRPO_BACKEND", "triton")
     group_advantages(REWARDS, IDS)
     group_advantages(REWARDS, IDS, backend="reference")

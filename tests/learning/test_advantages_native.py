@@ -44,7 +44,7 @@ def test_equals_the_model(batch, std, gdpo):
     before = rewards.copy(), ids.copy()
     advantages = call(rewards, ids, weights, std, gdpo)
     assert advantages.dtype == np.float64
-    # The rounding of a mean of values up to 72, divided by at least 1e-4.
+    # The rounding error of a mean of values up to 72, divided by at least 1e-4.
     atol = 64 * EPS * 72 / 1e-4
     np.testing.assert_allclose(advantages, model(rewards, ids, weights, std, gdpo), rtol=1e-9, atol=atol)
     np.testing.assert_array_equal(rewards, before[0])
@@ -86,7 +86,7 @@ def test_a_large_mean_costs_no_more_than_its_rounding():
     offsets = np.random.default_rng(0).normal(size=3 * CHUNK)
     ids = np.arange(len(offsets)) % 3
     expected = model(offsets[:, None], ids, [1.0], "group", False)
-    # A sum of squares would be 1e16, of which 2 is the rounding: nothing of the variance 1 would be left.
+    # A sum of squares would be 1e16 with a rounding error of 2, and would lose the variance 1.
     np.testing.assert_allclose(call(offsets[:, None] + 1e8, ids, std="group"), expected, atol=1e-6)
 
 

@@ -13,7 +13,7 @@ from fastflowgrpo.kernels.sde_step import guided_velocity, step_mean
 from fastflowgrpo.learning import OBJECTIVES
 from fastflowgrpo.learning.flow_matching import noise_draw
 from fastflowgrpo.rewards import Scores
-from fastflowgrpo.sampling.rollout import sample_ode
+from fastflowgrpo.sampling.ode import sample_ode
 
 NAN = math.nan
 LIKELIHOODS = ["dpo", "sft", "rwr"]

@@ -21,7 +21,8 @@ from fastflowgrpo.policy import base
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.policy.latents import pack, unpack
 from fastflowgrpo.runs.report import Report
-from fastflowgrpo.sampling.rollout import sample_ode, sample_seeds
+from fastflowgrpo.sampling.ode import sample_ode
+from fastflowgrpo.sampling.rollout import sample_seeds
 from fastflowgrpo.train import main
 
 PROMPTS = ["a cat", "two dogs on a hill", "snow"]

@@ -9,7 +9,7 @@ from fastflowgrpo.config import Config, PromptsConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt, check_metadata, general, geneval, load_prompts, ocr
 from fastflowgrpo.prompts.__main__ import main
-from fastflowgrpo.prompts.geneval import CLASSES, COLORS, meaning, one, several
+from fastflowgrpo.prompts.geneval import CLASSES, COLORS, meaning, plural, singular
 from fastflowgrpo.prompts.sources import GENERATORS, run_prompts
 from fastflowgrpo.rewards.ocr import quoted_text
 
@@ -35,12 +35,12 @@ def target(prompt):
 
 
 def in_words(metadata):
-    """What a prompt must say for its metadata, written the other way round: from the metadata to the words."""
-    objects = [one(item["class"], item.get("color", "")) for item in metadata["include"]]
+    """The expected words of a prompt, derived from its metadata."""
+    objects = [singular(item["class"], item.get("color", "")) for item in metadata["include"]]
     if metadata["tag"] == "counting":
         (item,) = metadata["include"]
         assert metadata["exclude"] == [{"class": item["class"], "count": item["count"] + 1}]
-        return f"{ {2: 'two', 3: 'three', 4: 'four'}[item['count']] } {several(item['class'])}"
+        return f"{ {2: 'two', 3: 'three', 4: 'four'}[item['count']] } {plural(item['class'])}"
     assert "exclude" not in metadata and all(item["count"] == 1 for item in metadata["include"])
     if metadata["tag"] == "position":
         return f"{objects[1]} {metadata['include'][1]['position'][0]} {objects[0]}"
@@ -48,16 +48,16 @@ def in_words(metadata):
 
 
 def test_plurals_and_articles():
-    assert [several(label) for label in CLASSES] == [word.replace("_", " ") for word in PLURALS.split()]
-    assert [one(label) for label in ("orange", "tv", "scissors", "umbrella")] == [
+    assert [plural(label) for label in CLASSES] == [word.replace("_", " ") for word in PLURALS.split()]
+    assert [singular(label) for label in ("orange", "tv", "scissors", "umbrella")] == [
         "an orange",
         "a TV",
         "a pair of scissors",
         "an umbrella",
     ]
-    assert one("bus", "orange") == "an orange bus" and one("apple", "red") == "a red apple"
-    assert one("skis", "orange") == "a pair of orange skis"
-    vowel = {label for label in CLASSES if one(label).startswith("an ")}
+    assert singular("bus", "orange") == "an orange bus" and singular("apple", "red") == "a red apple"
+    assert singular("skis", "orange") == "a pair of orange skis"
+    vowel = {label for label in CLASSES if singular(label).startswith("an ")}
     assert vowel == {"airplane", "elephant", "umbrella", "apple", "orange", "oven"}
 
 
@@ -80,10 +80,10 @@ def test_geneval_training_prompts():
         assert set(colors) <= set(COLORS)
         labels = [item["class"] for item in prompt.metadata["include"]]
         assert len(labels) == len(set(labels)) and not (colors and "person" in labels)
-    # 240 contents are enough for 500 counting prompts only in other wordings, and no other tag needs any.
+    # There are 240 contents for 500 counting prompts, so other wordings are needed; no other tag needs them.
     plain = [prompt for prompt in prompts if prompt.text == f"a photo of {in_words(prompt.metadata)}"]
     assert len(plain) == 1700 - 500 + 240
-    # The order tells nothing of the tag.
+    # The order is independent of the tag.
     assert len({prompt.metadata["tag"] for prompt in prompts[:40]}) > 3
 
 
@@ -108,7 +108,7 @@ def test_geneval_evaluation_has_the_official_balance_and_is_held_out():
     assert all(prompt.text == f"a photo of {in_words(prompt.metadata)}" for prompt in held_out)
     train = geneval.generate(8000, exclude=held_out)
     assert len(train) == 8000 and meanings(train).isdisjoint(meanings(held_out))
-    # Without the exclusion, there would be such prompts.
+    # Without the exclusion such prompts would appear.
     assert not meanings(geneval.generate(8000)).isdisjoint(meanings(held_out))
 
 
@@ -231,9 +231,9 @@ def test_command(tmp_path, capsys):
         (["genevall"], "invalid choice: 'genevall'"),
         (["ocr", "--count", "0"], "--count must be at least 1, got 0"),
         (["ocr", "--seed", "-1"], "--seed must be at least 0, got -1"),
-        (["ocr", "--length", "9", "4"], "--length: the least, 9, is above the most, 4"),
+        (["ocr", "--length", "9", "4"], "--length: the minimum, 9, is above the maximum, 4"),
         (["general", "--length", "4", "9"], "--length is for ocr, not for general"),
-        (["geneval", "--evaluation", "--count", "5"], "--evaluation has prompts of its own"),
+        (["geneval", "--evaluation", "--count", "5"], "--evaluation prints fixed prompts"),
         (["geneval", "--exclude", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
         (["general", "--count", "9999999"], "9999999 different prompts were asked for"),
     ],

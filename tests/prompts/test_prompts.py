@@ -136,11 +136,11 @@ def test_epochs_walk_through_shuffled_passes(size, count, seed):
     for epoch in range(8):
         chosen = epoch_prompts(prompts, count, seed, epoch)
         assert len(chosen) == count and set(chosen) <= set(range(size))
-        # Distinct whenever there are enough, else as even as can be.
+        # All different if there are enough prompts, otherwise used as evenly as possible.
         times = [chosen.count(i) for i in range(size)]
         assert max(times) - min(times) <= 1
         total.update(chosen)
-        # Without replacement: nobody is a whole pass ahead, but for the passes that are under way.
+        # Without replacement: over all epochs, two prompts differ by at most one use.
         counts = [total[i] for i in range(size)]
         assert max(counts) - min(counts) <= 1
 
@@ -187,7 +187,7 @@ def test_mix_with_uneven_shares():
         total.update(per_tag)
     for tag, weight in mix.items():
         quota = count * weight / 17
-        # A tag's count is one of two integers; 5 standard errors of a mean of such.
+        # A tag's count is one of two adjacent integers; allow 5 standard errors of the mean.
         assert abs(total[tag] / epochs - quota) < 5 * 0.5 / epochs**0.5, tag
 
 

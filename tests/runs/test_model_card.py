@@ -1,4 +1,4 @@
-"""The card of a checkpoint, and what of it goes to the hub."""
+"""The model card of a checkpoint, and its upload to the hub."""
 
 import json
 import re
@@ -118,12 +118,14 @@ def test_a_card_of_an_earlier_checkpoint_and_of_a_model_on_the_hub(run, monkeypa
     monkeypatch.setattr(model_card, "_index", lambda config: index)
     config = read_run(run)
     config.model = "owner/model"
+    config.update.ema_every = 2
     config.rewards = {"deqa": {"weight": 1.0, "base_url": "http://10.1.2.3:17140", "api_key_env": "KEY"}}
     save(config, run / "config.yaml")
     card = ModelCard.load(write_card(run, run / "checkpoints/checkpoint-1"))
     lora = "lora" in card.data.tags
     assert (card.data.base_model, card.data.base_model_relation) == ("owner/model", "adapter" if lora else "finetune")
     assert "| | before | after 0 updates |" in card.text  # the last evaluation before this checkpoint
+    assert "exponential moving average" not in card.text  # whose first step is after this checkpoint
     assert "'owner/model'" in card.text
     assert "10.1.2.3" not in card.content
     assert "KEY" not in card.content

@@ -23,6 +23,7 @@ from fastflowgrpo import Trainer
 from fastflowgrpo.config import parse
 from fastflowgrpo.distributed import Processes, make_accelerator
 from fastflowgrpo.errors import UserError
+from fastflowgrpo.learning.learner import Learner
 from fastflowgrpo.learning.policy_gradient import GRPO
 from fastflowgrpo.runs import checkpoints, resume, signals, state
 from fastflowgrpo.train import main
@@ -161,7 +162,7 @@ PLACES = {  # what is called, for which time, and the whole epochs that the last
     "evaluation": (("fastflowgrpo.evaluation.sampling", "sample_ode"), 2, 3),
     "saving": ((state, "save_training"), 1, 2),
     "pictures": (("fastflowgrpo.runs.report", "image_grid"), 2, 3),
-    "the end": (("fastflowgrpo.runs.report", "_table"), 1, 6),
+    "the end": (("fastflowgrpo.runs.report", "before_after_table"), 1, 6),
 }
 
 
@@ -439,7 +440,7 @@ def test_too_many_missing_scores_stop_the_run_with_a_checkpoint(model, whole, tm
 @pytest.mark.parametrize(("update", "kept"), [(7, "checkpoint-6"), (8, "checkpoint-4")])
 def test_a_gradient_that_is_not_finite_touches_no_good_state(model, whole, tmp_path, monkeypatch, update, kept):
     """In the first update of the fourth epoch, where the state is that after the third, and in the second."""
-    run, accumulate, calls = tmp_path / "run", Trainer.accumulate, []
+    run, accumulate, calls = tmp_path / "run", Learner.accumulate, []
     with monkeypatch.context() as patched:
 
         def poisoned(self, batch, micro_batches):
@@ -449,7 +450,7 @@ def test_a_gradient_that_is_not_finite_touches_no_good_state(model, whole, tmp_p
                 self.parameters[0].grad[0] = torch.nan
             return statistics
 
-        patched.setattr(Trainer, "accumulate", poisoned)
+        patched.setattr(Learner, "accumulate", poisoned)
         with pytest.raises(FloatingPointError, match=r"lower update\.learning_rate"):
             main(command(model, run))
     assert checkpoints.list_checkpoints(run)[-1].name == kept

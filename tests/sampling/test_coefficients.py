@@ -18,7 +18,7 @@ SCHEDULES = {
 
 
 def written_out_step(dynamics, sigmas, i, level, x, v):
-    """Mean and std of step i as the papers have them, one number at a time."""
+    """Mean and std of step i by the formulas of the papers, one number at a time."""
     sigma, sigma_next = sigmas[i], sigmas[i + 1]
     dt = sigma_next - sigma
     if dynamics == "flow_sde":
@@ -49,7 +49,7 @@ def test_formulas(dynamics, level, sigmas):
 
 
 @pytest.mark.parametrize("first", [1 - 2**-24, 1.0, 1 + 2**-23])
-def test_first_step_is_told_by_its_index(first):
+def test_first_step_is_recognised_by_its_index(first):
     """A float32 schedule starts at 1 up to rounding; the first step must not jump there."""
     exact = step_coefficients([1.0, 0.9, 0.0])
     rounded = step_coefficients([first, 0.9, 0.0])
@@ -76,7 +76,7 @@ def test_ode_takes_increasing_schedules():
 )
 @settings(max_examples=50, deadline=None)
 def test_flow_cps_keeps_signal_and_noise_coefficients(steps, level):
-    """With the true velocity, x_next is (1 - sigma_next) x_0 + noise of deviation sigma_next, whatever the steps."""
+    """With the true velocity, x_next is (1 - sigma_next) x_0 + noise with std sigma_next, for any number of steps."""
     sigmas = torch.tensor([0.0, *steps], dtype=torch.float64).cumsum(0).flip(0)
     sigmas = sigmas / sigmas[0]
     c = step_coefficients(sigmas, "flow_cps", level)
@@ -87,7 +87,7 @@ def test_flow_cps_keeps_signal_and_noise_coefficients(steps, level):
 
 
 class GaussianFlow:
-    """Data N(m, s0^2 I), of which marginals and velocity E[x_1 - x_0 | x] = slope x + offset have a closed form."""
+    """Data N(m, s0^2 I): the marginals and the velocity E[x_1 - x_0 | x] = slope x + offset have closed forms."""
 
     def __init__(self, m=0.8, s0=0.5):
         self.m, self.s0 = m, s0
@@ -131,7 +131,7 @@ def test_marginals_converge_at_first_order(dynamics, level):
 
 
 def test_flow_sde_forgets_its_first_step():
-    """The whole schedule, from 1 and with the first step's rule, ends on the data's distribution."""
+    """The whole schedule from sigma = 1, with the rule for the first step, ends at the distribution of the data."""
     final = []
     for num_steps in (40, 160, 640):
         sigmas = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
@@ -147,7 +147,7 @@ def test_flow_sde_forgets_its_first_step():
     [
         ("flow_sde", 0.7, 160, 0.9, 0.5, 0.008),
         ("dance_sde", 0.3, 160, 0.9, 0.5, 0.014),
-        # a point as data: the variance is that of the noise part, kept at any number of steps
+        # the data is a point, so the variance is the noise part's, which any number of steps keeps
         ("flow_cps", 0.5, 5, 1.0, 0.0, 0.0),
         ("flow_cps", 0.8, 40, 1.0, 0.0, 0.0),
     ],

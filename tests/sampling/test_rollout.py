@@ -58,7 +58,7 @@ def sample(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("dynamics", ["flow_sde", "flow_cps", "dance_sde"])
-def test_the_recorded_steps_are_those_that_were_taken(dtype, dynamics):
+def test_recorded_steps_are_the_steps_that_were_taken(dtype, dynamics):
     policy = TinyPolicy(dtype)
     trajectory = sample(policy, dynamics=dynamics)
     assert trajectory.latents.shape == (4, 4, *SHAPE)
@@ -78,7 +78,7 @@ def test_the_recorded_steps_are_those_that_were_taken(dtype, dynamics):
             torch.testing.assert_close(trajectory.log_probs[row, slot, None], expected)
 
 
-def test_outside_the_window_the_steps_are_the_odes():
+def test_steps_outside_the_window_are_ode_steps():
     policy = TinyPolicy()
     trajectory = sample(policy, starts=(2, 2), window_size=1)
     states = [*policy.seen, trajectory.final]
@@ -93,9 +93,9 @@ def test_outside_the_window_the_steps_are_the_odes():
             torch.testing.assert_close(states[step + 1], euler, rtol=1e-5, atol=1e-6)
 
 
-def test_a_group_is_the_same_whatever_it_is_batched_with():
+def test_a_group_does_not_depend_on_its_batch():
     both = sample(TinyPolicy(), seeds=(1, 2), starts=(0, 2))
-    # alone, the second group would get the first's text
+    # sample() would give the second group the text of the first
     alone = sample_groups(
         TinyPolicy(),
         {"text": torch.ones(1, 1)},
@@ -111,7 +111,7 @@ def test_a_group_is_the_same_whatever_it_is_batched_with():
     assert torch.equal(both.log_probs[2:], alone.log_probs)
 
 
-def test_initial_noise_is_shared_in_a_group_only_if_asked():
+def test_initial_noise_is_shared_in_a_group_only_with_same_noise():
     apart, together = TinyPolicy(), TinyPolicy()
     sample(apart)
     shared = sample(together, same_noise=True)
@@ -128,7 +128,7 @@ def test_window_starts_are_drawn_once_per_group():
     assert window_starts(3, 4, [5, 6]) == [3, 3]
 
 
-def test_every_sample_has_a_seed_of_its_own():
+def test_every_sample_has_its_own_seed():
     seeds = sample_seeds(range(50), 24)
     assert seeds.dtype == torch.int64
     assert len(seeds.unique()) == 50 * 24
@@ -136,7 +136,7 @@ def test_every_sample_has_a_seed_of_its_own():
     assert torch.equal(sample_seeds([7], 3), seeds[7 * 24 : 7 * 24 + 3])
 
 
-def test_every_step_has_noise_of_its_own():
+def test_every_step_has_its_own_noise():
     policy = TinyPolicy()
     policy.velocity = lambda latents, sigma, conditioning: torch.zeros_like(latents)
     coefficients = step_coefficients(policy.sigmas(NUM_STEPS), "dance_sde", 0.7)
@@ -166,13 +166,13 @@ def test_on_step_is_called_once_per_step():
 
 
 def plain_samples(policy, conditioning, coefficients, starts, window_size, group_size, seeds, shape):
-    """Every sample of every group by itself, step after step, from its group's initial noise."""
+    """The expected samples: each computed alone, step after step, from the initial noise of its group."""
     final = []
     for group, start in enumerate(starts):
         row = {name: tensor[group : group + 1] for name, tensor in conditioning.items()}
-        of_sample = sample_seeds([seeds[group]], group_size)
-        for seed in of_sample:
-            x = philox_normal(of_sample[:1], 0, (1, *shape)).to(policy.dtype)
+        noise_seeds = sample_seeds([seeds[group]], group_size)
+        for seed in noise_seeds:
+            x = philox_normal(noise_seeds[:1], 0, (1, *shape)).to(policy.dtype)
             for i, sigma in enumerate(coefficients.sigma):
                 velocity = policy.velocity(x, sigma.float()[None], row)
                 if start <= i < start + window_size:
@@ -185,7 +185,7 @@ def plain_samples(policy, conditioning, coefficients, starts, window_size, group
 
 
 @pytest.mark.parametrize("starts", [(2, 2), (3, 1), (0, 2)])
-def test_the_steps_before_the_first_window_are_computed_once_per_group_of_one_noise(starts):
+def test_a_shared_prefix_is_computed_once_per_group(starts):
     policy = TinyPolicy()
     trajectory = sample(policy, starts=starts, window_size=2, group_size=3, same_noise=True)
     rows = [len(seen) for seen in policy.seen]
@@ -195,14 +195,14 @@ def test_the_steps_before_the_first_window_are_computed_once_per_group_of_one_no
     expected = plain_samples(TinyPolicy(), conditioning, coefficients, starts, 2, 3, (1, 2), SHAPE)
     torch.testing.assert_close(trajectory.final, expected)
     assert len(trajectory.final.flatten(1).unique(dim=0)) == 6
-    # a window that begins with the first step leaves nothing to share; nor does noise of its own
+    # nothing is shared if each sample has its own noise, or if a window begins with the first step
     apart = TinyPolicy()
     sample(apart, starts=(2, 2), window_size=2, group_size=3)
     assert [len(seen) for seen in apart.seen] == [6] * NUM_STEPS
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_a_shared_prefix_changes_a_transformers_samples_by_rounding_alone(guidance):
+def test_a_shared_prefix_changes_transformer_samples_only_by_rounding(guidance):
     policy = load_policy("shapes", PolicyConfig())
     conditioning, shape = policy.encode(["a photo of a red circle", "a photo of two squares"]), (8, 3, 3)
     coefficients = step_coefficients(policy.sigmas(NUM_STEPS, policy.latent_shape(None, None)), "flow_sde", 0.7)
@@ -213,7 +213,7 @@ def test_a_shared_prefix_changes_a_transformers_samples_by_rounding_alone(guidan
     shared = sample_groups(policy, conditioning, coefficients, (3, 3), 2, 4, (1, 2), shape, **settings)
     calls = 1 if guidance == 1 else 2
     assert rows == [2] * 3 * calls + [8] * 3 * calls
-    # with a window of its own before the other's, the same group shares nothing
+    # nothing is shared if another group's window begins with the first step
     both = {name: tensor[[0, 1, 0]] for name, tensor in conditioning.items()}
     apart = sample_groups(policy, both, coefficients, (3, 3, 0), 2, 4, (1, 2, 3), shape, **settings)
     torch.testing.assert_close(shared.final, apart.final[:8], rtol=1e-3, atol=1e-4)
@@ -224,14 +224,14 @@ def test_a_shared_prefix_changes_a_transformers_samples_by_rounding_alone(guidan
     ("dynamics", "starts", "drawn"),
     [("flow_sde", (1, 4), [0, 2, 5]), ("flow_cps", (1, 2), [0, 2, 3]), ("ode", (0, 0), [0])],
 )
-def test_noise_is_drawn_for_the_steps_that_some_sample_needs_it_for(monkeypatch, dynamics, starts, drawn):
+def test_noise_is_drawn_only_in_stochastic_steps(monkeypatch, dynamics, starts, drawn):
     offsets = []
 
     def counted(seed, offset, *rest):
         offsets.append(offset)
         return philox_normal(seed, offset, *rest)
 
-    monkeypatch.setattr("fastflowgrpo.rollout.philox_normal", counted)
+    monkeypatch.setattr("fastflowgrpo.sampling.rollout.philox_normal", counted)
     monkeypatch.setattr("fastflowgrpo.kernels.sde_step.philox_normal", counted)
     sample(TinyPolicy(), starts=starts, window_size=1, dynamics=dynamics)
     assert offsets == drawn
@@ -239,7 +239,7 @@ def test_noise_is_drawn_for_the_steps_that_some_sample_needs_it_for(monkeypatch,
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_velocities_are_kept_as_exact_as_they_were(dtype, guidance):
+def test_kept_velocities_are_exact(dtype, guidance):
     policy = TinyPolicy(dtype)
     unconditional = {"text": torch.full((1, 1), 5.0)} if guidance != 1 else None
     settings = {"unconditional": unconditional, "guidance_scale": guidance}
@@ -256,7 +256,7 @@ def test_velocities_are_kept_as_exact_as_they_were(dtype, guidance):
     assert torch.equal(trajectory.velocities.flatten(0, 1).float(), expected)
 
 
-def test_without_its_steps_a_trajectory_has_the_same_images():
+def test_images_are_the_same_if_steps_are_not_kept():
     kept, not_kept = sample(TinyPolicy()), sample(TinyPolicy(), keep_steps=False, keep_velocities=True)
     assert torch.equal(kept.final, not_kept.final)
     assert torch.equal(kept.seeds, sample_seeds((1, 2), 2))

@@ -21,7 +21,7 @@ def randn(seed, shape=SHAPE, dtype=torch.float32):
 
 
 def sample_with(scheduler, num_steps=6, dtype=torch.float32, **kwargs):
-    """A pipeline's loop with a made-up model; returns the final sample."""
+    """The loop of a pipeline with a made-up model; returns the final sample."""
     scheduler.set_timesteps(num_steps)
     sample = randn(0, dtype=dtype)
     for t in scheduler.timesteps:
@@ -87,7 +87,7 @@ def test_flow_shift_of_other_schedulers_becomes_shift():
     other = UniPCMultistepScheduler(flow_shift=5.0, use_flow_sigmas=True, prediction_type="flow_prediction")
     assert FlowSDEScheduler.from_config(other.config).shift == 5.0
     assert FlowSDEScheduler.from_config(other.config, shift=2.0).shift == 2.0
-    # and stays what the caller made of it
+    # a shift that the caller chose survives the next from_config
     assert FlowSDEScheduler.from_config(FlowSDEScheduler.from_config(other.config, shift=2.0).config).shift == 2.0
 
 
@@ -222,7 +222,7 @@ def test_step_noise_is_not_the_initial_noise_of_the_same_seed(seed):
 
 
 def test_begin_index_is_kept():
-    """As the image-to-image pipelines do; the schedule is told by index, not by the timestep."""
+    """Image-to-image pipelines set it; the step is then found by its index, not by its timestep."""
     scheduler = FlowSDEScheduler(shift=3.0, seed=0)
     scheduler.set_timesteps(6)
     scheduler.set_begin_index(2)
@@ -389,7 +389,7 @@ def flux_velocity(transformer, call, sample, timestep):
 
 
 def qwen_velocity(transformer, call, sample, timestep):
-    """Guided, and scaled back to the conditional norm, from both prompts' calls."""
+    """From the calls for both prompts: guided, then scaled back to the conditional norm."""
     velocity, uncond = (flux_velocity(transformer, one, sample, timestep) for one in call)
     guided = uncond + GUIDANCE * (velocity - uncond)
     return guided * (torch.norm(velocity, dim=-1, keepdim=True) / torch.norm(guided, dim=-1, keepdim=True))
@@ -402,7 +402,7 @@ def wan_velocity(transformer, call, sample, timestep):
 
 
 def wan_with_euler():
-    """Wan's pipeline with the scheduler that ours stands in for; its own is UniPC."""
+    """Wan's pipeline with an Euler scheduler, which ours replaces; its own scheduler is UniPC."""
     pipe = tiny_wan_pipeline()
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=pipe.scheduler.config.flow_shift)
     return pipe

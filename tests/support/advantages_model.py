@@ -1,10 +1,10 @@
-"""The definition of the group advantages in numpy, group after group."""
+"""The group advantages written out in numpy, group by group."""
 
 import numpy as np
 
 
 def model(rewards, ids, weights=(1.0,), std="global", gdpo=False):
-    """Advantages (N,) float64 of rewards (N,) or (N, K), which lack every sample that lacks a reward."""
+    """Advantages (N,) float64 of rewards (N,) or (N, K); a sample without one of its rewards is missing."""
     rewards = np.asarray(rewards, dtype=np.float64).reshape(len(ids), len(weights))
     ids = np.asarray(ids)
     present = ~np.isnan(rewards).any(1)

@@ -1,8 +1,10 @@
+"""A check that the host never waits for the device, which also works without a GPU."""
+
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class NoSynchronisation(TorchDispatchMode):
-    """Fails on every operation that would wait for a device."""
+    """Fails in every operation for which the host would wait for the device."""
 
     forbidden = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 

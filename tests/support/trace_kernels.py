@@ -1,6 +1,6 @@
-"""Prints what torch.compile makes of the compiled kernels, which it traces on CPU tensors and does not run.
+"""Prints the graphs that torch.compile makes of the compiled kernels, traced on CPU tensors and never run.
 
-A process of its own: elsewhere in the tests the interpreter has the kernels.
+It needs its own process, because in the other tests Triton's interpreter runs the kernels.
 """
 
 import os
@@ -12,17 +12,17 @@ from torch._functorch.aot_autograd import aot_module_simplified
 from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
 from triton.backends.compiler import GPUTarget
 
-# decorates the kernels while there is no interpreter
+# decorates the kernels before TRITON_INTERPRET is set
 from fastflowgrpo.kernels import grpo_loss_triton, sde_step_triton  # noqa: F401
 from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
 from fastflowgrpo.kernels.sde_step import sde_step
 
-# lets CPU tensors through to the kernels
+# makes the backend accept CPU tensors
 os.environ["TRITON_INTERPRET"] = "1"
 
 
 class Driver:
-    """A GPU as far as the compiler asks."""
+    """Stands in for a GPU; the compiler asks only for its target."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
