@@ -90,7 +90,7 @@ _USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
         "update.kl_weight",
     ),
     ("update.algorithm", ("dpo", "sft", "rwr")): ("update.data",),
-    ("update.algorithm", ("dpo", "sft", "rwr", *FORWARD_PROCESS)): ("update.noise_draws",),
+    ("update.algorithm", ("dpo", "sft", "rwr", *FORWARD_PROCESS)): ("update.noise_draws", "update.noise_levels"),
     ("update.algorithm", FORWARD_PROCESS): (
         "update.old_decay_slope",
         "update.old_decay_start",

@@ -4,6 +4,11 @@
 
 The noise x_1 and the level t are functions of the sample's seed and the number of the draw, so that the policy, the
 old policy and the reference see the same. v is the conditional velocity: guidance shapes the samples, not the loss.
+
+`update.noise_levels` is where t comes from:
+
+    uniform  U(0, 1)
+    rollout  the levels of the rollout's steps but the last: draw j of n is from the j-th of n equal parts of them
 """
 
 from collections.abc import Sequence
@@ -12,9 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastflowgrpo.config import RolloutConfig
 from fastflowgrpo.kernels.philox import philox_normal
-from fastflowgrpo.learning.objective import Batch
+from fastflowgrpo.learning.objective import Batch, Objective
 from fastflowgrpo.policy import Conditioning, Policy
 from fastflowgrpo.sampling.conditioning import repeat_rows
 
@@ -35,6 +39,40 @@ def noise_draw(seeds: Tensor, draws: Tensor, num_steps: int, shape: Sequence[int
     return philox_normal(seeds, offset, shape), level
 
 
+class NoisedObjective(Objective):
+    """An objective on the velocity at clean latents that are mixed with noise."""
+
+    def add_noise(self, batch: Batch, rows: Tensor, draws: Tensor, noise_rows: Tensor | None = None) -> "NoisyLatents":
+        """Mix samples of a batch with noise.
+
+        Args:
+            batch: with the clean latents, on whose device the result is.
+            rows: int64 (N,), the samples.
+            draws: int64 (N,), the numbers of the draws.
+            noise_rows: int64 (N,), the samples whose seeds give noise and level; by default `rows`.
+        """
+        final, seeds = batch.trajectory.final, batch.trajectory.seeds
+        noise_rows = rows if noise_rows is None else noise_rows
+        rows, noise_rows, draws = (index.to(final.device, non_blocking=True) for index in (rows, noise_rows, draws))
+        clean = final[rows].float()
+        noise, uniform = noise_draw(seeds[noise_rows], draws, self.config.rollout.num_steps, clean.shape)
+        level = self.noise_levels(uniform, draws)
+        return NoisyLatents(clean, noise, level, repeat_rows(batch.conditioning, rows // self.group_size))
+
+    def noise_levels(self, uniform: Tensor, draws: Tensor) -> Tensor:
+        """Noise levels as `update.noise_levels` says, float32 (N,).
+
+        Args:
+            uniform: float32 (N,), uniform on [0, 1].
+            draws: int64 (N,), the numbers of the draws.
+        """
+        if self.config.update.noise_levels == "uniform":
+            return uniform
+        sigmas = self.coefficients.sigma[:-1].to(uniform.device, torch.float32, non_blocking=True)
+        step = ((draws + uniform) * (len(sigmas) / self.slots)).long()
+        return sigmas[step.clamp(max=len(sigmas) - 1)]
+
+
 @dataclass
 class NoisyLatents:
     """Clean latents of N samples, each mixed with its own noise."""
@@ -47,26 +85,6 @@ class NoisyLatents:
     """t, (N,) float32."""
     conditioning: Conditioning
     """One row per sample."""
-
-    @classmethod
-    def draw(
-        cls, batch: Batch, rows: Tensor, draws: Tensor, rollout: RolloutConfig, noise_rows: Tensor | None = None
-    ) -> "NoisyLatents":
-        """Mix samples of a batch with noise.
-
-        Args:
-            batch: with the clean latents, on whose device the result is.
-            rows: int64 (N,), the samples.
-            draws: int64 (N,), the numbers of the draws.
-            rollout: that sampled the batch.
-            noise_rows: int64 (N,), the samples whose seeds give noise and level; by default `rows`.
-        """
-        final, seeds = batch.trajectory.final, batch.trajectory.seeds
-        noise_rows = rows if noise_rows is None else noise_rows
-        rows, noise_rows, draws = (index.to(final.device, non_blocking=True) for index in (rows, noise_rows, draws))
-        clean = final[rows].float()
-        noise, level = noise_draw(seeds[noise_rows], draws, rollout.num_steps, clean.shape)
-        return cls(clean, noise, level, repeat_rows(batch.conditioning, rows // rollout.group_size))
 
     @property
     def t(self) -> Tensor:

@@ -25,24 +25,26 @@ After s optimiser updates the old policy has followed by theta_old <- d theta_ol
 epoch, with d = min(old_decay_slope max(s - old_decay_start, 0), old_decay_max).
 """
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
-from fastflowgrpo.learning.flow_matching import NoisyLatents, mean_square
-from fastflowgrpo.learning.objective import Batch, Objective, Statistics
+from fastflowgrpo.learning.flow_matching import NoisedObjective, NoisyLatents, mean_square
+from fastflowgrpo.learning.objective import Batch, Statistics
 
 POWER = 0.25
 LEAST_ERROR = 1e-10
 
 
-class _ForwardProcess(Objective):
+class _ForwardProcess(NoisedObjective):
     """What both methods share: velocities of three policies at the same noise, and the KL."""
 
     uses_old_policy = True
 
     def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, Statistics]:
         update = self.config.update
-        noisy = NoisyLatents.draw(batch, rows, slots, self.config.rollout)
+        noisy = self.add_noise(batch, rows, slots)
         clip = self.config.advantage.clip
         advantages = batch.advantages[rows].float().clamp(-clip, clip).to(noisy.clean.device, non_blocking=True)
         # Before the policy's own pass, whose graph a change of the weights would spoil.
@@ -61,6 +63,7 @@ class _ForwardProcess(Objective):
             statistics["kl"] = kl
         return loss, {name: value.detach() for name, value in statistics.items()}
 
+    @abstractmethod
     def policy_loss(
         self, noisy: NoisyLatents, velocity: Tensor, velocity_old: Tensor, advantages: Tensor
     ) -> tuple[Tensor, Statistics]:
@@ -71,7 +74,6 @@ class _ForwardProcess(Objective):
             velocity, velocity_old: (N, ...) float32, of the policy and the old policy.
             advantages: (N,) float32, clipped.
         """
-        raise NotImplementedError
 
 
 class NFT(_ForwardProcess):

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastflowgrpo.learning.flow_matching import NoisyLatents
-from fastflowgrpo.learning.objective import Batch, Objective, Statistics
+from fastflowgrpo.learning.flow_matching import NoisedObjective
+from fastflowgrpo.learning.objective import Batch, Statistics
 from fastflowgrpo.learning.regression import best_and_worst
 from fastflowgrpo.scoring.contract import Scores
 
 
-class DPO(Objective):
+class DPO(NoisedObjective):
     """A pair is the best sample of a group, which stands for itself and the worst one."""
 
     trains_one_per_group = True
@@ -37,7 +37,7 @@ class DPO(Objective):
         group = rows // self.group_size
         worst = self.group_size * group + batch.advantages.view(-1, self.group_size)[group].nan_to_num().argmin(1)
         both, slots = torch.cat([rows, worst]), torch.cat([slots, slots])
-        noisy = NoisyLatents.draw(batch, both, slots, self.config.rollout, noise_rows=torch.cat([rows, rows]))
+        noisy = self.add_noise(batch, both, slots, noise_rows=torch.cat([rows, rows]))
         with torch.no_grad(), self.policy.reference():
             reference = noisy.error(noisy.velocity(self.policy))
         errors = noisy.error(noisy.velocity(self.policy))

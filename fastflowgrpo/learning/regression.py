@@ -13,12 +13,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fastflowgrpo.learning.flow_matching import NoisyLatents
-from fastflowgrpo.learning.objective import Batch, Objective, Statistics
+from fastflowgrpo.learning.flow_matching import NoisedObjective
+from fastflowgrpo.learning.objective import Batch, Statistics
 from fastflowgrpo.scoring.contract import Scores
 
 
-class _WeightedRegression(Objective):
+class _WeightedRegression(NoisedObjective):
     """The loss w e with the weights w in place of advantages."""
 
     def advantages(self, scores: Scores, reward_weights: Mapping[str, float]) -> Tensor:
@@ -30,7 +30,7 @@ class _WeightedRegression(Objective):
         """The weights of samples, (G, n) float64 of rewards (G, n), of which NaN is missing."""
 
     def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, Statistics]:
-        noisy = NoisyLatents.draw(batch, rows, slots, self.config.rollout)
+        noisy = self.add_noise(batch, rows, slots)
         errors = noisy.error(noisy.velocity(self.policy))
         loss = batch.advantages[rows].to(errors.device, errors.dtype, non_blocking=True) * errors
         return loss, {"loss": loss.detach(), "flow_matching_error": errors.detach()}

@@ -186,6 +186,19 @@ def test_the_old_policy_samples_and_follows_as_the_schedule_says(tmp_path):
     assert not torch.equal(sampled, trainer.collect(0)[0].trajectory.final)
 
 
+def test_levels_of_the_rollout_are_spread_over_its_steps(tmp_path):
+    """As many draws as steps but the last: each of these levels once; fewer draws: one of each part."""
+    sigmas = trainer_of(tmp_path, "nft", noise_draws=4, noise_levels="rollout").coefficients.sigma[:-1].float()
+    for draws in (4, 2):
+        trainer = trainer_of(tmp_path / str(draws), "nft", noise_draws=draws, noise_levels="rollout")
+        batch, _ = trainer.collect(0)
+        rows = torch.arange(len(batch.advantages))
+        levels = [trainer.objective.add_noise(batch, rows, torch.full_like(rows, draw)).level for draw in range(draws)]
+        for part, level in zip(sigmas.chunk(draws), levels, strict=True):
+            assert set(level.tolist()) == set(part.tolist())
+    assert trainer.learner.update(batch)["trained_pairs"] > 0
+
+
 def test_a_snapshot_gives_the_weights_back_after_an_error():
     parameter = torch.nn.Parameter(torch.ones(3))
     snapshot = WeightSnapshot([parameter])
