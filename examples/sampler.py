@@ -1,6 +1,7 @@
 """The stochastic sampler in a plain diffusers pipeline, with the log-prob of every step it took.
 
-Any pipeline with a `FlowMatchEulerDiscreteScheduler` will do; the bundled one draws coloured shapes and needs no download.
+Any pipeline with a `FlowMatchEulerDiscreteScheduler` will do. The bundled one draws coloured shapes; it needs no
+download.
 """
 
 import torch
