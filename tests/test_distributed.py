@@ -114,6 +114,7 @@ def one(folder, output):
     return {
         "lora": train(config_of(folder, output / "one lora")),
         "full": train(config_of(folder, output / "one full", rank=0)),
+        "nft": train(config_of(folder, output / "one nft", algorithm="nft")),
         "few": train(config_of(folder, output / "one few", updates=1, evaluated=3)),
     }
 
@@ -156,7 +157,7 @@ def assert_same_run(seen, one, folder, expected_folder):
         assert_close(row, expected_row)
 
 
-@pytest.mark.parametrize("case", ["lora", "full", "lora sharded", "full sharded"])
+@pytest.mark.parametrize("case", ["lora", "full", "nft", "lora sharded", "full sharded", "nft sharded"])
 def test_two_processes_train_as_one_does(one, two, output, case):
     """3 groups for each update: 2 of one process and 1 of the other; micro-batches of 3 that do not divide their pairs;
     a group of equal rewards and a missing score; 5 evaluation prompts."""
@@ -204,7 +205,7 @@ def test_only_the_first_process_writes_and_prints(two, output):
     assert [rank["error"][: len(error)] for rank in two[0]] == [error] * 2
 
 
-@pytest.mark.parametrize("case", ["lora", "full", "lora sharded", "full sharded"])
+@pytest.mark.parametrize("case", ["lora", "full", "nft", "lora sharded", "full sharded", "nft sharded"])
 def test_a_resumed_run_goes_on_as_the_one_that_was_not_left(two, case):
     for rank in two[0]:
         unbroken, resumed = rank[case]["gone on"].T

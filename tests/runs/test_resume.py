@@ -155,6 +155,23 @@ def on_call(monkeypatch, owner, name, number, act):
     monkeypatch.setattr(owner, name, counted)
 
 
+@pytest.mark.parametrize("algorithm", ["nft", "awm"])
+def test_a_run_with_an_old_policy_resumes_as_the_unbroken_one(model, tmp_path, monkeypatch, algorithm):
+    settings = {"update.algorithm": algorithm, "rollout.dynamics": "ode", "update.old_decay_slope": 0.1}
+    default = {"rollout.window_size": 3, "rollout.window_start": "[0,6]", "rollout.num_steps": 4}
+    unbroken, broken = (command(model, tmp_path / name, **settings, **default) for name in ("unbroken", "broken"))
+    assert main(unbroken) == 0
+    with monkeypatch.context() as patched:
+        on_call(patched, Trainer, "collect", 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(broken) == 143
+    assert main(broken) == 0
+    assert result(tmp_path / "broken") == result(tmp_path / "unbroken")
+    training = tmp_path / "broken/checkpoints/checkpoint-12/training"
+    old, weights = (load_file(training / f"{name}.safetensors") for name in ("old_policy", "weights"))
+    assert old.keys() == weights.keys()
+    assert any(not torch.equal(old[name], weights[name]) for name in weights)
+
+
 PLACES = {  # what is called, for which time, and the whole epochs that the last checkpoint has behind it
     "update": ((GRPO, "loss"), 13, 3),  # the epoch under way is finished
     "scoring": ((killed_run, "noisy"), 7, 2),  # in a reward's thread; the epoch is left

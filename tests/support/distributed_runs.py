@@ -51,9 +51,16 @@ deadly.calls = 0
 
 
 def config_of(
-    folder: Path, output: Path, *, updates: int = 2, rank: int = 4, dtype: str = "float32", evaluated: int = 5
+    folder: Path,
+    output: Path,
+    *,
+    updates: int = 2,
+    rank: int = 4,
+    dtype: str = "float32",
+    evaluated: int = 5,
+    algorithm: str = "grpo",
 ) -> Config:
-    return Config(
+    config = Config(
         model=str(folder),
         output_dir=str(output),
         trackers=["tensorboard"],
@@ -69,6 +76,10 @@ def config_of(
         max_missing=0.05,  # one of 24 images is missing, but of 12 on one of two processes
         evaluation=EvaluationConfig(num_steps=3, images_per_prompt=2, batch_size=4),
     )
+    if algorithm == "nft":
+        config.rollout = RolloutConfig(dynamics="ode", group_size=SIZE, num_steps=5, batch_size=2 * SIZE)
+        config.update = replace(config.update, algorithm="nft", noise_draws=2, old_decay_slope=0.1)
+    return config
 
 
 def train(config: Config) -> dict:
@@ -83,7 +94,7 @@ def train(config: Config) -> dict:
         batch, metrics = trainer.collect(epoch)
         for i, group in enumerate(trainer.processes.rank_indices(config.prompts.per_epoch)):
             seen["latents"][epoch, group] = batch.trajectory.final[i * SIZE : (i + 1) * SIZE]
-        if epoch == 0:
+        if epoch == 0 and trainer.objective.uses_log_probs:
             trainer.check_replay(batch)
         calls = []
         hook = trainer.policy.module.register_forward_hook(
@@ -103,6 +114,9 @@ def train(config: Config) -> dict:
     seen["average"] = torch.cat([(b - a).flatten() for a, b in zip(before, average, strict=True)])
     if config.update.per_epoch == 2:
         seen["gone on"] = torch.cat([next_epoch(trainer), next_epoch(Trainer(replace(config, resume="latest")))], 1)
+    if trainer.learner.old_policy is not None:
+        old = [full_tensor(value) for value in trainer.learner.old_policy.values]
+        seen["average"] = torch.cat([seen["average"], *((b - a).flatten() for a, b in zip(before, old, strict=True))])
     seen["sharded"] = sum(
         full_tensor(p).numel() > getattr(p, "_local_tensor", p).numel() for p in trainer.learner.parameters
     )
@@ -174,6 +188,10 @@ def main(rank: int, count: int, port: int, log: Path, folder: Path, output: Path
             seen["error"] = str(error)
         forget_accelerator()
         seen["full"] = train(config_of(folder, output / "full", rank=0))
+        forget_accelerator()
+        seen["nft"] = train(config_of(folder, output / "nft", algorithm="nft"))
+        pretend_gpus("fsdp2")
+        seen["nft sharded"] = train(config_of(folder, output / "nft sharded", algorithm="nft"))
         pretend_gpus("fsdp2")
         seen["lora sharded"] = train(config_of(folder, output / "lora sharded"))
         pretend_gpus("fsdp2")
