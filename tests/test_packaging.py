@@ -15,6 +15,7 @@ import pytest
 
 import fastflowgrpo
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 EXTENSION = f"fastflowgrpo/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 
