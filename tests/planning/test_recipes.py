@@ -50,6 +50,7 @@ def passes_once():
 
 @pytest.mark.usefixtures("passes_once")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_a_recipe_costs_what_it_says(path):
     text = path.read_text()
     config = parse(["--config", str(path)])

@@ -503,6 +503,7 @@ def test_compiled_blocks_are_the_same_in_rollout_and_update(folders, tmp_path, n
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.slow
 def test_an_inductor_run_has_ratio_one(folders, tmp_path):
     torch._dynamo.reset()
     config = config_of(folders("sd3"), tmp_path, "sd3", compile=True, dtype="bfloat16")
