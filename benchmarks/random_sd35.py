@@ -15,14 +15,15 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastflowgrpo.planning import architectures
+from fastflowgrpo.planning.published_models import PUBLISHED as MODELS
+from fastflowgrpo.planning.published_models import SD35_MEDIUM
 from fastflowgrpo.shapes import PIPELINE
 
 Configs = Mapping[str, Mapping[str, Any]]
 
 PUBLISHED: Configs = {
     "scheduler": {"shift": 3.0},
-    **{name: config for name, (_, config) in architectures.PUBLISHED[architectures.SD35_MEDIUM].items()},
+    **{name: config for name, (_, config) in MODELS[SD35_MEDIUM].items()},
 }
 
 

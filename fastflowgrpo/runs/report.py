@@ -53,7 +53,7 @@ class Report:
             return
         where = f", {plan.processes} processes" if plan.processes > 1 else ""
         print(f"{config.model}: {num_parameters / 1e6:.2f} M trained parameters on {accelerator.device}{where}")
-        print(*plan.lines(), sep="\n")
+        print(*plan.summary_lines(), sep="\n")
         trackers: dict[str, dict[str, Any]] = {}
         if resumed is None:
             self._clear()

@@ -77,21 +77,21 @@ def test_plan_is_what_dealing_out_gives(groups, updates, processes, window):
     steps = 2 if window else 4
     owner = [group % processes for group in range(groups)]
     counts = Counter(owner)
-    assert plan.groups_each == (min(counts.values()), max(counts.values()))
+    assert plan.groups_per_process == (min(counts.values()), max(counts.values()))
     sampled = [4] * max(counts.values())
     batches = [sum(sampled[i : i + 2]) for i in range(0, len(sampled), 2)]
-    assert (plan.rollout_batches, plan.rollout_batch) == (len(batches), max(batches))
+    assert (plan.rollout_batches, plan.rollout_batch_size) == (len(batches), max(batches))
     share = groups // updates
     each = [
         Counter(owner[begin : begin + share])[rank] for begin in range(0, groups, share) for rank in range(processes)
     ]
-    assert plan.update_groups_each == (min(each), max(each))
+    assert plan.update_groups_per_process == (min(each), max(each))
     pairs = [None] * (max(each) * 4 * steps)
     micro = [len(pairs[i : i + 6]) for i in range(0, len(pairs), 6)]
-    assert (plan.micro_batches, plan.micro_batch) == (len(micro), max(micro))
+    assert (plan.micro_batches, plan.micro_batch_size) == (len(micro), max(micro))
     assert (plan.images, plan.pairs) == (groups * 4, groups * 4 * steps)
-    assert plan.busy == pytest.approx(share / processes / max(each))
-    assert ("uneven" in "\n".join(plan.lines())) == (len(set(each)) > 1)
+    assert plan.utilization == pytest.approx(share / processes / max(each))
+    assert ("uneven" in "\n".join(plan.summary_lines())) == (len(set(each)) > 1)
 
 
 @pytest.mark.parametrize(
@@ -259,6 +259,33 @@ def test_bfloat16_in_full_has_masters_a_reference_and_a_copy():
     assert half.memory["weights"] == 4 * half.trained + 2 * sum(half.frozen.values())
     assert half.flops == single.flops
     assert half.passes["update"] == pytest.approx(single.passes["update"] / 2 + 2 * half.trained, rel=0.1)
+
+
+def test_a_lora_to_continue_from_is_estimated_as_the_run_loads_it(tmp_path):
+    config = config_of()
+    config.policy.lora_targets = ["attn.to_q"]
+    policy = load_policy("shapes", config.policy)
+    policy.save(tmp_path)
+    trained = sum(parameter.numel() for parameter in policy.trainable_parameters())
+    config.policy = PolicyConfig(lora=str(tmp_path))  # without a rank the bundled model is trained in full
+    assert estimate(config).trained == trained
+    config.policy.lora = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"policy\.lora: .*nowhere cannot be loaded"):
+        estimate(config)
+
+
+@pytest.mark.parametrize("build", [tiny_qwen_image_pipeline, tiny_wan_pipeline])
+def test_full_training_in_bfloat16_counts_autocasts_copy_in_every_family(build, tmp_path):
+    """Qwen-Image's last block has weights that stay frozen."""
+    build().save_pretrained(tmp_path)
+    config = config_of(rank=0)
+    config.model = str(tmp_path)
+    config.policy.dtype, config.policy.max_sequence_length = "bfloat16", 12
+    config.rollout.height, config.rollout.width = 16, 32
+    found, passes = estimate(config), run_passes(config, 8, 6, 8)
+    assert found.trained <= found.frozen["transformer"]
+    assert found.passes["update"] == passes.train.peak + 2 * found.trained
+    assert found.passes["rollout"] == passes.forward.peak + passes.decode.peak + 2 * found.trained
 
 
 def test_dry_run_prints_and_writes_nothing(tmp_path, capsys, monkeypatch):

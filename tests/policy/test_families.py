@@ -541,7 +541,7 @@ def test_embeddings_on_disk_are_told_apart_and_checked(folders, tmp_path):
     cache.prepare(PROMPTS[:1])
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(RuntimeError, match=r"policy\.embeddings_dir: an embedding has gone or is damaged"):
+    with pytest.raises(RuntimeError, match=r"policy\.embeddings_dir: an embedding is missing or damaged"):
         cache(PROMPTS[:1])
     cache = EmbeddingCache(load(folders("flux")), tmp_path / "cache")
     cache.prepare(PROMPTS[:1])  # makes the torn one again
