@@ -13,11 +13,9 @@ from fastflowgrpo.policy.embeddings import EmbeddingCache
 PROMPTS = ["a cat", "two dogs"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sd3")
-    tiny_sd3_pipeline().save_pretrained(path)
-    return path
+@pytest.fixture
+def folder(tiny_sd3_folder):
+    return tiny_sd3_folder
 
 
 @pytest.fixture(scope="module")
