@@ -1,4 +1,4 @@
-"""--dry_run: the batch plan against dealing groups out by hand, and the estimate against a real epoch."""
+"""--dry_run: the batch plan against groups assigned by hand, and the estimate against a real epoch."""
 
 import re
 from collections import Counter
@@ -30,7 +30,7 @@ from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import load_policy
 
 aten = torch.ops.aten
-# What the counter does not know: fused attention on CPUs. The same products as on GPUs.
+# The counter does not know fused attention on CPUs, which has the same products as on GPUs.
 ON_CPU = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
@@ -66,7 +66,7 @@ def config_of(output="unused", *, rank=4, guidance=4.5, kl_weight=0.04, window=2
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 6, 8, 24])
 @pytest.mark.parametrize("window", [2, None])
-def test_plan_is_what_dealing_out_gives(groups, updates, processes, window):
+def test_plan_equals_groups_assigned_by_hand(groups, updates, processes, window):
     config = config_of(window=window)
     config.prompts.per_epoch, config.update.per_epoch = groups, updates
     if processes > groups // updates:
@@ -250,7 +250,7 @@ def test_memory_adds_up():
     assert halves.flops == found.flops
 
 
-def test_bfloat16_in_full_has_masters_a_reference_and_a_copy():
+def test_full_training_in_bfloat16_has_float32_weights_a_reference_and_a_copy():
     config = config_of(rank=0)
     single = estimate(config)
     config.policy.dtype = "bfloat16"

@@ -1,4 +1,4 @@
-"""Every file in configs/ parses, agrees with what it says of its cost, and has the paper's batches on any machine.
+"""Every file in configs/ parses, states its estimated cost, and has the paper's batches on any number of processes.
 
 `python tests/planning/test_recipes.py` writes the costs into the files.
 """
@@ -28,7 +28,7 @@ def with_cost(text: str, cost: str) -> str:
 
 
 def once(run):
-    """`run_passes` with a memory: recipes of the same model and batches have the same passes."""
+    """Cache `run_passes`: recipes with the same model and batches have the same passes."""
     known = {}
 
     def passes(config, *batches):

@@ -1,6 +1,7 @@
 """Tiny diffusers pipelines with random weights, built in memory, with every component of the real ones."""
 
 import json
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -41,6 +42,14 @@ CLIP_LENGTH = 24
 CLIP_WIDTH = 16
 T5_WIDTH = 32
 QWEN_WIDTH = 32
+
+
+def perturb(parameters: Iterable[torch.nn.Parameter], scale: float = 0.05, seed: int = 1) -> None:
+    """Add Gaussian noise to parameters in place, so that trained weights differ from the loaded ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def tiny_sd3_pipeline(seed: int = 0, *, t5: bool = True) -> StableDiffusion3Pipeline:
