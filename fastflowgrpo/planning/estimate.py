@@ -30,8 +30,8 @@ import torch
 from fastflowgrpo.config import POLICY_GRADIENTS, Config
 from fastflowgrpo.planning.passes import Passes, run_passes
 from fastflowgrpo.planning.plan import Plan, batch_plan
+from fastflowgrpo.policy.embeddings import CACHED_PROMPTS
 
-CACHED_PROMPTS = 512  # in an `EmbeddingCache`
 FLOAT32 = 4  # bytes
 
 

@@ -15,6 +15,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.protocol import Conditioning, Policy
 
 BATCH = 32  # prompts encoded at once for the folder
+CACHED_PROMPTS = 512  # kept in memory
 
 
 class EmbeddingCache:
@@ -29,7 +30,7 @@ class EmbeddingCache:
         size: number of prompts kept in memory; a prompt of SD3 with T5 takes 2.7 MB in bfloat16.
     """
 
-    def __init__(self, policy: Policy, folder: str | Path | None = None, size: int = 512):
+    def __init__(self, policy: Policy, folder: str | Path | None = None, size: int = CACHED_PROMPTS):
         self.policy, self.size = policy, size
         self.folder = None if folder is None else Path(folder)
         self.key = "" if folder is None else policy.encoder_key()
