@@ -2,8 +2,8 @@
 
     python docs/architecture.py
 
-Every arrow is an import that stands in the code. One that follows from others, A > C beside A > B > C, is left out, so that
-the picture can be read. `tests/test_docs.py` checks that the file is current.
+Every arrow is an import in the code. An arrow that follows from others, A > C beside A > B > C, is left out, so that the
+picture can be read. `tests/test_docs.py` checks that the file is current.
 """
 
 import ast
@@ -67,7 +67,8 @@ def draw(arrows: list[tuple[str, str]]) -> str:
     width = 2 * MARGIN + widest * WIDTH + (widest - 1) * GAP_X
     height = 2 * MARGIN + len(ROWS) * HEIGHT + (len(ROWS) - 1) * GAP_Y
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="14">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="14">',
         '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
         '<path d="M0 0 8 4 0 8z" fill="#78909c"/></marker></defs>',
         f'<rect width="{width}" height="{height}" rx="6" fill="#fff"/>',

@@ -1,7 +1,7 @@
 """The site has the repository's links: what a page links to outside docs/ is published with it.
 
-Links are written for GitHub, relative to the file that they stand in. `PAGES` become pages of the site; any other linked
-file is copied to `source/`. A link to a file that is not there is an error.
+Links are written for GitHub, relative to the file that they stand in. `PAGES` become pages of the site; any other
+linked file is copied to `source/`. A link to a file that is not there is an error.
 """
 
 import posixpath
