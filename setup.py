@@ -51,6 +51,7 @@ BUILD = ["cmake>=3.24", "ninja", "pybind11>=3"]  # as in pyproject.toml; the tes
 TRITON = ["triton>=3.6; sys_platform == 'linux'"]
 OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3"]
 PADDLE = ["paddleocr>=3", "paddlepaddle>=3", "rapidfuzz>=3"]
+TEST = ["pytest>=9", "hypothesis>=6.100", "schemathesis>=4", "ruff", "mypy>=2", "import-linter>=2.17"]
 SERVE = [
     "fastapi>=0.115",
     "uvicorn>=0.30",
@@ -68,14 +69,25 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    keywords=["diffusion", "flow matching", "reinforcement learning", "GRPO", "text-to-image", "Triton"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: C++",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    python_requires=">=3.11",
     # Namespace packages, because kernels/ has no __init__.py: it is reached through the symlink fastflowgrpo/kernels.
     packages=find_namespace_packages(include=["fastflowgrpo*"], exclude=["*.__pycache__", "fastflowgrpo.shapes.*"]),
     ext_modules=[
         Extension("fastflowgrpo._native", ["csrc/group_advantages.cpp"], depends=["csrc/CMakeLists.txt"], optional=True)
     ],
     cmdclass={"build_ext": CMakeBuild},
-    package_data={"fastflowgrpo.shapes": ["pipeline/**/*"]},
+    package_data={"fastflowgrpo": ["py.typed"], "fastflowgrpo.shapes": ["pipeline/**/*"]},
     install_requires=[
         "torch>=2.11",
         "diffusers>=0.42",
@@ -93,7 +105,7 @@ setup(
         "tensorboard>=2.17",
     ],
     extras_require={
-        "test": ["pytest>=9", "hypothesis>=6.100", "schemathesis>=4", "ruff", "mypy>=2", *BUILD, *TRITON, *OCR, *SERVE],
+        "test": [*TEST, *BUILD, *TRITON, *OCR, *SERVE],
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.8"],
         "gpu": [*TRITON, "xformers; sys_platform == 'linux'"],
         "ocr": OCR,
@@ -101,5 +113,6 @@ setup(
         "track": ["wandb>=0.20"],
         "serve": SERVE,
         "demo": ["matplotlib>=3.8"],
+        "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1"],
     },
 )

@@ -1,8 +1,8 @@
 """Stable Diffusion 3.5 Medium with random weights, for benchmarks: `python -m benchmarks.random_sd35 FOLDER`.
 
-Transformer, VAE, scheduler and both CLIP text encoders have the published configuration, so that a pass costs what it
-costs with the trained weights. T5-XXL is left out, as the pipeline allows: `policy.max_sequence_length=256` appends as
-many zero tokens as it would give, which the transformer works through like any others. The tokenizers are those of the
+Transformer, VAE, scheduler and both CLIP text encoders have the published configuration, so that a pass costs as much
+as with the trained weights. T5-XXL is left out, which the pipeline allows: `policy.max_sequence_length=256` appends as
+many zero tokens as T5 would give, and the transformer processes them like any others. The tokenizers are those of the
 bundled model, padded to CLIP's 77 tokens.
 """
 
@@ -15,24 +15,24 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from fastflowgrpo.planning import architectures
+from fastflowgrpo.planning import published_models
 from fastflowgrpo.shapes import PIPELINE
 
 Configs = Mapping[str, Mapping[str, Any]]
 
 PUBLISHED: Configs = {
     "scheduler": {"shift": 3.0},
-    **{name: config for name, (_, config) in architectures.PUBLISHED[architectures.SD35_MEDIUM].items()},
+    **{name: config for name, (_, config) in published_models.PUBLISHED[published_models.SD35_MEDIUM].items()},
 }
 
 
 def random_sd35(device: torch.device | str, dtype: torch.dtype, configs: Configs = PUBLISHED) -> Any:
-    """A StableDiffusion3Pipeline without T5, its weights drawn on `device` with each module's own initialisation.
+    """Return a StableDiffusion3Pipeline without T5, with each module's own random initialisation.
 
     Args:
-        device: where the weights are drawn, in float32, and stay.
-        dtype: of the finished weights.
-        configs: of each part, as `PUBLISHED`.
+        device: where the weights are drawn in float32, and stay.
+        dtype: to which the weights are then converted.
+        configs: of each component, as in `PUBLISHED`.
     """
     tokenizer = CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer", model_max_length=77)
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -52,7 +52,7 @@ def random_sd35(device: torch.device | str, dtype: torch.dtype, configs: Configs
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="where the pipeline is written in diffusers' layout, 7 GB")
+    parser.add_argument("folder", type=Path, help="the pipeline is written here in diffusers' layout, 7 GB")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args(argv)
     torch.manual_seed(arguments.seed)

@@ -1,5 +1,6 @@
 import math
 import os
+from pathlib import Path
 
 # Set before diffusers is imported: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +13,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 # Triton 3.9 warns unless told; the kernels do not depend on it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_folder(tmp_path_factory) -> Path:
+    """A saved `tiny_sd3_pipeline()`, shared by all tests: only read it."""
+    from support.pipelines import tiny_sd3_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny_sd3") / "model"
+    tiny_sd3_pipeline().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture

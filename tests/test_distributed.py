@@ -42,6 +42,15 @@ FORK.set_forkserver_preload(["fastflowgrpo.train", "fastflowgrpo.trainer", "supp
 TIMEOUT = 900  # seconds
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """These models are too small for more: threads of a busy machine wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sd3")
@@ -158,6 +167,7 @@ def assert_same_run(seen, one, folder, expected_folder):
 
 
 @pytest.mark.parametrize("case", ["lora", "full", "nft", "lora sharded", "full sharded", "nft sharded"])
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(one, two, output, case):
     """3 groups for each update: 2 of one process and 1 of the other; micro-batches of 3 that do not divide their pairs;
     a group of equal rewards and a missing score; 5 evaluation prompts."""
@@ -170,6 +180,7 @@ def test_two_processes_train_as_one_does(one, two, output, case):
     assert row["trained_pairs"] == 2 * (5 * SIZE - 1)
 
 
+@pytest.mark.slow
 def test_four_processes_train_as_one_does(one, four, output):
     """Two of them have a group more; one has no evaluation prompt, and only accompanies the others."""
     seen = [rank["few"] for rank in four[0]]
@@ -177,6 +188,7 @@ def test_four_processes_train_as_one_does(one, four, output):
     assert_same_run(seen, one["few"], output / "few", output / "one few")
 
 
+@pytest.mark.slow
 def test_each_evaluation_prompt_counts_once(one, two, four, output):
     for name, count in (("lora", 5), ("few", 3)):
         evaluation = rows(output / name)[0]["eval"]
@@ -193,6 +205,7 @@ def test_each_evaluation_prompt_counts_once(one, two, four, output):
             assert abs(picture - expected).max() <= 1 < expected.std()
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes_and_prints(two, output):
     printed = two[1]
     trained = [name for name in two[0][0] if (output / name / "metrics.jsonl").is_file()]
@@ -206,12 +219,14 @@ def test_only_the_first_process_writes_and_prints(two, output):
 
 
 @pytest.mark.parametrize("case", ["lora", "full", "nft", "lora sharded", "full sharded", "nft sharded"])
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_as_the_one_that_was_not_left(two, case):
     for rank in two[0]:
         unbroken, resumed = rank[case]["gone on"].T
         assert torch.equal(unbroken, resumed)
 
 
+@pytest.mark.slow
 def test_what_ends_one_process_ends_all_with_what_they_have(two):
     assert two[0][0]["ends"] == [
         "FailedElsewhere: process 1 failed: OSError: no space, True",
@@ -222,6 +237,7 @@ def test_what_ends_one_process_ends_all_with_what_they_have(two):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.slow
 def test_sharded_weights_are_saved_whole(one, two, output, folder, kind):
     name = "pytorch_lora_weights.safetensors" if kind == "lora" else "transformer/diffusion_pytorch_model.safetensors"
     saved, expected = (
@@ -236,6 +252,7 @@ def test_sharded_weights_are_saved_whole(one, two, output, folder, kind):
         assert any(p.any() for name, p in pipe.transformer.named_parameters() if "lora_B" in name)
 
 
+@pytest.mark.slow
 def test_sharded_bfloat16_weights_keep_a_float32_adapter_and_a_ratio_of_one(two):
     for rank in two[0]:
         assert rank["dtypes"] == {torch.bfloat16, torch.float32}
@@ -244,6 +261,7 @@ def test_sharded_bfloat16_weights_keep_a_float32_adapter_and_a_ratio_of_one(two)
         assert rank["update"]["grad_norm"] > 0
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(two, output):
     """5 prompts, 3 of one process and 2 of the other; missing scores."""
     command = [
@@ -268,6 +286,7 @@ def test_two_processes_evaluate_as_one_does(two, output):
     assert abs(pictures[0] - pictures[1]).max() <= 1 < pictures[0].std()
 
 
+@pytest.mark.slow
 def test_a_run_of_which_a_process_is_killed_stops_and_once_resumed_is_the_unbroken_one(folder, two, output, tmp_path):
     broken = tmp_path / "run"
     for success in (False, True):

@@ -384,6 +384,7 @@ def test_an_interrupted_run_keeps_its_weights(folder, tmp_path, monkeypatch, cap
     assert (tmp_path / "run/checkpoints/checkpoint-2/pytorch_lora_weights.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_short_run_improves_the_shapes_model_beyond_noise(tmp_path):
     """With 1296 images twice, 0.1 is more than five standard errors of the difference."""
     config = Config(output_dir=str(tmp_path / "run"), epochs=15, trackers=[], update=UpdateConfig(ema_decay=0))

@@ -1,25 +1,25 @@
-"""What a run costs, found without its weights: ``python -m fastflowgrpo.train --config FILE --dry_run``.
+"""What a run costs, estimated without its weights: ``python -m fastflowgrpo.train --config FILE --dry_run``.
 
-The model's own modules run on the meta device, where tensors have shapes and no contents, and every operation is looked
-at: its FLOPs, by the formulas of PyTorch's FLOP counter (2 for a multiplication and an addition; a backward pass of
-fused attention computes the scores again, which counts), and the bytes of the tensors that are alive with it. The most
-of these is what a pass needs beyond the weights when every operation runs by itself. The device's kernels may want some
-workspace more, and PyTorch's allocator some per cent. With policy.compile an update takes less, but a rollout's pass
-keeps its activations, which is not counted here.
+The policy's own code runs on the meta device, where tensors have shapes but no contents. Every operation is measured:
+its FLOPs, by the formulas of PyTorch's FLOP counter (2 for a multiplication and an addition; the backward pass of fused
+attention computes the scores again, which counts), and the bytes of all tensors that are alive at that moment. The
+largest of these sums is what a pass needs beyond the weights, if every operation runs by itself. The device's kernels
+may need some workspace, and PyTorch's allocator a few per cent more. With policy.compile an update takes less memory,
+but a rollout's pass keeps its activations, which is not counted here.
 
 Memory of a process, in bytes:
 
-- weights: those that are trained in float32, all others (of text encoders and VAE too) in policy.dtype; a model that is
-  trained in full has a frozen copy of itself beside it, the reference
-- gradients, optimiser, average: 4, 8 and 4 for each trained number
-- trajectory: (trained steps + 2) latents of each of its images in policy.dtype, and 4 per log-prob; of grpo_guard each
-  step's velocity too; of dpo, sft and rwr the last latents alone
-- embeddings: of its groups' prompts, and of the 512 that are remembered
-- passes: the larger of two sums, for phases that do not meet: a rollout's (or evaluation's) forward pass with the
-  decoding of the images before; an update's forward and backward pass. Full training in a lower precision adds
-  autocast's copy of the weights.
+- weights: trained weights in float32, all others (text encoders and VAE too) in policy.dtype. Full training keeps a
+  frozen copy of the transformer, the reference.
+- gradients, optimiser, average: 4, 8 and 4 for each trained parameter.
+- trajectory: for each of the process's images (trained steps + 2) latents in policy.dtype and 4 bytes per log-prob;
+  grpo_guard also keeps each step's velocity; dpo, sft and rwr keep only the last latents.
+- embeddings: those of the process's groups, and the 512 in the cache.
+- passes: the larger of two sums, since the two phases do not overlap: the forward pass of a rollout (or evaluation)
+  with the decoding of the previous images; the forward and backward pass of an update. Full training in a lower
+  precision adds autocast's copy of the trained weights.
 
-Rewards that are networks and run on the same device come on top.
+Reward networks on the same device come on top.
 """
 
 from dataclasses import dataclass
@@ -28,33 +28,33 @@ from math import prod
 import torch
 
 from fastflowgrpo.config import POLICY_GRADIENTS, Config
-from fastflowgrpo.planning.passes import run_passes
+from fastflowgrpo.planning.passes import Passes, run_passes
 from fastflowgrpo.planning.plan import Plan, batch_plan
+from fastflowgrpo.policy.embeddings import CACHED_PROMPTS
 
-CACHED_PROMPTS = 512  # what `EmbeddingCache` keeps
 FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run costs with a plan; see the module's docstring."""
+    """What a run costs; the module's docstring has every term."""
 
     model: str
     plan: Plan
     trained: int
     """Trained parameters."""
     frozen: dict[str, int]
-    """Frozen parameters of each part."""
+    """Frozen parameters of each component."""
     memory: dict[str, int]
-    """Bytes of a process that stay, by what they are for."""
+    """Bytes that a process always holds, by purpose."""
     passes: dict[str, int]
-    """Bytes that the passes of a phase take beside them: rollout, update, update with gradient checkpointing."""
+    """Bytes that a pass of each phase adds: rollout, update, update with gradient checkpointing."""
     flops: dict[str, int]
-    """FLOPs of an epoch, all processes together: rollout, update, reference, decode, checkpointing (what gradient
+    """FLOPs of an epoch on all processes together: rollout, update, reference, decode, checkpointing (what gradient
     checkpointing would add to the update)."""
 
     def total_memory(self, checkpointing: bool = False) -> int:
-        """Bytes of a process at their most."""
+        """Return the peak bytes of a process."""
         update = self.passes["update with gradient checkpointing" if checkpointing else "update"]
         return sum(self.memory.values()) + max(self.passes["rollout"], update)
 
@@ -70,7 +70,7 @@ class Estimate:
         return "\n".join(
             [
                 f"{self.model} on {processes}",
-                *self.plan.lines(),
+                *self.plan.summary_lines(),
                 f"trained  {_millions(self.trained)} parameters",
                 f"frozen   {frozen}",
                 "memory of a process, estimated:",
@@ -85,57 +85,80 @@ class Estimate:
 
 
 def estimate(config: Config, processes: int = 1) -> Estimate:
-    """What a run of a validated config costs.
+    """Estimate what a run costs.
+
+    Args:
+        config: validated.
+        processes: that train together.
 
     Raises:
-        UserError: the batches do not fit the processes, the model cannot be described, or is of another family than
-            there are estimates for.
+        UserError: there are more processes than groups in an update, the model cannot be described, its family is not
+            supported, or a policy setting does not fit it.
     """
-    plan, algorithm = batch_plan(config, processes), config.update.algorithm
-    sampled = max(plan.rollout_batch, config.evaluation.batch_size)
-    decoded = min(config.policy.decode_batch_size, plan.rollout_batch)
-    images_per_pair = 2 if algorithm == "dpo" else 1  # images: the best and the worst
-    micro_batch, trained_images = plan.micro_batch * images_per_pair, plan.pairs * images_per_pair
+    plan = batch_plan(config, processes)
+    sampled = max(plan.rollout_batch_size, config.evaluation.batch_size)
+    micro_batch = plan.micro_batch_size * _images_per_pair(config)
+    decoded = min(config.policy.decode_batch_size, plan.rollout_batch_size)
     passes = run_passes(config, sampled, micro_batch, decoded)
-    trained, frozen, latent = passes.trained, passes.frozen, prod(passes.latent_shape)
     size = getattr(torch, config.policy.dtype).itemsize
-    of_process = plan.groups_each[1] * plan.group_size
-    autocast = trained * size if trained == frozen["transformer"] and size < FLOAT32 else 0
-    branches = 1 if config.rollout.guidance_scale == 1 else 2
-    forward, train = passes.forward.flops // sampled, passes.train.flops // micro_batch
-    reference = passes.reference.flops // sampled if config.update.kl_weight or algorithm == "dpo" else 0
-    of_step = branches if algorithm in POLICY_GRADIENTS else 1  # the baselines' loss is the conditional branch's
-    kept = latent * size
-    if algorithm in POLICY_GRADIENTS:
-        kept += plan.slots * (latent * size + FLOAT32) + latent * size
-    if algorithm == "grpo_guard":
-        kept += plan.slots * latent * (FLOAT32 if branches == 2 else size)
+    autocast = 0 if passes.uses_lora or size == FLOAT32 else passes.trained * size
     return Estimate(
         model=config.model,
         plan=plan,
-        trained=trained,
-        frozen=frozen,
-        memory={
-            "weights": trained * FLOAT32 + sum(frozen.values()) * size,
-            "gradients": trained * FLOAT32,
-            "optimiser": 2 * trained * FLOAT32,
-            "average": trained * FLOAT32 if config.update.ema_decay else 0,
-            "trajectory": of_process * kept,
-            "embeddings": (CACHED_PROMPTS + plan.groups_each[1]) * passes.conditioning,
-        },
+        trained=passes.trained,
+        frozen=passes.frozen,
+        memory=_memory(config, plan, passes),
         passes={
             "rollout": passes.forward.peak + passes.decode.peak + autocast,
             "update": passes.train.peak + autocast,
             "update with gradient checkpointing": passes.checkpointed.peak + autocast,
         },
-        flops={
-            "rollout": plan.images * config.rollout.num_steps * branches * forward,
-            "update": trained_images * (train + (of_step - 1) * forward),
-            "reference": trained_images * of_step * reference,
-            "decode": plan.images * (passes.decode.flops // decoded),
-            "checkpointing": trained_images * (passes.checkpointed.flops // micro_batch - train),
-        },
+        flops=_flops(config, plan, passes),
     )
+
+
+def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
+    """Return `Estimate.memory`."""
+    size, latent = getattr(torch, config.policy.dtype).itemsize, prod(passes.latent_shape)
+    groups = plan.groups_per_process[1]
+    kept = latent * size  # bytes of an image's trajectory
+    if config.update.algorithm in POLICY_GRADIENTS:
+        kept += plan.pairs_per_image * (latent * size + FLOAT32) + latent * size
+    if config.update.algorithm == "grpo_guard":
+        kept += plan.pairs_per_image * latent * (FLOAT32 if _branches(config) == 2 else size)
+    return {
+        "weights": passes.trained * FLOAT32 + sum(passes.frozen.values()) * size,
+        "gradients": passes.trained * FLOAT32,
+        "optimiser": 2 * passes.trained * FLOAT32,
+        "average": passes.trained * FLOAT32 if config.update.ema_decay else 0,
+        "trajectory": groups * plan.group_size * kept,
+        "embeddings": (CACHED_PROMPTS + groups) * passes.conditioning,
+    }
+
+
+def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
+    """Return `Estimate.flops`."""
+    algorithm, branches = config.update.algorithm, _branches(config)
+    trained_images = plan.pairs * _images_per_pair(config)
+    forward, train = passes.forward.flops_per_sample, passes.train.flops_per_sample
+    reference = passes.reference.flops_per_sample if config.update.kl_weight or algorithm == "dpo" else 0
+    trained_branches = branches if algorithm in POLICY_GRADIENTS else 1  # the other losses have no guidance
+    return {
+        "rollout": plan.images * config.rollout.num_steps * branches * forward,
+        "update": trained_images * (train + (trained_branches - 1) * forward),
+        "reference": trained_images * trained_branches * reference,
+        "decode": plan.images * passes.decode.flops_per_sample,
+        "checkpointing": trained_images * (passes.checkpointed.flops_per_sample - train),
+    }
+
+
+def _images_per_pair(config: Config) -> int:
+    return 2 if config.update.algorithm == "dpo" else 1  # the best and the worst
+
+
+def _branches(config: Config) -> int:
+    """Return the forward passes of a guided velocity: conditional and unconditional, or the conditional one alone."""
+    return 1 if config.rollout.guidance_scale == 1 else 2
 
 
 def _millions(count: int) -> str:
@@ -147,7 +170,7 @@ def _table(values: dict[str, int], unit: str) -> list[str]:
 
 
 def _with_prefix(value: int, unit: str) -> str:
-    """Four digits with a decimal prefix."""
+    """Return a value with four digits and a decimal prefix."""
     for prefix, scale in (("E", 1e18), ("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= scale:
             return f"{value / scale:8.4g} {prefix}{unit}"

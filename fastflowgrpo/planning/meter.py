@@ -1,4 +1,4 @@
-"""FLOPs and peak bytes of a function that runs on the meta device."""
+"""Measuring the FLOPs and peak bytes of a function that runs on the meta device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,25 +18,28 @@ _PLAIN_ATTENTION = F.scaled_dot_product_attention
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of a pass, and the most bytes that it had at a time."""
+    """The cost of a pass."""
 
     flops: int
     peak: int
+    """The most bytes that were alive at a time."""
 
 
 def measure(function: Callable[[], object]) -> Cost:
-    """What calling a function costs. Attention on the meta device is the fused operation that a GPU runs, not the plain
-    products that it would be there."""
+    """Call a function and return what it costs; tensors that existed before do not count.
+
+    Attention on the meta device is measured as the fused operation of a GPU, and not as plain matrix products.
+    """
     with patch.object(F, "scaled_dot_product_attention", _attention), _Meter() as meter:
         function()
     return Cost(meter.flops, meter.peak)
 
 
 class _Meter(TorchDispatchMode):
-    """Adds up the FLOPs of every operation, and the bytes of the tensors that were made inside it while they live.
+    """Adds up the FLOPs of all operations, and the bytes of the tensors that were created inside it and are alive.
 
-    `FlopCounterMode` has the same formulas, but is many times slower, and what it notes of modules keeps tensors alive
-    that gradient checkpointing lets go.
+    `FlopCounterMode` has the same formulas, but it is many times slower, and its records of modules keep tensors alive
+    that gradient checkpointing frees.
     """
 
     def __init__(self) -> None:
@@ -46,7 +49,7 @@ class _Meter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # A view of what was there before is no new memory.
+        # Note the arguments first: a result that is a view of them needs no new memory.
         self._note((args, kwargs), new=False)
         result = func(*args, **kwargs)
         self._note(result, new=True)

@@ -1,212 +1,122 @@
-"""The passes of a run on the meta device: what each takes in, and what it costs."""
+"""The passes of a run on the meta device: the policy's own code runs, and each pass is measured."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from fastflowgrpo.config import Config
-from fastflowgrpo.errors import UserError
-from fastflowgrpo.planning.architectures import Architecture, load_architecture
+from fastflowgrpo.planning.meta_pipeline import meta_pipeline
 from fastflowgrpo.planning.meter import Cost, measure
-from fastflowgrpo.policy import FAMILIES as POLICIES
-from fastflowgrpo.policy.lora import keep_float32
+from fastflowgrpo.policy import Conditioning, family_of, with_default_rank
+from fastflowgrpo.policy.base import DiffusersPolicy
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a transformer's pass takes for a batch, on the meta device."""
+class BatchCost(Cost):
+    """The cost of a pass for a whole batch."""
 
-    latent_shape: tuple[int, ...]
-    """Of a sample, as the VAE decodes it."""
-    conditioning: dict[str, Tensor]
-    """Of the prompts; a row per sample."""
-    others: dict[str, Any]
+    batch_size: int
 
-    def __call__(self, transformer: nn.Module) -> Tensor:
-        return transformer(**self.conditioning, **self.others, return_dict=False)[0]
+    @property
+    def flops_per_sample(self) -> int:
+        return self.flops // self.batch_size
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What the passes of a run cost, each for its batch."""
+    """The parameters of a model and what its passes cost, each for its batch."""
 
     trained: int
+    """Trained parameters."""
     frozen: dict[str, int]
+    """Frozen parameters of each component; the reference's, for a transformer that is trained in full."""
+    uses_lora: bool
     latent_shape: tuple[int, ...]
+    """Of one sample."""
     conditioning: int
     """Bytes of a prompt's embedding."""
-    forward: Cost
-    reference: Cost
-    """A forward pass without the adapter."""
-    train: Cost
+    forward: BatchCost
+    reference: BatchCost
+    """A forward pass of the reference."""
+    train: BatchCost
     """Forward and backward."""
-    checkpointed: Cost
-    """The same with gradient checkpointing."""
-    decode: Cost
+    checkpointed: BatchCost
+    """Forward and backward with gradient checkpointing."""
+    decode: BatchCost
 
 
 def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> Passes:
     """Run a model's passes on the meta device.
 
     Args:
+        config: of the run.
         sampled: batch of a forward pass in rollout and evaluation.
         micro_batch: batch of a forward and backward pass.
         decoded: images decoded at once.
+
+    Raises:
+        UserError: the model cannot be described, its family is not supported, or a policy setting does not fit it.
     """
-    dtype = getattr(torch, config.policy.dtype)
-    model = load_architecture(config.model, dtype)
-    transformer, vae = model.transformer, model.vae
-    if model.pipeline not in FAMILIES:
-        raise UserError(f"there is no estimate for a {model.pipeline}; there are for {', '.join(FAMILIES)}")
-    modules = {"transformer": transformer, **model.text_encoders, "vae": vae}
-    frozen = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-    rank = config.policy.lora_rank
-    if rank is None:
-        rank = 0 if config.model == "shapes" else 32
-    family: Any = POLICIES[model.pipeline]
-    if rank:
-        _add_adapter(transformer, rank, config.policy.lora_targets or list(family.lora_targets))
-    else:
-        transformer.requires_grad_(True)
-    family.freeze_unread(transformer)
-    trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    policy, frozen = _meta_policy(config)
+    trained = policy.trainable_parameters()
     for parameter in trained:
-        # There from the second micro-batch on: no part of the pass.
+        # Gradients exist from the second micro-batch on: they are not part of the pass.
         parameter.grad = torch.zeros_like(parameter)
-    inputs, batch = (FAMILIES[model.pipeline](model, config, count) for count in (sampled, micro_batch))
-    latents = torch.empty(decoded, *inputs.latent_shape, dtype=dtype, device="meta")
+    inputs, training_inputs = _example_inputs(policy, config, sampled), _example_inputs(policy, config, micro_batch)
+    latents, _, conditioning = inputs
 
     def update() -> None:
-        velocity = batch(transformer)
+        velocity = policy.predict(*training_inputs)
         velocity.backward(torch.empty_like(velocity))
 
     with torch.no_grad():
-        forward = reference = measure(lambda: inputs(transformer))
-        if rank:
-            transformer.disable_adapters()
-            reference = measure(lambda: inputs(transformer))
-            transformer.enable_adapters()
-        decode = measure(lambda: vae.decode(latents, return_dict=False))
-    train = measure(update)
-    transformer.enable_gradient_checkpointing()
+        forward = _measure_batch(lambda: policy.predict(*inputs), sampled)
+        with policy.reference():
+            reference = _measure_batch(lambda: policy.predict(*inputs), sampled)
+        decoded_latents = latents.new_empty(decoded, *latents.shape[1:])
+        decode = _measure_batch(lambda: policy.decode_batch(decoded_latents), decoded)
+    train = _measure_batch(update, micro_batch)
+    policy.module.enable_gradient_checkpointing()
     return Passes(
         trained=sum(parameter.numel() for parameter in trained),
         frozen=frozen,
-        latent_shape=inputs.latent_shape,
-        conditioning=sum(tensor[0].numel() * tensor.element_size() for tensor in inputs.conditioning.values()),
+        uses_lora=policy.uses_lora,
+        latent_shape=tuple(latents.shape[1:]),
+        conditioning=sum(tensor[0].numel() * tensor.element_size() for tensor in conditioning.values()),
         forward=forward,
         reference=reference,
         train=train,
-        checkpointed=measure(update),
+        checkpointed=_measure_batch(update, micro_batch),
         decode=decode,
     )
 
 
-def _add_adapter(transformer: Any, rank: int, targets: list[str]) -> None:
-    try:
-        with torch.device("meta"):
-            transformer.add_adapter(LoraConfig(r=rank, target_modules=targets))
-    except ValueError as error:
-        raise UserError(f"policy.lora_targets: {error}") from error
-    keep_float32(transformer)
+def _measure_batch(function: Callable[[], object], batch_size: int) -> BatchCost:
+    cost = measure(function)
+    return BatchCost(cost.flops, cost.peak, batch_size)
 
 
-def _sd3(model: Architecture, config: Config, batch: int) -> Inputs:
-    c = model.transformer.config
-    height, width = _latent_size(model, config, c.sample_size)
-    clip = model.text_encoders["text_encoder"].config.max_position_embeddings
-    tokens = clip + _tokens(config, 256 if "text_encoder_3" in model.text_encoders else 0)
-    new = _allocator(model, batch)
-    return Inputs(
-        (c.in_channels, height, width),
-        {
-            "encoder_hidden_states": new(tokens, c.joint_attention_dim),
-            "pooled_projections": new(c.pooled_projection_dim),
-        },
-        {"hidden_states": new(c.in_channels, height, width), "timestep": _timestep(batch)},
-    )
+def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int]]:
+    """Return the policy of a run on the meta device, and the frozen parameters of each component."""
+    settings = with_default_rank(config.model, config.policy)
+    # The passes are measured with and without checkpointing; neither kernels nor a compiler run on the meta device.
+    settings = replace(settings, gradient_checkpointing=False, attention=None, compile=False)
+    pipeline = meta_pipeline(config.model, getattr(torch, settings.dtype))
+    names = ["transformer", *(name for name in pipeline.components if name.startswith("text_encoder")), "vae"]
+    modules = {name: pipeline.components[name] for name in names if pipeline.components[name] is not None}
+    frozen = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    policy = family_of(config.model, type(pipeline).__name__)(pipeline, settings)
+    if not policy.uses_lora:
+        # The meta device has no autocast, which computes in this dtype: give the weights themselves the dtype.
+        nn.Module.to(policy.module, policy.dtype)
+    return policy, frozen
 
 
-def _flux(model: Architecture, config: Config, batch: int) -> Inputs:
-    c = model.transformer.config
-    height, width = _latent_size(model, config, 128)
-    tokens, patches = _tokens(config, 512), height * width // 4
-    new = _allocator(model, batch)
-    return Inputs(
-        (c.in_channels // 4, height, width),
-        {
-            "encoder_hidden_states": new(tokens, c.joint_attention_dim),
-            "pooled_projections": new(c.pooled_projection_dim),
-        },
-        {
-            "hidden_states": new(patches, c.in_channels),
-            "timestep": _timestep(batch),
-            "guidance": _timestep(batch) if c.guidance_embeds else None,
-            "img_ids": torch.empty(patches, 3, device="meta"),
-            "txt_ids": torch.empty(tokens, 3, device="meta"),
-        },
-    )
-
-
-def _wan(model: Architecture, config: Config, batch: int) -> Inputs:
-    c, vae = model.transformer.config, model.vae.config
-    rollout, factor = config.rollout, vae.scale_factor_spatial
-    height, width = (rollout.height or 480) // factor, (rollout.width or 832) // factor
-    frames = ((rollout.num_frames or 81) - 1) // vae.scale_factor_temporal + 1
-    new = _allocator(model, batch)
-    shape = (c.in_channels, frames, height, width)
-    return Inputs(
-        shape,
-        {"encoder_hidden_states": new(_tokens(config, 512), c.text_dim)},
-        {"hidden_states": new(*shape), "timestep": _timestep(batch)},
-    )
-
-
-def _qwen_image(model: Architecture, config: Config, batch: int) -> Inputs:
-    c, vae = model.transformer.config, model.vae.config
-    rollout, factor = config.rollout, 2 ** len(vae.temperal_downsample)
-    height, width = (rollout.height or 1024) // factor, (rollout.width or 1024) // factor
-    tokens, new = _tokens(config, 512), _allocator(model, batch)
-    return Inputs(
-        (c.in_channels // 4, 1, height, width),
-        {
-            "encoder_hidden_states": new(tokens, c.joint_attention_dim),
-            "encoder_hidden_states_mask": new(tokens).bool(),
-        },
-        {
-            "hidden_states": new(height * width // 4, c.in_channels),
-            "timestep": _timestep(batch),
-            "img_shapes": [[(1, height // 2, width // 2)]] * batch,
-        },
-    )
-
-
-FAMILIES: dict[str, Callable[[Architecture, Config, int], Inputs]] = {
-    "StableDiffusion3Pipeline": _sd3,
-    "FluxPipeline": _flux,
-    "QwenImagePipeline": _qwen_image,
-    "WanPipeline": _wan,
-}
-
-
-def _latent_size(model: Architecture, config: Config, default: int) -> tuple[int, int]:
-    factor = 2 ** (len(model.vae.config.block_out_channels) - 1)
-    height, width = config.rollout.height, config.rollout.width
-    return (default if height is None else height // factor, default if width is None else width // factor)
-
-
-def _tokens(config: Config, default: int) -> int:
-    return default if config.policy.max_sequence_length is None else config.policy.max_sequence_length
-
-
-def _allocator(model: Architecture, batch: int) -> Callable[..., Tensor]:
-    dtype = model.vae.dtype
-    return lambda *shape: torch.empty(batch, *shape, dtype=dtype, device="meta")
-
-
-def _timestep(batch: int) -> Tensor:
-    return torch.empty(batch, device="meta")
+def _example_inputs(policy: DiffusersPolicy, config: Config, batch_size: int) -> tuple[Tensor, Tensor, Conditioning]:
+    """Return latents, sigma and conditioning of a batch, as `predict` takes them."""
+    rollout = config.rollout
+    shape = policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
+    latents = torch.empty(batch_size, *shape, dtype=policy.dtype, device=policy.device)
+    return latents, torch.empty(batch_size, device=policy.device), policy.example_conditioning(batch_size)

@@ -1,4 +1,4 @@
-"""The arithmetic of batches: what an epoch is for a given number of processes."""
+"""How an epoch is divided into batches, updates and micro-batches among a number of processes."""
 
 import os
 from dataclasses import dataclass
@@ -11,113 +11,123 @@ from fastflowgrpo.errors import UserError
 class Plan:
     """An epoch of `groups` groups of `group_size` images on `processes` processes.
 
-    Groups are dealt out in turn, so that a process has at most one more than another, in an epoch and in an update.
+    Groups are assigned to the processes in turn, so that in an epoch and in each update a process has at most one group
+    more than another.
     """
 
     processes: int
     groups: int
     group_size: int
     trained_per_group: int
-    """Images of a group that are trained on: all, or of sft and dpo the best, which of dpo stands for a pair."""
-    slot: str
-    """What an image is trained on several of: trained steps, or the noise draws of dpo, sft and rwr."""
-    slots: int
+    """Images of a group that are trained on: all, 1 for sft (the best), or 1 for dpo (a pair of the best and worst)."""
+    pair_name: str
+    """What is paired with an image in training: a trained step or, for dpo, sft and rwr, a noise draw."""
+    pairs_per_image: int
     updates: int
-    groups_each: tuple[int, int]
-    """Least and most groups of a process in an epoch."""
+    groups_per_process: tuple[int, int]
+    """Fewest and most groups of a process in an epoch."""
     rollout_batches: int
-    """Most batches that a process samples an epoch in."""
-    rollout_batch: int
-    """Images of its largest."""
-    update_groups_each: tuple[int, int]
-    """Least and most groups of a process in an update."""
+    """Batches in the rollout of the process with the most groups."""
+    rollout_batch_size: int
+    """Images in the largest batch."""
+    update_groups_per_process: tuple[int, int]
+    """Fewest and most groups of a process in an update."""
     micro_batches: int
-    """Most forward and backward passes of a process in an update."""
-    micro_batch: int
-    """Pairs of its largest."""
+    """Forward and backward passes in an update of the process with the most groups."""
+    micro_batch_size: int
+    """Pairs in the largest micro-batch."""
 
     @property
     def images(self) -> int:
+        """Images of an epoch."""
         return self.groups * self.group_size
 
     @property
     def pairs(self) -> int:
-        """(image, slot) pairs of an epoch."""
-        return self.groups * self.trained_per_group * self.slots
+        """Pairs of an image and a trained step or noise draw in an epoch."""
+        return self.groups * self.trained_per_group * self.pairs_per_image
 
     @property
-    def busy(self) -> float:
-        """Share of the processes' time in the update that is not spent waiting for those with one more group."""
-        return self.groups / self.updates / (self.processes * self.update_groups_each[1])
+    def utilization(self) -> float:
+        """Share of the update's time in which the processes do not wait for those with one more group."""
+        return self.groups / self.updates / (self.processes * self.update_groups_per_process[1])
 
-    def lines(self) -> list[str]:
-        """The plan in words."""
-        each, of_update = (_range(*limits) for limits in (self.groups_each, self.update_groups_each))
-        images, pairs = (
-            self.groups_each[1] * self.group_size,
-            self.update_groups_each[1] * self.trained_per_group * self.slots,
-        )
+    def summary_lines(self) -> list[str]:
+        """Return the plan in words."""
+        groups, update_groups = _range(*self.groups_per_process), _range(*self.update_groups_per_process)
+        images = self.groups_per_process[1] * self.group_size
+        pairs = self.update_groups_per_process[1] * self.trained_per_group * self.pairs_per_image
         trained = "each" if self.trained_per_group == self.group_size else "the best of each group"
         lines = [
             f"images   {self.groups} groups x {self.group_size} = {self.images} an epoch, "
-            f"{_count(self.slots, self.slot)} of {trained}: {self.pairs} pairs in {_count(self.updates, 'update')}",
-            f"rollout  {each} groups a process, {images} images in "
-            f"{_count(self.rollout_batches, 'batch')} of {self.rollout_batch}",
-            f"update   {of_update} of {self.groups // self.updates} groups a process, "
-            f"{pairs} pairs in {_count(self.micro_batches, 'micro-batch')} of {self.micro_batch}",
+            f"{_count(self.pairs_per_image, self.pair_name)} of {trained}: {self.pairs} pairs in "
+            f"{_count(self.updates, 'update')}",
+            f"rollout  {groups} groups a process, {images} images in "
+            f"{_count(self.rollout_batches, 'batch')} of {self.rollout_batch_size}",
+            f"update   {update_groups} of {self.groups // self.updates} groups a process, "
+            f"{pairs} pairs in {_count(self.micro_batches, 'micro-batch')} of {self.micro_batch_size}",
         ]
-        if self.busy < 1:
-            lines.append(f"uneven   processes wait {1 - self.busy:.0%} of the update for those with one more group")
+        if self.utilization < 1:
+            lines.append(
+                f"uneven   processes wait {1 - self.utilization:.0%} of the update for those with one more group"
+            )
         return lines
 
 
 def batch_plan(config: Config, processes: int) -> Plan:
-    """The plan of a validated config on a number of processes.
+    """Return the plan of a run.
+
+    Args:
+        config: validated.
+        processes: number of processes that the groups are divided among.
 
     Raises:
         UserError: there are more processes than groups in an update.
     """
     rollout, update = config.rollout, config.update
     groups, size = config.prompts.per_epoch, rollout.group_size
-    of_update = groups // update.per_epoch
-    if processes > of_update:
+    groups_per_update = groups // update.per_epoch
+    if processes > groups_per_update:
         raise UserError(
-            f"prompts.per_epoch: {groups} groups in {_count(update.per_epoch, 'update')} are {of_update} an update, "
-            f"fewer than the {processes} processes; raise it, or lower update.per_epoch"
+            f"prompts.per_epoch: {groups} groups in {_count(update.per_epoch, 'update')} are {groups_per_update} "
+            f"an update, fewer than the {processes} processes; raise it, or lower update.per_epoch"
         )
     if update.algorithm in POLICY_GRADIENTS:
-        slot, slots = "trained step", rollout.window_size or rollout.num_steps - 1  # the last step is never trained
+        pair_name, pairs_per_image = (
+            "trained step",
+            rollout.window_size or rollout.num_steps - 1,
+        )  # the last step is never trained
     else:
-        slot, slots = "noise draw", update.noise_draws
+        pair_name, pairs_per_image = "noise draw", update.noise_draws
     trained_per_group = 1 if update.algorithm in ("dpo", "sft") else size
-    micro_batch = max(1, update.batch_size // 2) if update.algorithm == "dpo" else update.batch_size
-    groups_each = groups // processes, -(-groups // processes)
-    update_groups_each = of_update // processes, -(-of_update // processes)
-    images, pairs = groups_each[1] * size, update_groups_each[1] * trained_per_group * slots
+    micro_batch_size = max(1, update.batch_size // 2) if update.algorithm == "dpo" else update.batch_size
+    groups_per_process = groups // processes, -(-groups // processes)
+    update_groups_per_process = groups_per_update // processes, -(-groups_per_update // processes)
+    images, pairs = groups_per_process[1] * size, update_groups_per_process[1] * trained_per_group * pairs_per_image
     return Plan(
         processes=processes,
         groups=groups,
         group_size=size,
         trained_per_group=trained_per_group,
-        slot=slot,
-        slots=slots,
+        pair_name=pair_name,
+        pairs_per_image=pairs_per_image,
         updates=update.per_epoch,
-        groups_each=groups_each,
+        groups_per_process=groups_per_process,
         rollout_batches=-(-images // rollout.batch_size),
-        rollout_batch=min(images, rollout.batch_size),
-        update_groups_each=update_groups_each,
-        micro_batches=-(-pairs // micro_batch),
-        micro_batch=min(pairs, micro_batch),
+        rollout_batch_size=min(images, rollout.batch_size),
+        update_groups_per_process=update_groups_per_process,
+        micro_batches=-(-pairs // micro_batch_size),
+        micro_batch_size=min(pairs, micro_batch_size),
     )
 
 
 def launched_processes() -> int:
-    """Processes of this launch, as torchrun and accelerate tell each of them."""
+    """Return the number of processes that torchrun or accelerate has launched, 1 without them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _range(least: int, most: int) -> str:
-    return str(most) if least == most else f"{least} to {most}"
+def _range(fewest: int, most: int) -> str:
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def _count(number: int, noun: str) -> str:

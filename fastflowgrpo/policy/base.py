@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -18,79 +18,102 @@ from torch import Tensor, nn
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.lora import add_lora, load_lora, save_lora
+from fastflowgrpo.policy.protocol import Conditioning
+from fastflowgrpo.policy.weights import FULL
 
-# Compiled blocks are specialised for the adapter on and off, for batch shapes and for blocks that are built otherwise:
-# more than the 8 variants that torch allows by itself.
+# Blocks are compiled separately with and without the adapter, for each batch shape and for each kind of block: more
+# variants than the 8 that torch allows by default.
 RECOMPILE_LIMIT = 64
 
 
 class DiffusersPolicy(ABC):
-    """The transformer of a diffusers pipeline, under LoRA or in full; the rest of the pipeline is frozen.
+    """Trains the transformer of a diffusers pipeline, with a LoRA or in full; the rest of the pipeline is frozen.
 
-    A family adds `encode`, `latent_shape` and `predict`, `sigmas` where its pipeline does not leave the schedule to the
-    scheduler alone, and `decode_part` for another VAE than FLUX's and SD3's.
+    The methods of `Policy` that stand here without a docstring are described there. A family adds `encode`,
+    `latent_shape`, `predict` and `example_conditioning`. It overrides `sigmas` if its pipeline passes sigmas or a shift
+    to its scheduler, `decode_batch` for a VAE other than FLUX's and SD3's, and what else differs.
+
+    Args:
+        pipeline: on the device where it runs, with frozen weights in the compute dtype; its transformer is changed in
+            place.
+        config: adapter and embedding settings. Without a `lora` and with a `lora_rank` of 0 or None the whole
+            transformer is trained.
+
+    Raises:
+        UserError: the pipeline does not support a setting.
     """
 
     lora_targets: ClassVar[tuple[str, ...]]
     """Linear layers that carry the adapter by default, matched from the end of the module name."""
-    default_sequence_length: int = 512
-    """Text tokens, where `policy.max_sequence_length` is not set."""
-    masked: ClassVar[bool] = False
+    has_attention_mask: ClassVar[bool] = False
     """Whether attention gets a mask, which some backends do not take."""
+    makes_videos: ClassVar[bool] = False
 
     def __init__(self, pipeline: DiffusionPipeline, config: PolicyConfig):
         self.pipeline, self.config = pipeline, config
         self.dtype, self.device = getattr(torch, config.dtype), pipeline.device
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module):
-                component.eval().requires_grad_(False)
-        if isinstance(pipeline.vae, AutoencoderKL):
-            pipeline.vae.to(memory_format=torch.channels_last)  # what 2D convolutions are fastest in, on CPUs and GPUs
-        length = config.max_sequence_length
-        self.sequence_length = self.default_sequence_length if length is None else length
         self.module = pipeline.transformer
+        absent = [name for name, component in pipeline.components.items() if component is None]
+        length = config.max_sequence_length
+        self.sequence_length = self.default_sequence_length(absent) if length is None else length
+        self._reference_module: ModelMixin | None = None
+        self._freeze()
         if config.attention is not None:
             self._set_attention(config.attention)
         if config.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
-        self._reference_module: ModelMixin | None = None
-        if config.lora is not None:
-            load_lora(pipeline, config.lora, config.lora_rank)
-        elif config.lora_rank:
-            add_lora(self.module, config.lora_targets or self.lora_targets, config.lora_rank, config.lora_alpha)
-        else:
-            self._reference_module = deepcopy(self.module)
-            self.module.requires_grad_(True)
-            cast_training_params(self.module)
-        self.freeze_unread(self.module)
+        self._make_trainable()
         if config.compile:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-            for module in (self.module, self._reference_module):
-                if module is not None:
-                    # SD3's transformer does not name its repeated blocks
-                    module._repeated_blocks = module._repeated_blocks or module._no_split_modules
-                    module.compile_repeated_blocks(fullgraph=True)
+            self._compile()
         self.transformer = self.module
 
-    @staticmethod  # noqa: B027  that of a family may have nothing to freeze
-    def freeze_unread(transformer: Any) -> None:
-        """Freeze those of the trained weights that nothing depends on: DDP would wait for their gradients."""
+    @classmethod
+    def default_sequence_length(cls, absent: Collection[str]) -> int:
+        """Return the text tokens of an embedding where `policy.max_sequence_length` is not set.
+
+        Args:
+            absent: components that the pipeline was saved without.
+        """
+        return 512
+
+    @classmethod
+    def guidance_arguments(cls, config: PolicyConfig, guidance_scale: float) -> dict[str, Any]:
+        """Return the arguments with which the pipeline's call applies classifier-free guidance as `sampling` does."""
+        return {"guidance_scale": guidance_scale}
+
+    @property
+    def uses_lora(self) -> bool:
+        """Whether a LoRA is trained, and not the whole transformer."""
+        return self._reference_module is None
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Conditioning: ...
+
+    @abstractmethod
+    def example_conditioning(self, batch_size: int) -> Conditioning:
+        """Return tensors of the shapes, dtypes and device that `encode` gives for prompts, with arbitrary contents."""
+
+    @abstractmethod
+    def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Compute `velocity` by calling `self.transformer` as the family's pipeline does."""
+
+    def freeze_unused_weights(self) -> None:  # noqa: B027  most families have none
+        """Freeze trained weights that the output does not depend on: DDP would wait for their gradients."""
 
     def sigmas(self, num_steps: int, shape: tuple[int, ...]) -> Tensor:
-        """The schedule of the pipeline's own scheduler; `shape`, of a latent sample, has no part in it."""
         scheduler = deepcopy(self.pipeline.scheduler)
         scheduler.set_timesteps(num_steps)
         return scheduler.sigmas.cpu()
 
-    @abstractmethod
-    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        """`velocity`, as the family's pipeline calls its transformer."""
-
-    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         with_graph = torch.is_grad_enabled()
         # Weights trained in full are float32; autocast gives them the compute dtype, in rollout and update alike.
-        autocast = self._reference_module is not None and self.dtype != torch.float32
-        # The compiler fuses, and so rounds, a pass without gradients otherwise: compiled, both phases run the same.
+        autocast = not self.uses_lora and self.dtype != torch.float32
+        # The compiler fuses a pass without gradients differently, which rounds differently. Compiled, the rollout
+        # therefore runs with gradients too, as the update does.
         with (
             torch.set_grad_enabled(with_graph or self.config.compile),
             torch.autocast(self.device.type, self.dtype, enabled=autocast),
@@ -98,15 +121,15 @@ class DiffusersPolicy(ABC):
             velocity = self.predict(latents, sigma, conditioning)
         return (velocity if with_graph else velocity.detach()).to(self.dtype)
 
-    def decode_part(self, latents: Tensor) -> Tensor:
-        """Images about [-1, 1], (B, 3, H, W), or videos, (B, F, 3, H, W); here those of an `AutoencoderKL`."""
+    def decode_batch(self, latents: Tensor) -> Tensor:
+        """Decode latents to images, (B, 3, H, W), or videos, (B, F, 3, H, W), with values of about [-1, 1]."""
         vae = self.pipeline.vae
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        parts = (self.decode_part(part).float() for part in latents.split(self.config.decode_batch_size))
-        return torch.cat([(part * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for part in parts])
+        decoded = (self.decode_batch(batch).float() for batch in latents.split(self.config.decode_batch_size))
+        return torch.cat([(images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for images in decoded])
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -127,13 +150,13 @@ class DiffusersPolicy(ABC):
                 self.transformer = trained
 
     def save(self, folder: Path) -> None:
-        if self._reference_module is None:
+        if self.uses_lora:
             save_lora(self.pipeline, folder)
         else:
-            self.module.save_pretrained(folder / "transformer")
+            self.module.save_pretrained(folder / FULL)
 
     def encoder_key(self) -> str:
-        """A hash of what an embedding depends on besides its prompt: model, encoders' weights, length and dtype."""
+        """Return a hash of the model, the encoders' weights, the sequence length and the dtype."""
         weights = {
             # a sum of the bits: exact on every device, and quick
             f"{name}.{key}": int(tensor.flatten().view(torch.uint8).sum(dtype=torch.int64))
@@ -144,7 +167,6 @@ class DiffusersPolicy(ABC):
         return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
     def drop_encoders(self) -> None:
-        """Free the memory of the text encoders; `encode` cannot be called any more."""
         self.pipeline.register_modules(**dict.fromkeys(self._encoders()))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -156,6 +178,34 @@ class DiffusersPolicy(ABC):
             if name.startswith("text_encoder") and component is not None
         }
 
+    def _freeze(self) -> None:
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.eval().requires_grad_(False)
+        if isinstance(self.pipeline.vae, AutoencoderKL):
+            # the fastest memory format for 2D convolutions, on CPUs and GPUs
+            self.pipeline.vae.to(memory_format=torch.channels_last)
+
+    def _make_trainable(self) -> None:
+        config = self.config
+        if config.lora is not None:
+            load_lora(self.pipeline, config.lora, config.lora_rank)
+        elif config.lora_rank:
+            add_lora(self.module, config.lora_targets or self.lora_targets, config.lora_rank, config.lora_alpha)
+        else:
+            self._reference_module = deepcopy(self.module)
+            self.module.requires_grad_(True)
+            cast_training_params(self.module)
+        self.freeze_unused_weights()
+
+    def _compile(self) -> None:
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+        for module in (self.module, self._reference_module):
+            if module is not None:
+                # SD3's transformer does not name its repeated blocks
+                module._repeated_blocks = module._repeated_blocks or module._no_split_modules
+                module.compile_repeated_blocks(fullgraph=True)
+
     def _set_attention(self, name: str) -> None:
         processors: list[Any] = list(self.module.attn_processors.values())
         if not any(hasattr(processor, "_attention_backend") for processor in processors):
@@ -165,9 +215,9 @@ class DiffusersPolicy(ABC):
             )
         try:
             self.module.set_attention_backend(name)
-            # What is installed may still lack this device, dtype, mask or a backward pass: find out now.
+            # An installed backend may still not support this device, dtype, mask or a backward pass: try it now.
             query = torch.zeros(1, 16, 1, self.module.config.attention_head_dim, dtype=self.dtype, device=self.device)
-            mask = torch.ones(1, 1, 1, 16, dtype=torch.bool, device=self.device) if self.masked else None
+            mask = torch.ones(1, 1, 1, 16, dtype=torch.bool, device=self.device) if self.has_attention_mask else None
             query.requires_grad_()
             output = dispatch_attention_fn(query, query, query, attn_mask=mask, backend=AttentionBackendName(name))
             output.sum().backward()

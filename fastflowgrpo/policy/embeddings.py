@@ -1,4 +1,4 @@
-"""Prompt embeddings, computed once per distinct prompt."""
+"""A cache of prompt embeddings, in memory and on disk."""
 
 import hashlib
 from collections import OrderedDict
@@ -12,36 +12,41 @@ from safetensors.torch import load_file, save_file
 
 from fastflowgrpo.console import progress
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.policy import Conditioning, Policy
+from fastflowgrpo.policy.protocol import Conditioning, Policy
 
-BATCH = 32  # prompts encoded at once for the disk
+BATCH = 32  # prompts encoded at once for the folder
+CACHED_PROMPTS = 512  # kept in memory
 
 
 class EmbeddingCache:
-    """`Policy.encode` with a memory of the prompts that were asked for last, and of all prompts in a folder if given.
+    """Calls `Policy.encode` once per distinct prompt and keeps the last ones in memory, or all of them in a folder.
 
-    The folder may be shared by runs and processes: a file's name is a hash of its prompt and of `Policy.encoder_key`,
-    and it is complete as soon as it has its name.
+    Runs and processes may share the folder: a file's name is a hash of its prompt and of `Policy.encoder_key`, and a
+    file gets its name only when it is complete.
 
     Args:
-        policy: what encodes.
-        folder: of the embeddings on disk; None keeps them in memory alone. They are written by `prepare`.
-        size: prompts kept in memory; one of SD3 with T5 takes 2.7 MB in bfloat16.
+        policy: encodes the prompts.
+        folder: of the embeddings on disk, which `prepare` writes; None keeps embeddings in memory only.
+        size: number of prompts kept in memory; a prompt of SD3 with T5 takes 2.7 MB in bfloat16.
     """
 
-    def __init__(self, policy: Policy, folder: str | Path | None = None, size: int = 512):
+    def __init__(self, policy: Policy, folder: str | Path | None = None, size: int = CACHED_PROMPTS):
         self.policy, self.size = policy, size
         self.folder = None if folder is None else Path(folder)
         self.key = "" if folder is None else policy.encoder_key()
         self.rows: OrderedDict[str, Conditioning] = OrderedDict()
 
     def prepare(self, prompts: Iterable[str]) -> None:
-        """`write` the prompts, all that will be asked for, then free the encoders."""
+        """Write the embeddings of all prompts of a run into the folder, then free the encoders.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         self.write(prompts)
         self.policy.drop_encoders()
 
     def write(self, prompts: Iterable[str]) -> None:
-        """Encode into the folder what it lacks of the prompts.
+        """Write the embeddings that the folder does not have yet.
 
         Raises:
             UserError: the folder cannot be written.
@@ -51,8 +56,8 @@ class EmbeddingCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             missing = [prompt for prompt in dict.fromkeys(prompts) if not self._has(prompt)]
             for begin in progress("encoding prompts", range(0, len(missing), BATCH)):
-                part = missing[begin : begin + BATCH]
-                for prompt, row in zip(part, self._encode(part), strict=True):
+                batch = missing[begin : begin + BATCH]
+                for prompt, row in zip(batch, self._encode(batch), strict=True):
                     path = self._path(prompt)
                     unfinished = path.with_suffix(f".{uuid4().hex}")
                     save_file(row, unfinished)
@@ -61,15 +66,15 @@ class EmbeddingCache:
             raise UserError(f"policy.embeddings_dir {self.folder} cannot be written: {error}") from error
 
     def __call__(self, prompts: list[str]) -> Conditioning:
-        """Embeddings with a row per prompt; what is neither in memory nor on disk is encoded.
+        """Return embeddings with one row per prompt, from memory, the folder or, without a folder, the encoders.
 
         Raises:
-            RuntimeError: a file of the folder has gone since `prepare`.
+            RuntimeError: a file in the folder is missing or damaged.
         """
         distinct = dict.fromkeys(prompts)
         for prompt in distinct:
             if prompt not in self.rows:
-                # Each alone: its bits can depend on the batch, and a resumed run asks for other batches.
+                # One prompt at a time: its bits can depend on the batch, and a resumed run has other batches.
                 self.rows[prompt] = self._read(prompt) if self.folder else self._encode([prompt])[0]
         for prompt in distinct:
             self.rows.move_to_end(prompt)
@@ -87,14 +92,14 @@ class EmbeddingCache:
         try:
             return load_file(self._path(prompt), device=str(self.policy.device))
         except (FileNotFoundError, SafetensorError) as error:
-            raise RuntimeError(f"policy.embeddings_dir: an embedding has gone or is damaged ({error})") from error
+            raise RuntimeError(f"policy.embeddings_dir: an embedding is missing or damaged ({error})") from error
 
     def _path(self, prompt: str) -> Path:
         assert self.folder is not None
         return self.folder / (hashlib.sha256(f"{self.key} {prompt}".encode()).hexdigest() + ".safetensors")
 
     def _has(self, prompt: str) -> bool:
-        """Whether the folder has the prompt's file, whole."""
+        """Return whether the folder has the prompt's complete file."""
         try:
             with safe_open(self._path(prompt), "pt"):
                 return True

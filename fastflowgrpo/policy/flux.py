@@ -1,6 +1,6 @@
 """FLUX.1: dev, which takes a guidance as an input, and schnell."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.policy.packed import PackedPolicy
+from fastflowgrpo.policy.protocol import Conditioning
 from fastflowgrpo.policy.sd3 import SD3Policy
 
 
@@ -19,17 +20,30 @@ class FluxPolicy(PackedPolicy):
 
     def __init__(self, pipeline: FluxPipeline, config: PolicyConfig):
         super().__init__(pipeline, config)
-        # Made on the host: once for each image size, for the copy to the device waits for it.
+        # Computed on the host, and the copy to the device waits for it: once for each image size.
         self._positions = lru_cache(maxsize=8)(
             lambda h, w: pipeline._prepare_latent_image_ids(1, h, w, self.device, self.dtype)
         )
 
+    @classmethod
+    def guidance_arguments(cls, config: PolicyConfig, guidance_scale: float) -> dict[str, Any]:
+        # the pipeline's guidance_scale is an input of the model, its true_cfg_scale classifier-free guidance
+        return {**super().guidance_arguments(config, guidance_scale), "guidance_scale": config.distilled_guidance}
+
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode(self, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=self.sequence_length)
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
-    def inputs(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Any]:
+    def example_conditioning(self, batch_size: int) -> Conditioning:
+        config = self.module.config
+        new = partial(torch.empty, dtype=self.dtype, device=self.device)
+        return {
+            "encoder_hidden_states": new(batch_size, self.sequence_length, config.joint_attention_dim),
+            "pooled_projections": new(batch_size, config.pooled_projection_dim),
+        }
+
+    def extra_inputs(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         height, width = latents.shape[-2:]
         distilled = self.module.config.guidance_embeds
         return {

@@ -1,4 +1,4 @@
-"""LoRA adapters of a pipeline's transformer: made, loaded and saved as diffusers pipelines load them."""
+"""LoRA adapters of a pipeline's transformer: adding, loading and saving them in diffusers' format."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +17,15 @@ ADAPTER = "default"
 
 
 def add_lora(module: ModelMixin, targets: Sequence[str], rank: int, alpha: int) -> None:
-    """A new adapter, which changes nothing yet, on the linear layers whose names end with one of the targets.
+    """Add a new adapter, which does not change the output yet.
+
+    Args:
+        module: the transformer.
+        targets: names of linear layers, matched from the end of the module name.
+        rank, alpha: the adapter's output is scaled by alpha / rank.
 
     Raises:
-        UserError: a target is no linear layer's name.
+        UserError: no linear layer has the name of a target.
     """
     linears = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
     for target in targets:
@@ -29,23 +34,30 @@ def add_lora(module: ModelMixin, targets: Sequence[str], rank: int, alpha: int) 
             raise UserError(f"policy.lora_targets: no linear layer is called {target}; there are: {known}")
     adapter = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=list(targets))
     module.add_adapter(adapter, adapter_name=ADAPTER)
-    keep_float32(module)
+    _make_float32(module)
 
 
 def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> None:
-    """The adapter of a file, folder or hub id, with its own rank, scale and layers.
+    """Load an adapter, with its own rank, scale and layers, into the pipeline's transformer.
+
+    Args:
+        pipeline: whose transformer gets the adapter; on the meta device only its shapes are loaded.
+        source: a file, folder or hub id.
+        rank: that the adapter must have; None for any.
 
     Raises:
-        UserError: it cannot be read, fits another model, or has another rank than the one asked for.
+        UserError: the adapter cannot be read, fits another model or has another rank.
     """
-    module, trouble = pipeline.transformer, f"policy.lora: {source}"
+    module, setting = pipeline.transformer, f"policy.lora: {source}"
     try:
-        # FLUX's loader gives alphas that stand among the weights apart, and SD3's leaves them there.
+        # FLUX's loader returns alphas separately, SD3's leaves them among the weights.
         weights, *alphas, metadata = pipeline.lora_state_dict(source, return_alphas=True, return_lora_metadata=True)
+        if module.device.type == "meta":  # alphas, which have no dimension, keep their values
+            weights = {name: weight.to("meta") if weight.ndim else weight for name, weight in weights.items()}
         scales = {name: float(alpha) for name, alpha in alphas[0].items()} if alphas and alphas[0] else None
         others = sorted({name.split(".")[0] for name in weights} - {"transformer"})
         if others:
-            raise UserError(f"{trouble} has weights for {', '.join(others)}, of which this model trains none")
+            raise UserError(f"{setting} has weights for {', '.join(others)}, which are not trained here")
         module.load_lora_adapter(
             weights, prefix="transformer", adapter_name=ADAPTER, metadata=metadata, network_alphas=scales
         )
@@ -53,33 +65,35 @@ def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> Non
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{trouble} cannot be loaded into a {type(module).__name__}: {reason}") from error
-    # Once more, now that the adapter is float32: diffusers gives it the dtype of the layers under it.
-    keep_float32(module)
-    own = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
-    unbound = set_peft_model_state_dict(module, own, ADAPTER).unexpected_keys
-    bound = get_peft_model_state_dict(module, adapter_name=ADAPTER)
-    if unbound or not bound or bound.keys() != own.keys():
-        names = ", ".join(sorted({*unbound, *(bound.keys() ^ own.keys())})[:3])
-        raise UserError(f"{trouble} fits another model: {type(module).__name__} has no place for {names}")
-    ranks = {tensor.shape[0] for name, tensor in bound.items() if "lora_A" in name}
+        raise UserError(f"{setting} cannot be loaded into a {type(module).__name__}: {reason}") from error
+    # diffusers has loaded the adapter in the dtype of the layers that carry it: load it again in float32.
+    _make_float32(module)
+    given = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+    unexpected = set_peft_model_state_dict(module, given, ADAPTER).unexpected_keys
+    loaded = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    if unexpected or not loaded or loaded.keys() != given.keys():
+        names = ", ".join(sorted({*unexpected, *(loaded.keys() ^ given.keys())})[:3])
+        raise UserError(f"{setting} fits another model: {type(module).__name__} has no place for {names}")
+    ranks = {weight.shape[0] for name, weight in loaded.items() if "lora_A" in name}
     if rank is not None and ranks != {rank}:
         found = ", ".join(map(str, sorted(ranks)))
-        raise UserError(f"{trouble} has rank {found}, not policy.lora_rank {rank}: leave policy.lora_rank out")
+        raise UserError(f"{setting} has rank {found}, not policy.lora_rank {rank}: leave policy.lora_rank out")
 
 
-def keep_float32(module: nn.Module) -> None:
-    """Make the adapter's weights float32, and compute with them in the dtype of the layer's input, as sampling with the
-    saved adapter does; peft would convert every activation to float32 instead."""
+def _make_float32(module: nn.Module) -> None:
+    """Make the adapter's weights float32, but compute in the dtype of each layer's input.
+
+    Sampling with the saved adapter computes in that dtype too. peft would convert every activation to float32 instead.
+    """
     cast_training_params(module)
     for layer in module.modules():
         if isinstance(layer, LoraLayer) and isinstance(layer.get_base_layer(), nn.Linear):
             layer.cast_input_dtype_enabled = False
             for part in (*layer.lora_A.values(), *layer.lora_B.values()):
-                part.__class__ = _InInputDtype
+                part.__class__ = _InputDtypeLinear
 
 
-class _InInputDtype(nn.Linear):
+class _InputDtypeLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return F.linear(input, self.weight.to(input.dtype), bias)

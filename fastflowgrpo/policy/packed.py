@@ -1,4 +1,4 @@
-"""What FLUX.1 and Qwen-Image share: their transformers take latents packed into tokens."""
+"""What FLUX.1 and Qwen-Image share: packed latents, and the names of the guidance arguments."""
 
 from abc import abstractmethod
 from copy import deepcopy
@@ -8,21 +8,27 @@ import numpy as np
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
+from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.policy.base import DiffusersPolicy
-from fastflowgrpo.policy.latents import latent_size, no_frames, pack, unpack
+from fastflowgrpo.policy.latents import latent_size, pack, reject_num_frames, unpack
+from fastflowgrpo.policy.protocol import Conditioning
 
 
 class PackedPolicy(DiffusersPolicy):
-    """Latents are (C, H, W), packed into tokens of 2 x 2 for the transformer alone."""
+    """Keeps latents as (C, H, W) and packs them into tokens of 2 x 2 only for the transformer."""
+
+    @classmethod
+    def guidance_arguments(cls, config: PolicyConfig, guidance_scale: float) -> dict[str, Any]:
+        return {"true_cfg_scale": guidance_scale, "negative_prompt": ""} if guidance_scale != 1 else {}
 
     def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]:
-        no_frames(num_frames)
+        reject_num_frames(num_frames)
         factor = self.pipeline.vae_scale_factor
         default = self.pipeline.default_sample_size * factor
         return (self.module.config.in_channels // 4, *latent_size(height, width, factor, 2, (default, default)))
 
     def sigmas(self, num_steps: int, shape: tuple[int, ...]) -> Tensor:
-        """The schedule of the pipeline, shifted by the number of tokens of a sample (C, H, W)."""
+        """Return the schedule of the pipeline, shifted by the number of tokens of a latent sample (C, H, W)."""
         scheduler = deepcopy(self.pipeline.scheduler)
         config = scheduler.config
         mu = calculate_shift(
@@ -35,17 +41,17 @@ class PackedPolicy(DiffusersPolicy):
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
         return scheduler.sigmas.cpu()
 
-    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         velocity = self.transformer(
             hidden_states=pack(latents),
-            # rounded as the pipelines round it
+            # the pipelines round it like this
             timestep=(sigma * 1000).to(latents.dtype) / 1000,
             return_dict=False,
             **conditioning,
-            **self.inputs(latents, sigma, conditioning),
+            **self.extra_inputs(latents, sigma, conditioning),
         )[0]
         return unpack(velocity, *latents.shape[-2:])
 
     @abstractmethod
-    def inputs(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Any]:
-        """What the family's transformer takes besides."""
+    def extra_inputs(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> dict[str, Any]:
+        """Return the arguments that only this family's transformer takes."""

@@ -10,44 +10,51 @@ from torch import Tensor
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.policy.latents import latent_statistics
 from fastflowgrpo.policy.packed import PackedPolicy
+from fastflowgrpo.policy.protocol import Conditioning
 from fastflowgrpo.policy.sd3 import SD3Policy
 
 
 class QwenImagePolicy(PackedPolicy):
     """The transformer of a `QwenImagePipeline`.
 
-    Guidance is linear, v = v_uncond + g (v_cond - v_uncond), as the step and the loss have it. The pipeline then scales
-    each token's prediction back to the norm of the conditional one, which is not done here.
+    Guidance is linear here, v = v_uncond + g (v_cond - v_uncond), as in the other families. The pipeline also scales
+    each token's prediction back to the norm of the conditional one.
     """
 
     lora_targets = SD3Policy.lora_targets
-    masked = True
+    has_attention_mask = True
 
     def __init__(self, pipeline: QwenImagePipeline, config: PolicyConfig):
         super().__init__(pipeline, config)
         self._mean, self._std = latent_statistics(pipeline.vae)
 
-    @staticmethod
-    def freeze_unread(transformer: Any) -> None:
-        last = transformer.transformer_blocks[-1]  # nothing reads its text stream
+    def freeze_unused_weights(self) -> None:
+        last = self.module.transformer_blocks[-1]  # the output does not depend on its text stream
         for part in (last.attn.to_add_out, last.txt_mlp):
             part.requires_grad_(False)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode(self, prompts: list[str]) -> Conditioning:
         embeds, mask = self.pipeline.encode_prompt(prompts, max_sequence_length=self.sequence_length)
         mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
-        # All prompts at one length, so that a sample does not depend on which others it is batched with.
+        # All prompts get the same length, so that a sample does not depend on the others in its batch.
         padding = self.sequence_length - embeds.shape[1]
         return {
             "encoder_hidden_states": F.pad(embeds, (0, 0, 0, padding)),
             "encoder_hidden_states_mask": F.pad(mask.bool(), (0, padding)),
         }
 
-    def inputs(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> dict[str, Any]:
+    def example_conditioning(self, batch_size: int) -> Conditioning:
+        size, width = (batch_size, self.sequence_length), self.module.config.joint_attention_dim
+        return {
+            "encoder_hidden_states": torch.empty(*size, width, dtype=self.dtype, device=self.device),
+            "encoder_hidden_states_mask": torch.ones(size, dtype=torch.bool, device=self.device),
+        }
+
+    def extra_inputs(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         height, width = latents.shape[-2:]
         return {"img_shapes": [[(1, height // 2, width // 2)]] * len(latents)}
 
-    def decode_part(self, latents: Tensor) -> Tensor:
+    def decode_batch(self, latents: Tensor) -> Tensor:
         latents = latents.unsqueeze(2) * self._std + self._mean
         return self.pipeline.vae.decode(latents, return_dict=False)[0][:, :, 0]

@@ -1,16 +1,20 @@
 """Stable Diffusion 3 and 3.5."""
 
+from collections.abc import Collection
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from fastflowgrpo.policy.base import DiffusersPolicy
-from fastflowgrpo.policy.latents import latent_size, no_frames
+from fastflowgrpo.policy.latents import latent_size, reject_num_frames
+from fastflowgrpo.policy.protocol import Conditioning
 
 
 class SD3Policy(DiffusersPolicy):
     """The transformer of a `StableDiffusion3Pipeline`. Latents are (C, H, W)."""
 
-    # the Flow-GRPO paper's
+    # those of the Flow-GRPO paper
     lora_targets = (
         "attn.to_q",
         "attn.to_k",
@@ -22,25 +26,34 @@ class SD3Policy(DiffusersPolicy):
         "attn.to_add_out",
     )
 
-    @property
-    def default_sequence_length(self) -> int:  # type: ignore[override]
-        """T5's tokens, which follow CLIP's."""
-        return 0 if self.pipeline.text_encoder_3 is None else 256
+    @classmethod
+    def default_sequence_length(cls, absent: Collection[str]) -> int:
+        """Return the tokens of T5, which follow CLIP's."""
+        return 0 if "text_encoder_3" in absent else 256
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode(self, prompts: list[str]) -> Conditioning:
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.sequence_length
         )
         return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
+    def example_conditioning(self, batch_size: int) -> Conditioning:
+        config = self.module.config
+        tokens = self.pipeline.text_encoder.config.max_position_embeddings + self.sequence_length
+        new = partial(torch.empty, dtype=self.dtype, device=self.device)
+        return {
+            "encoder_hidden_states": new(batch_size, tokens, config.joint_attention_dim),
+            "pooled_projections": new(batch_size, config.pooled_projection_dim),
+        }
+
     def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]:
-        no_frames(num_frames)
+        reject_num_frames(num_frames)
         factor = self.pipeline.vae_scale_factor
         default = self.pipeline.default_sample_size * factor
         size = latent_size(height, width, factor, self.pipeline.patch_size, (default, default))
         return (self.module.config.in_channels, *size)
 
-    def predict(self, latents: Tensor, sigma: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         timestep = sigma * self.pipeline.scheduler.config.num_train_timesteps
         return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]

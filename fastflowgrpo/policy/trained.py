@@ -1,4 +1,4 @@
-"""Reading the weights that `Policy.save` wrote."""
+"""Loading a policy with the weights that `Policy.save` wrote."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,25 +8,22 @@ import torch
 
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.policy import Policy, load_policy
-
-LORA = "pytorch_lora_weights.safetensors"
-FULL = "transformer"
-
-
-def holds_weights(folder: Path) -> bool:
-    """Whether a folder has trained weights of ours."""
-    return (folder / LORA).is_file() or (folder / FULL / "config.json").is_file()
+from fastflowgrpo.policy.loading import load_policy
+from fastflowgrpo.policy.protocol import Policy
+from fastflowgrpo.policy.weights import FULL, LORA, holds_weights
 
 
 def load_trained(model: str, folder: Path, config: PolicyConfig, device: torch.device | str = "cpu") -> Policy:
-    """`load_policy` with the trained weights in a folder. Inside its `reference` it is the model alone.
+    """Load a model with the trained weights in a folder; its `reference` is the model without them.
 
     Args:
-        config: its adapter, rank and the like, is the folder's instead.
+        model: as in `load_policy`.
+        folder: what `Policy.save` wrote to.
+        config: as in `load_policy`; the adapter and its rank are those of the folder instead.
+        device: where it runs.
 
     Raises:
-        UserError: there are no such weights, or they are of another model; or see `load_policy`.
+        UserError: the folder has no trained weights, they do not fit the model, or `load_policy` fails.
     """
     if not folder.is_dir():
         raise UserError(f"checkpoint {folder}: there is no such folder")

@@ -123,7 +123,7 @@ def _terms(includes: list[dict[str, Any]], found: list[list[Detection]]) -> list
 
 
 DETECTORS = {
-    "shapes": "fastflowgrpo.shapes.detector:ShapesDetector",
+    "shapes": "fastflowgrpo.rewards.shapes_detector:ShapesDetector",
     "mask2former": "fastflowgrpo.rewards.mask2former:Mask2FormerDetector",
 }
 

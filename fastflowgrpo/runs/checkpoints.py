@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.policy.trained import holds_weights
+from fastflowgrpo.policy.weights import holds_weights
 from fastflowgrpo.runs.files import CHECKPOINTS, METRICS, fsync, read_rows
 
 FORMAT = 1

@@ -6,7 +6,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.policy.trained import FULL, LORA
+from fastflowgrpo.policy.weights import FULL, LORA
 from fastflowgrpo.runs.model_card import CARD, PICTURES, PLACE, write_card
 
 UPLOADED = (CARD, *PICTURES, LORA, f"{FULL}/*")

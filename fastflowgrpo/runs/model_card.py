@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from fastflowgrpo.config import Config, read_run
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.policy.trained import FULL, LORA, holds_weights
+from fastflowgrpo.policy import FAMILIES
+from fastflowgrpo.policy.weights import FULL, LORA, holds_weights
 from fastflowgrpo.results import versions
 from fastflowgrpo.runs.files import BEFORE_AFTER, CURVE, METRICS, read_rows
 from fastflowgrpo.shapes import PIPELINE
@@ -144,31 +145,26 @@ def _use(config: Config, checkpoint: Path) -> str:
         load = []
     if config.model == "shapes":
         lines.append("from fastflowgrpo.shapes import PIPELINE")
-    guidance, family = config.evaluation.guidance_scale, index["_class_name"]
-    scale = rollout.guidance_scale if guidance is None else guidance
-    arguments: dict[str, Any] = {"num_inference_steps": config.evaluation.num_steps}
-    if family in ("FluxPipeline", "QwenImagePipeline"):
-        arguments |= {"true_cfg_scale": scale, "negative_prompt": '""'} if scale != 1 else {}
-        if family == "FluxPipeline":  # whose guidance_scale is an input of the model
-            arguments["guidance_scale"] = config.policy.distilled_guidance
-    else:
-        arguments["guidance_scale"] = scale
-    arguments |= {
+    family, guidance = FAMILIES[index["_class_name"]], config.evaluation.guidance_scale
+    length = config.policy.max_sequence_length
+    if length is None and family.default_sequence_length(absent) == 0:
+        length = 0  # the pipeline would append zero tokens
+    arguments: dict[str, Any] = {
+        "num_inference_steps": config.evaluation.num_steps,
+        **family.guidance_arguments(config.policy, rollout.guidance_scale if guidance is None else guidance),
         "height": rollout.height,
         "width": rollout.width,
         "num_frames": rollout.num_frames,
-        "max_sequence_length": 0 if "text_encoder_3" in absent else config.policy.max_sequence_length,
+        "max_sequence_length": length,
     }
-    given = "".join(f", {name}={value}" for name, value in arguments.items() if value is not None)
+    given = "".join(f", {name}={json.dumps(value)}" for name, value in arguments.items() if value is not None)
     lines += [
         "",
         "pipe = DiffusionPipeline.from_pretrained(",
         *(f"    {argument}," for argument in (model, *options)),
         ")",
         *load,
-        f"video = pipe(prompt{given}).frames[0]"
-        if family == "WanPipeline"
-        else f"image = pipe(prompt{given}).images[0]",
+        f"video = pipe(prompt{given}).frames[0]" if family.makes_videos else f"image = pipe(prompt{given}).images[0]",
     ]
     return "\n".join(["## Use", "", "```python", *lines, "```"])
 

@@ -68,7 +68,7 @@ class Report:
         where = f", {plan.processes} processes" if plan.processes > 1 else ""
         device = self.accelerator.device
         print(f"{self.config.model}: {num_parameters / 1e6:.2f} M trained parameters on {device}{where}")
-        print(*plan.lines(), sep="\n")
+        print(*plan.summary_lines(), sep="\n")
         trackers: dict[str, dict[str, Any]] = {"wandb": {"id": self.state.run_id, "resume": "allow"}}
         if resumed is None:
             self._remove_old_run()

@@ -336,7 +336,7 @@ def create_app(rewards: Mapping[str, Callable[[RewardBatch], Any]], config: Serv
         timeout = min(config.timeout, request.timeout or math.inf)
         try:
             return await asyncio.wait_for(asyncio.wrap_future(job.answer), timeout)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             raise HTTPException(503, f"not scored within {timeout:g} s", {"Retry-After": "1"}) from None
 
     @app.post("/check/{reward}")

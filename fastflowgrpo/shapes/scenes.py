@@ -25,7 +25,7 @@ RADIUS = 5.8
 
 
 def _prompts_of(tag: str) -> list[tuple[str, dict[str, Any]]]:
-    """All (description, metadata) of one tag."""
+    """Return all contents, (description, metadata), of one tag."""
     pairs = list(itertools.permutations(SHAPES, 2))
 
     def one(shape: str, **more: Any) -> dict[str, Any]:
@@ -60,9 +60,12 @@ def _prompts_of(tag: str) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _split(tag: str) -> tuple[list[tuple[str, dict[str, Any]]], list[tuple[str, dict[str, Any]]]]:
-    """(training, held-out) contents of one tag. Every fifth is held out, which spreads them over shapes, numbers and so
-    on; training is also without what means the same. Of the four single objects all are held out, since the paper's
-    prompt mix does not train on that tag."""
+    """Return the (training, held-out) contents of one tag.
+
+    Every fifth content is held out, which spreads them over shapes, numbers and so on. Training also leaves out the
+    contents with the same meaning. All four single objects are held out: the paper's prompt mix does not train on that
+    tag.
+    """
     contents = _prompts_of(tag)
     if tag == "single_object":
         return [], contents
@@ -77,13 +80,15 @@ def _prompt(wording: str, tag: str, content: tuple[str, dict[str, Any]]) -> Prom
 
 
 def train_prompts() -> list[Prompt]:
-    """Prompts for online RL: the contents that are not held out, in every wording."""
+    """Return the prompts for online RL: the contents that are not held out, in every wording."""
     return [_prompt(w, tag, content) for tag in TAGS for content in _split(tag)[0] for w in WORDINGS]
 
 
 def eval_prompts(per_tag: int = 36) -> list[Prompt]:
-    """Held-out prompts, `per_tag` of each tag (contents repeat where a tag has fewer): what they ask for is never asked
-    in `train_prompts`, and their sentences are not in `caption_prompts` either."""
+    """Return held-out prompts, `per_tag` of each tag; contents repeat where a tag has fewer.
+
+    No prompt of `train_prompts` has the same meaning, and `caption_prompts` does not contain these sentences.
+    """
     return [
         _prompt(EVAL_WORDING, tag, content)
         for tag in TAGS
@@ -92,7 +97,7 @@ def eval_prompts(per_tag: int = 36) -> list[Prompt]:
 
 
 def caption_prompts() -> dict[str, list[Prompt]]:
-    """Captions for pretraining, by tag: every content in every wording, less the held-out sentences."""
+    """Return the captions for pretraining by tag: every content in every wording, except the held-out sentences."""
     held_out = {prompt.text for prompt in eval_prompts(per_tag=1000)}
     captions = {tag: [_prompt(w, tag, c) for c in _prompts_of(tag) for w in WORDINGS] for tag in TAGS}
     return {tag: [p for p in prompts if p.text not in held_out] for tag, prompts in captions.items()}
@@ -100,7 +105,7 @@ def caption_prompts() -> dict[str, list[Prompt]]:
 
 @dataclass(frozen=True)
 class Shape:
-    """One object: `column` and `row` of its cell, and its centre's offset from the cell's, in pixels."""
+    """One object: `column` and `row` of its cell, and the offset of its centre from the cell's centre, in pixels."""
 
     shape: str
     color: str
@@ -111,13 +116,13 @@ class Shape:
 
 
 def _opposite(a: tuple[int, int], relation: str, b: tuple[int, int]) -> bool:
-    """Whether cell a has this relation to cell b across the whole grid, which leaves no doubt about it."""
+    """Return whether cells a and b have this relation and lie at opposite sides of the grid, so that it is clear."""
     axis, side = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[relation]
     return a[axis] - b[axis] == side * (GRID - 1)
 
 
 def sample_scene(metadata: dict[str, Any], rng: np.random.Generator) -> list[Shape]:
-    """A random scene that fulfils the prompt: cells, free colours and offsets of up to a pixel are drawn uniformly."""
+    """Draw a scene that fulfils a prompt's metadata: cells, unspecified colours and offsets of up to a pixel."""
     wanted = [include for include in metadata["include"] for _ in range(include["count"])]
     while True:
         cells = [(int(c) % GRID, int(c) // GRID) for c in rng.permutation(GRID * GRID)[: len(wanted)]]
@@ -137,11 +142,11 @@ def sample_scene(metadata: dict[str, Any], rng: np.random.Generator) -> list[Sha
 
 
 def render(scenes: list[list[Shape]], supersampling: int = 4) -> np.ndarray:
-    """Draw scenes, anti-aliased.
+    """Render scenes, anti-aliased.
 
     Args:
         scenes: N scenes.
-        supersampling: samples per pixel and axis.
+        supersampling: samples per pixel along each axis.
 
     Returns:
         uint8 array (N, 48, 48, 3).

@@ -11,8 +11,10 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def _merges(words: set[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that join every word into one token; ties break alphabetically, so that every process finds the
-    same ones, which the `tokenizers` trainer does not."""
+    """Return byte-pair merges that join every word into one token.
+
+    Ties are broken alphabetically, so that the result is always the same, unlike with the `tokenizers` trainer.
+    """
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges = []
     while pairs := Counter(pair for parts in split.values() for pair in pairwise(parts)):
@@ -30,7 +32,7 @@ def _merges(words: set[str]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer(captions: list[str]) -> CLIPTokenizer:
-    """CLIP's byte-level BPE over the words of the captions; other words fall back to characters."""
+    """Build CLIP's byte-level BPE with one token per word of the captions; other words are split into characters."""
     characters = sorted(ByteLevel.alphabet())
     merges = _merges({word for caption in captions for word in caption.split()})
     tokens = [*characters, *(c + "</w>" for c in characters), *dict.fromkeys(a + b for a, b in merges), START, END]

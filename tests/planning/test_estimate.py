@@ -1,4 +1,4 @@
-"""--dry_run: the batch plan against dealing groups out by hand, and the estimate against a real epoch."""
+"""--dry_run: the batch plan against groups assigned by hand, and the estimate against a real epoch."""
 
 import re
 from collections import Counter
@@ -30,7 +30,7 @@ from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import load_policy
 
 aten = torch.ops.aten
-# What the counter does not know: fused attention on CPUs. The same products as on GPUs.
+# The counter does not know fused attention on CPUs, which has the same products as on GPUs.
 ON_CPU = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
@@ -66,7 +66,7 @@ def config_of(output="unused", *, rank=4, guidance=4.5, kl_weight=0.04, window=2
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 6, 8, 24])
 @pytest.mark.parametrize("window", [2, None])
-def test_plan_is_what_dealing_out_gives(groups, updates, processes, window):
+def test_plan_equals_groups_assigned_by_hand(groups, updates, processes, window):
     config = config_of(window=window)
     config.prompts.per_epoch, config.update.per_epoch = groups, updates
     if processes > groups // updates:
@@ -77,21 +77,21 @@ def test_plan_is_what_dealing_out_gives(groups, updates, processes, window):
     steps = 2 if window else 4
     owner = [group % processes for group in range(groups)]
     counts = Counter(owner)
-    assert plan.groups_each == (min(counts.values()), max(counts.values()))
+    assert plan.groups_per_process == (min(counts.values()), max(counts.values()))
     sampled = [4] * max(counts.values())
     batches = [sum(sampled[i : i + 2]) for i in range(0, len(sampled), 2)]
-    assert (plan.rollout_batches, plan.rollout_batch) == (len(batches), max(batches))
+    assert (plan.rollout_batches, plan.rollout_batch_size) == (len(batches), max(batches))
     share = groups // updates
     each = [
         Counter(owner[begin : begin + share])[rank] for begin in range(0, groups, share) for rank in range(processes)
     ]
-    assert plan.update_groups_each == (min(each), max(each))
+    assert plan.update_groups_per_process == (min(each), max(each))
     pairs = [None] * (max(each) * 4 * steps)
     micro = [len(pairs[i : i + 6]) for i in range(0, len(pairs), 6)]
-    assert (plan.micro_batches, plan.micro_batch) == (len(micro), max(micro))
+    assert (plan.micro_batches, plan.micro_batch_size) == (len(micro), max(micro))
     assert (plan.images, plan.pairs) == (groups * 4, groups * 4 * steps)
-    assert plan.busy == pytest.approx(share / processes / max(each))
-    assert ("uneven" in "\n".join(plan.lines())) == (len(set(each)) > 1)
+    assert plan.utilization == pytest.approx(share / processes / max(each))
+    assert ("uneven" in "\n".join(plan.summary_lines())) == (len(set(each)) > 1)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_memory_adds_up():
     assert halves.flops == found.flops
 
 
-def test_bfloat16_in_full_has_masters_a_reference_and_a_copy():
+def test_full_training_in_bfloat16_has_float32_weights_a_reference_and_a_copy():
     config = config_of(rank=0)
     single = estimate(config)
     config.policy.dtype = "bfloat16"
@@ -259,6 +259,34 @@ def test_bfloat16_in_full_has_masters_a_reference_and_a_copy():
     assert half.memory["weights"] == 4 * half.trained + 2 * sum(half.frozen.values())
     assert half.flops == single.flops
     assert half.passes["update"] == pytest.approx(single.passes["update"] / 2 + 2 * half.trained, rel=0.1)
+
+
+def test_a_lora_to_continue_from_is_estimated_as_the_run_loads_it(tmp_path):
+    config = config_of()
+    config.policy.lora_targets = ["attn.to_q"]
+    policy = load_policy("shapes", config.policy)
+    policy.save(tmp_path)
+    trained = sum(parameter.numel() for parameter in policy.trainable_parameters())
+    config.policy = PolicyConfig(lora=str(tmp_path))  # without a rank the bundled model is trained in full
+    assert estimate(config).trained == trained
+    config.policy.lora = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"policy\.lora: .*nowhere cannot be loaded"):
+        estimate(config)
+
+
+@pytest.mark.parametrize("build", [tiny_qwen_image_pipeline, tiny_wan_pipeline])
+def test_full_training_in_bfloat16_counts_autocasts_copy_in_every_family(build, tmp_path):
+    """Qwen-Image's last block has weights that stay frozen."""
+    build().save_pretrained(tmp_path)
+    config = config_of(rank=0)
+    config.model = str(tmp_path)
+    config.policy.dtype, config.policy.max_sequence_length = "bfloat16", 12
+    config.rollout.height, config.rollout.width = 16, 32
+    config.rollout.num_frames = 5 if build is tiny_wan_pipeline else None
+    found, passes = estimate(config), run_passes(config, 8, 6, 8)
+    assert found.trained <= found.frozen["transformer"]
+    assert found.passes["update"] == passes.train.peak + 2 * found.trained
+    assert found.passes["rollout"] == passes.forward.peak + passes.decode.peak + 2 * found.trained
 
 
 def test_dry_run_prints_and_writes_nothing(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""Every file in configs/ parses, agrees with what it says of its cost, and has the paper's batches on any machine.
+"""Every file in configs/ parses, states its estimated cost, and has the paper's batches on any number of processes.
 
 `python tests/planning/test_recipes.py` writes the costs into the files.
 """
@@ -28,7 +28,7 @@ def with_cost(text: str, cost: str) -> str:
 
 
 def once(run):
-    """`run_passes` with a memory: recipes of the same model and batches have the same passes."""
+    """Cache `run_passes`: recipes with the same model and batches have the same passes."""
     known = {}
 
     def passes(config, *batches):
@@ -50,6 +50,7 @@ def passes_once():
 
 @pytest.mark.usefixtures("passes_once")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_a_recipe_costs_what_it_says(path):
     text = path.read_text()
     config = parse(["--config", str(path)])
@@ -62,11 +63,11 @@ def test_a_recipe_costs_what_it_says(path):
 def test_a_recipe_has_the_same_groups_on_every_machine(path, processes):
     config = parse(["--config", str(path)])
     plan = batch_plan(config, processes)
-    assert plan.groups == 48 and plan.updates == 2 and plan.busy == 1
+    assert plan.groups == 48 and plan.updates == 2 and plan.utilization == 1
     assert plan.group_size == (12 if path.stem.startswith("wan") else 24)
-    assert plan.groups_each == (48 // processes,) * 2
-    assert plan.rollout_batches * plan.rollout_batch * processes == plan.images
-    assert plan.micro_batches * plan.micro_batch * processes * plan.updates == plan.pairs
+    assert plan.groups_per_process == (48 // processes,) * 2
+    assert plan.rollout_batches * plan.rollout_batch_size * processes == plan.images
+    assert plan.micro_batches * plan.micro_batch_size * processes * plan.updates == plan.pairs
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

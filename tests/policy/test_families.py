@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCM
 from diffusers.pipelines.qwenimage import pipeline_qwenimage
 from safetensors.torch import load_file, save_file
 from support.pipelines import (
+    perturb,
     tiny_flux_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
@@ -17,7 +18,7 @@ from fastflowgrpo import Config, Trainer, load_policy
 from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.kernels.philox import philox_normal
-from fastflowgrpo.policy import base
+from fastflowgrpo.policy import FAMILIES, base
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.policy.latents import pack, unpack
 from fastflowgrpo.runs.report import Report
@@ -61,13 +62,6 @@ def load(folder, **settings):
     )
 
 
-def disturb(parameters, scale=0.05):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
-
-
 def inputs(policy, name, prompts=tuple(PROMPTS)):
     shape = policy.latent_shape(**SIZE[name])
     latents = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(2)).to(policy.dtype)
@@ -91,18 +85,20 @@ class EulerOnUniPCsSigmas(FlowMatchEulerDiscreteScheduler):
 def pipeline_images(pipe, name, noise, prompts, num_steps, guidance):
     """Images of the unmodified pipeline's call, or videos, (B, ..., H, W, 3) from 0 to 255."""
     pipe.set_progress_bar_config(disable=True)
-    guided = guidance != 1
-    arguments = {"num_inference_steps": num_steps, "max_sequence_length": 12, "output_type": "np", **SIZE[name]}
     if name == "wan":
         pipe.scheduler = EulerOnUniPCsSigmas(shift=3.0)
-    if name in ("sd3", "wan"):
-        arguments |= {"guidance_scale": guidance, "latents": noise}
-    else:
-        negative = [""] * len(prompts) if guided else None
-        arguments |= {"true_cfg_scale": guidance, "negative_prompt": negative, "latents": pack(noise)}
-    if name == "flux":
-        arguments["guidance_scale"] = 3.5
-    output = pipe(prompts, **arguments)
+    arguments = FAMILIES[type(pipe).__name__].guidance_arguments(PolicyConfig(), guidance)
+    if "negative_prompt" in arguments:
+        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+    output = pipe(
+        prompts,
+        num_inference_steps=num_steps,
+        max_sequence_length=12,
+        output_type="np",
+        latents=noise if name in ("sd3", "wan") else pack(noise),
+        **arguments,
+        **SIZE[name],
+    )
     return 255 * (output.frames if name == "wan" else output.images)
 
 
@@ -137,6 +133,16 @@ def test_ode_samples_are_the_pipelines_own_images(folders, name, guidance, monke
     assert_same_images(policy.decode(latents), pipeline_images(pipe, name, noise, PROMPTS[:2], 4, guidance))
 
 
+@pytest.mark.parametrize("name", BUILD)
+def test_example_conditioning_is_shaped_like_embeddings(folders, name):
+    policy = load(folders(name), dtype="bfloat16")
+    example, encoded = (
+        {key: (tensor.shape, tensor.dtype) for key, tensor in conditioning.items()}
+        for conditioning in (policy.example_conditioning(len(PROMPTS)), policy.encode(PROMPTS))
+    )
+    assert example == encoded
+
+
 def test_packed_latents_are_diffusers_own():
     latents = torch.randn(2, 4, 6, 10)
     pipe = tiny_flux_pipeline()
@@ -153,7 +159,7 @@ def test_the_schedule_is_shifted_by_the_number_of_tokens(folders, name):
     assert (large[1:3] > small[1:3] + 0.02).all()
 
 
-def test_wan_goes_through_unipcs_own_sigmas_in_euler_steps(folders):
+def test_wan_takes_euler_steps_through_unipcs_sigmas(folders):
     policy = load(folders("wan"))
     unipc = UniPCMultistepScheduler(flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction")
     unipc.set_timesteps(6)
@@ -242,7 +248,7 @@ def test_the_trained_weights_change_the_output_and_the_reference_stays(folders, 
     latents, sigma, conditioning = inputs(policy, name)
     with torch.no_grad():
         before = policy.velocity(latents, sigma, conditioning)
-        disturb(trained)
+        perturb(trained)
         after = policy.velocity(latents, sigma, conditioning)
         assert (after - before).abs().max() > 0.01
         with policy.reference():
@@ -277,7 +283,7 @@ def config_of(folder, output, name, *, window=(2, (0, 3)), guidance=1.0, **polic
 def ratios(config):
     """Ratios of an epoch's pairs before the first update, with an adapter that does something."""
     trainer = Trainer(config)
-    disturb(trainer.learner.parameters)
+    perturb(trainer.learner.parameters)
     batch, _ = trainer.collect(0)
     pairs = trainer.objective.micro_batches(batch, 0, len(batch.advantages))
     return torch.cat([trainer.objective.loss(batch, rows, slots)[1]["ratio"] for rows, slots in pairs])
@@ -348,13 +354,13 @@ def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipel
     assert (shown[-1].shown != shown[0].shown).any()
 
 
-# a LoRA to go on from
+# a LoRA to continue from
 
 
 @pytest.mark.parametrize("name", BUILD)
-def test_a_saved_lora_is_gone_on_from(folders, tmp_path, name):
+def test_training_continues_from_a_saved_lora(folders, tmp_path, name):
     first = load(folders(name), lora_rank=3, lora_alpha=5)
-    disturb(first.trainable_parameters())
+    perturb(first.trainable_parameters())
     first.save(tmp_path)
     for dtype in ("float32", "bfloat16"):
         second = load(folders(name), lora=str(tmp_path), lora_rank=None, lora_alpha=99, dtype=dtype)
@@ -377,7 +383,7 @@ def test_a_saved_lora_is_gone_on_from(folders, tmp_path, name):
 @pytest.mark.parametrize("name", BUILD)
 def test_a_float32_adapter_computes_what_the_saved_one_does_in_the_models_dtype(folders, tmp_path, name, dtype):
     policy = load(folders(name), dtype=dtype)
-    disturb(policy.trainable_parameters())
+    perturb(policy.trainable_parameters())
     policy.save(tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(folders(name), dtype=policy.dtype)
     pipeline.load_lora_weights(tmp_path)
@@ -422,7 +428,7 @@ def test_checkpointing_computes_the_same_gradients_again(folders, name):
     for checkpointing in (False, True):
         torch.manual_seed(0)  # of the adapter
         policy = load(folders(name), gradient_checkpointing=checkpointing)
-        disturb(policy.trainable_parameters())
+        perturb(policy.trainable_parameters())
         blocks = getattr(policy.module, "transformer_blocks", getattr(policy.module, "blocks", None))
         count = []
         blocks[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
@@ -503,6 +509,7 @@ def test_compiled_blocks_are_the_same_in_rollout_and_update(folders, tmp_path, n
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+@pytest.mark.slow
 def test_an_inductor_run_has_ratio_one(folders, tmp_path):
     torch._dynamo.reset()
     config = config_of(folders("sd3"), tmp_path, "sd3", compile=True, dtype="bfloat16")
@@ -542,7 +549,7 @@ def test_embeddings_on_disk_are_told_apart_and_checked(folders, tmp_path):
     cache.prepare(PROMPTS[:1])
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(RuntimeError, match=r"policy\.embeddings_dir: an embedding has gone or is damaged"):
+    with pytest.raises(RuntimeError, match=r"policy\.embeddings_dir: an embedding is missing or damaged"):
         cache(PROMPTS[:1])
     cache = EmbeddingCache(load(folders("flux")), tmp_path / "cache")
     cache.prepare(PROMPTS[:1])  # makes the torn one again

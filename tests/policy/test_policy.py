@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
-from support.pipelines import tiny_sd3_pipeline
+from support.pipelines import perturb, tiny_sd3_pipeline
 
 from fastflowgrpo import load_policy
 from fastflowgrpo.config import PolicyConfig
@@ -13,11 +13,9 @@ from fastflowgrpo.policy.embeddings import EmbeddingCache
 PROMPTS = ["a cat", "two dogs"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("sd3")
-    tiny_sd3_pipeline().save_pretrained(path)
-    return path
+@pytest.fixture
+def folder(tiny_sd3_folder):
+    return tiny_sd3_folder
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +35,6 @@ def inputs(policy, batch_size=2, seed=0):
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch_size, *policy.latent_shape(None, None), generator=generator)
     return latents.to(policy.dtype), torch.full((batch_size,), 0.7), policy.encode(PROMPTS[:batch_size])
-
-
-def disturb(policy, scale=0.1):
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in policy.trainable_parameters():
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -70,7 +61,7 @@ def test_the_trained_weights_change_the_output_and_the_reference_stays(folder, r
         base = StableDiffusion3Pipeline.from_pretrained(folder, dtype=policy.dtype).transformer
         plain = base(latents, timestep=sigma * 1000, **conditioning, return_dict=False)[0]
         torch.testing.assert_close(before, plain, rtol=0, atol=0 if dtype == "float32" else 1e-2)
-        disturb(policy)
+        perturb(policy.trainable_parameters(), 0.1)
         after = policy.velocity(latents, sigma, conditioning)
         assert (after - before).abs().max() > 0.01
         with policy.reference():
@@ -82,7 +73,7 @@ def test_the_trained_weights_change_the_output_and_the_reference_stays(folder, r
 def test_the_reference_ends_with_an_exception_too(folder):
     policy = load(folder)
     latents, sigma, conditioning = inputs(policy)
-    disturb(policy)
+    perturb(policy.trainable_parameters(), 0.1)
     with torch.no_grad():
         after = policy.velocity(latents, sigma, conditioning)
         with pytest.raises(KeyboardInterrupt), policy.reference():
@@ -93,7 +84,7 @@ def test_the_reference_ends_with_an_exception_too(folder):
 @pytest.mark.parametrize("rank", [0, 4])
 def test_saved_weights_give_the_policys_own_velocity_in_a_fresh_pipeline(folder, tmp_path, rank):
     policy = load(folder, lora_rank=rank, lora_alpha=12)
-    disturb(policy)
+    perturb(policy.trainable_parameters(), 0.1)
     policy.save(tmp_path)
     fresh = StableDiffusion3Pipeline.from_pretrained(folder)
     if rank:

@@ -36,6 +36,15 @@ PROMPTS = ["a cat", "two dogs", "a red ball", "the sea", "a cat on a ball", "sno
 TIMEOUT = 600  # seconds; nothing takes more than one or two
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """These models are too small for more: threads of a busy machine wait for each other longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("sd3")
@@ -120,6 +129,7 @@ def whole(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("rank", "shares", "others"), [(4, (0.1, 0.3, 0.3, 0.6, 0.9), 2), (0, (0.3, 0.3, 0.6), 1)])
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_and_resumed_is_the_unbroken_one(model, whole, tmp_path, rank, shares, others):
     """Killed where it touches one of its files, mostly while it saves, within the given share of those that a whole run
     touches, and some more times at moments that nothing marks."""
@@ -187,6 +197,7 @@ PLACES = {  # what is called, for which time, and the whole epochs that the last
     ("place", "signum"),
     [*((place, signal.SIGTERM) for place in PLACES), *((place, signal.SIGINT) for place in list(PLACES)[:3])],
 )
+@pytest.mark.slow
 def test_a_signal_saves_and_the_run_goes_on(model, whole, tmp_path, monkeypatch, capsys, place, signum):
     (owner, name), number, epochs = PLACES[place]
     owner = __import__(owner, fromlist=[name]) if isinstance(owner, str) else owner
@@ -206,6 +217,7 @@ def test_a_signal_saves_and_the_run_goes_on(model, whole, tmp_path, monkeypatch,
     assert result(tmp_path / "run") == result(whole[4])
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_first_epoch_leaves_nothing_to_resume_and_the_same_command_begins_anew(
     model, whole, tmp_path, monkeypatch, capsys
 ):
@@ -244,6 +256,7 @@ def test_a_background_job_still_ignores_ctrl_c(tmp_path):
     assert received.signum == signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_no_process_is_left_after_a_signal(model, tmp_path):
     """Sent to the whole process group, as by schedulers and Ctrl+C, while a reward's thread is within torch and another
     reward has processes."""
@@ -475,6 +488,7 @@ def test_a_gradient_that_is_not_finite_touches_no_good_state(model, whole, tmp_p
     assert result(run) == result(whole[4])
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_every_step_once(model, tmp_path):
     run = tmp_path / "run"
     settings = {"trackers": '["tensorboard"]', "rewards": '{"jpeg_compressibility": 1}', "evaluation.every": 0}

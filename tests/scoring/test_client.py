@@ -345,6 +345,7 @@ def rows_of(output) -> list[dict]:
     return [row for row in rows if "epoch" in row]
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_restarted_costs_a_run_nothing(folder, tmp_path, monkeypatch, capsys):
     """The run sees every score once: its rewards, and so its weights, are those of a run that scores by itself."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))

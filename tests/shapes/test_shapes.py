@@ -10,8 +10,8 @@ from diffusers import StableDiffusion3Pipeline
 from fastflowgrpo.prompts import TAGS, check_metadata
 from fastflowgrpo.prompts.geneval import meaning
 from fastflowgrpo.rewards.geneval import check
+from fastflowgrpo.rewards.shapes_detector import detect_shapes
 from fastflowgrpo.shapes import PIPELINE, scenes
-from fastflowgrpo.shapes.detector import detect_shapes
 from fastflowgrpo.shapes.pretrain import crowded_scenes
 from fastflowgrpo.shapes.scenes import (
     CELL,

@@ -1,6 +1,7 @@
-"""Tiny diffusers pipelines with random weights, built in memory: every part of the real ones, nothing downloaded."""
+"""Tiny diffusers pipelines with random weights, built in memory, with every component of the real ones."""
 
 import json
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -22,7 +23,6 @@ from diffusers import (
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
@@ -36,14 +36,24 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from fastflowgrpo.shapes.modules import clip_config
+
 CLIP_LENGTH = 24
 CLIP_WIDTH = 16
 T5_WIDTH = 32
 QWEN_WIDTH = 32
 
 
+def perturb(parameters: Iterable[torch.nn.Parameter], scale: float = 0.05, seed: int = 1) -> None:
+    """Add Gaussian noise to parameters in place, so that trained weights differ from the loaded ones."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
 def tiny_sd3_pipeline(seed: int = 0, *, t5: bool = True) -> StableDiffusion3Pipeline:
-    """A StableDiffusion3Pipeline of 16 x 16 px images: 4 x 8 x 8 latents, shift 3; without T5 if asked."""
+    """Return a StableDiffusion3Pipeline of 16 x 16 px images and 4 x 8 x 8 latents, with shift 3 and optional T5."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = StableDiffusion3Pipeline(
@@ -74,7 +84,7 @@ def tiny_sd3_pipeline(seed: int = 0, *, t5: bool = True) -> StableDiffusion3Pipe
 
 
 def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
-    """A FluxPipeline with FLUX.1-dev's scheduler and embedded guidance; sides of 4 n px, 16 packed channels."""
+    """Return a FluxPipeline with FLUX.1-dev's scheduler and embedded guidance, 4 n px a side, 16 packed channels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = FluxPipeline(
@@ -102,7 +112,7 @@ def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
 
 
 def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
-    """A QwenImagePipeline with Qwen-Image's scheduler; sides of 4 n px, 16 packed channels."""
+    """Return a QwenImagePipeline with Qwen-Image's scheduler, 4 n px a side, 16 packed channels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = QwenImagePipeline(
@@ -132,7 +142,7 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
 
 
 def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
-    """A WanPipeline with Wan 2.1's scheduler, UniPC of flow_shift 3; 2 n + 1 frames, sides of 16 n px, 4 channels."""
+    """Return a WanPipeline with Wan 2.1's schedule (UniPC, flow_shift 3), 2 n + 1 frames, 16 n px a side."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = WanPipeline(
@@ -159,7 +169,7 @@ def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
     return pipe
 
 
-# Wan's and Qwen-Image's are made alike.
+# for Wan's VAE and Qwen-Image's
 _VIDEO_VAE = {
     "base_dim": 4,
     "z_dim": 4,
@@ -196,20 +206,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
 
 
 def _clip(kind: type[CLIPTextModel] | type[CLIPTextModelWithProjection]) -> torch.nn.Module:
-    tokenizer = _clip_tokenizer()
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=CLIP_WIDTH,
-        projection_dim=CLIP_WIDTH,
-        intermediate_size=2 * CLIP_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=CLIP_LENGTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return kind(config).eval()
+    return kind(clip_config(_clip_tokenizer(), CLIP_WIDTH, num_layers=2)).eval()
 
 
 def _t5_tokenizer() -> T5Tokenizer:
@@ -239,7 +236,7 @@ def _umt5() -> UMT5EncoderModel:
 
 @cache
 def _qwen_tokenizer() -> Qwen2Tokenizer:
-    """Each word of the template is one token, as it is for Qwen: the pipeline cuts off the first 34 tokens."""
+    """Each word of the template is one token, as for Qwen: the pipeline cuts off the first 34 tokens."""
     template = QwenImagePipeline(None, None, None, None, None).prompt_template_encode
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)

@@ -1,21 +1,11 @@
-"""What models are made of, without their weights: known ones from here, others from the config.json of their parts."""
+"""Configurations of published models, from the `config.json` files of their repositories."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import diffusers
-import torch
-import transformers
-from diffusers import DiffusionPipeline
-from torch import nn
-
-from fastflowgrpo.errors import UserError
-from fastflowgrpo.shapes import PIPELINE
-
-Part = tuple[str, Mapping[str, Any]]
-"""Class and configuration of a part, the latter less what is the class's default."""
-_CLIP_L: Part = (
+Component = tuple[str, Mapping[str, Any]]
+"""Class of a pipeline's component, and its configuration where it differs from the class's defaults."""
+_CLIP_L: Component = (
     "CLIPTextModelWithProjection",
     {
         "hidden_size": 768,
@@ -26,7 +16,7 @@ _CLIP_L: Part = (
         "vocab_size": 49408,
     },
 )
-_CLIP_G: Part = (
+_CLIP_G: Component = (
     "CLIPTextModelWithProjection",
     {
         "hidden_act": "gelu",
@@ -57,7 +47,7 @@ _VAE = {
     "use_post_quant_conv": False,
 }
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
-PUBLISHED: Mapping[str, Mapping[str, Part]] = {
+PUBLISHED: Mapping[str, Mapping[str, Component]] = {
     SD35_MEDIUM: {
         "pipeline": ("StableDiffusion3Pipeline", {}),
         "transformer": (
@@ -158,69 +148,3 @@ PUBLISHED: Mapping[str, Mapping[str, Part]] = {
         "text_encoder": ("UMT5EncoderModel", {**_T5_XXL, "vocab_size": 256384}),
     },
 }
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The modules of a pipeline, each with its `config`, on the meta device: shapes without weights."""
-
-    pipeline: str
-    """Class of the pipeline."""
-    transformer: Any
-    vae: Any
-    text_encoders: dict[str, Any]
-
-
-def load_architecture(model: str, dtype: torch.dtype) -> Architecture:
-    """The modules of a model without weights.
-
-    Args:
-        model: a local folder in diffusers' layout, a hub id (for one that is not in `PUBLISHED` its configurations are
-            fetched, a few kB), or "shapes".
-        dtype: of the parameters.
-
-    Raises:
-        UserError: there is no such model, or it can neither be found here nor fetched.
-    """
-    if model in PUBLISHED:
-        pipeline = PUBLISHED[model]["pipeline"][0]
-        modules = {name: _published(*part) for name, part in PUBLISHED[model].items() if name != "pipeline"}
-    else:
-        source = str(PIPELINE) if model == "shapes" else model
-        try:
-            index = DiffusionPipeline.load_config(source)
-            pipeline = index["_class_name"]
-            modules = {
-                name: _of_repository(source, name, *index[name])
-                for name in index
-                if name in ("transformer", "vae") or name.startswith("text_encoder")
-                if index[name][0] is not None
-            }
-        except OSError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(
-                f'model "{model}" is neither a diffusers folder nor a hub id that can be read ({reason}); '
-                f"known without a network: {', '.join(PUBLISHED)}"
-            ) from error
-    for module in modules.values():
-        # Buffers that come from numpy are on the CPU. diffusers' own `to` would warn.
-        nn.Module.to(module, "meta", dtype)
-        module.requires_grad_(False).eval()
-    if not {"transformer", "vae"} <= modules.keys():
-        raise UserError(f'model "{model}" is a {pipeline}; docs/models.md lists what is supported')
-    transformer, vae = modules.pop("transformer"), modules.pop("vae")
-    return Architecture(pipeline, transformer, vae, modules)
-
-
-def _published(name: str, config: Mapping[str, Any]) -> nn.Module:
-    cls = getattr(diffusers, name, None) or getattr(transformers, name)
-    with torch.device("meta"):
-        return cls(cls.config_class(**config)) if hasattr(cls, "config_class") else cls(**config)
-
-
-def _of_repository(source: str, name: str, library: str, class_name: str) -> nn.Module:
-    cls = getattr(diffusers if library == "diffusers" else transformers, class_name)
-    with torch.device("meta"):
-        if library == "diffusers":
-            return cls.from_config(cls.load_config(source, subfolder=name))
-        return cls(cls.config_class.from_pretrained(source, subfolder=name))

@@ -1,4 +1,4 @@
-"""An exact detector for the shapes world: colour segmentation, connected components, shape by mask overlap."""
+"""GenEval's exact detector for images of the shapes world: it compares regions of one colour with drawn shapes."""
 
 from functools import cache
 from typing import Any
@@ -16,7 +16,7 @@ MAX_COLOR_DISTANCE = 110.0  # of a pixel to its nearest palette colour, in RGB u
 
 
 def _labels(images: np.ndarray) -> np.ndarray:
-    """Index of the nearest palette colour for each pixel, 0 for the background or none: (N, H, W) int."""
+    """Return the index of each pixel's nearest palette colour, 0 for the background or none: (N, H, W) int."""
     palette = np.array([BACKGROUND, *COLORS.values()], np.float32)
     pixels = images.astype(np.float32)
     distance = (pixels**2).sum(-1, keepdims=True) - 2 * pixels @ palette.T + (palette**2).sum(-1)
@@ -26,7 +26,7 @@ def _labels(images: np.ndarray) -> np.ndarray:
 
 
 def _components(labels: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, tuple[int, int, int, int]]], np.ndarray]:
-    """Connected one-coloured regions: the component image, [(image, colour, (y0, y1, x0, x1))], and areas."""
+    """Find connected regions of one colour: the component image, [(image, colour, (y0, y1, x0, x1))], and areas."""
     within_image = np.zeros((3, 3, 3), int)
     within_image[1] = ndimage.generate_binary_structure(2, 1)
     components = np.zeros_like(labels)
@@ -43,7 +43,7 @@ def _components(labels: np.ndarray) -> tuple[np.ndarray, list[tuple[int, int, tu
 
 
 def _masks(components: np.ndarray, ids: np.ndarray, images: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Each component's mask, its box resampled to MASK x MASK: (n, MASK, MASK) bool."""
+    """Return each component's mask, with its box resampled to MASK x MASK: (n, MASK, MASK) bool."""
     step = (np.arange(MASK) + 0.5) / MASK
     y0, y1, x0, x1 = boxes.T[:, :, None]
     ys = (y0 + (y1 - y0) * step).astype(int)
@@ -53,7 +53,7 @@ def _masks(components: np.ndarray, ids: np.ndarray, images: np.ndarray, boxes: n
 
 @cache
 def _templates() -> tuple[np.ndarray, np.ndarray]:
-    """Masks of rendered shapes at several offsets: ((K, MASK * MASK) float, (K,) shape index)."""
+    """Return masks of rendered shapes at several offsets: ((K, MASK * MASK) float, (K,) shape index)."""
     drawn = [
         (k, Shape(name, "red", 1, 1, dx, dy))
         for k, name in enumerate(SHAPES)
@@ -72,10 +72,10 @@ def detect_shapes(images: torch.Tensor, metadata: list[dict[str, Any]] | None = 
 
     Args:
         images: uint8 (B, 3, H, W).
-        metadata: not needed here; real detectors choose thresholds by it.
+        metadata: not used; other detectors choose thresholds by it.
 
     Returns:
-        For each image its detections; the score is the overlap (0 to 1) of the component's mask with its shape's.
+        The detections of each image; the score is the overlap (0 to 1) of the region's mask with the shape's.
     """
     pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     components, found, areas = _components(_labels(pixels))
@@ -105,7 +105,7 @@ def detect_shapes(images: torch.Tensor, metadata: list[dict[str, Any]] | None = 
 
 
 class ShapesDetector:
-    """`detect_shapes`, with the names that it knows."""
+    """`detect_shapes` as a detector of the GenEval reward, with the names that it can find."""
 
     classes, colors = SHAPES, tuple(COLORS)
 

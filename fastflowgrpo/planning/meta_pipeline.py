@@ -1,0 +1,70 @@
+"""A model's diffusers pipeline on the meta device, where tensors have shapes but no contents."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import nn
+
+from fastflowgrpo.errors import UserError
+from fastflowgrpo.planning.published_models import PUBLISHED
+from fastflowgrpo.policy import family_of
+from fastflowgrpo.shapes import PIPELINE
+
+
+def meta_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """Build a model's pipeline without weights and tokenizers, and with a scheduler of default settings.
+
+    Args:
+        model: a local folder in diffusers' layout, a hub id, or "shapes". The configurations of a hub id that is not in
+            `PUBLISHED` are fetched, a few kB.
+        dtype: of the parameters.
+
+    Raises:
+        UserError: there is no such model, it can neither be found here nor fetched, or its family is not supported.
+    """
+    if model in PUBLISHED:
+        name = PUBLISHED[model]["pipeline"][0]
+        modules = {key: _from_published(*part) for key, part in PUBLISHED[model].items() if key != "pipeline"}
+    else:
+        source = str(PIPELINE) if model == "shapes" else model
+        try:
+            index = DiffusionPipeline.load_config(source)
+            name = index["_class_name"]
+            family_of(model, name)
+            modules = {
+                key: _from_repository(source, key, *index[key])
+                for key in index
+                if key in ("transformer", "vae") or key.startswith("text_encoder")
+                if index[key][0] is not None
+            }
+        except OSError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f'model "{model}" is neither a diffusers folder nor a hub id that can be read ({reason}); '
+                f"known without a network: {', '.join(PUBLISHED)}"
+            ) from error
+    for module in modules.values():
+        # Buffers made by numpy are on the CPU. diffusers' own `to` would warn.
+        nn.Module.to(module, "meta", dtype)
+    pipeline: Any = getattr(diffusers, name)
+    required = [key for key, value in inspect.signature(pipeline).parameters.items() if value.default is value.empty]
+    return pipeline(**{**dict.fromkeys(required), **modules, "scheduler": FlowMatchEulerDiscreteScheduler()})
+
+
+def _from_published(name: str, config: Mapping[str, Any]) -> nn.Module:
+    cls = getattr(diffusers, name, None) or getattr(transformers, name)
+    with torch.device("meta"):
+        return cls(cls.config_class(**config)) if hasattr(cls, "config_class") else cls(**config)
+
+
+def _from_repository(source: str, component: str, library: str, class_name: str) -> nn.Module:
+    cls = getattr(diffusers if library == "diffusers" else transformers, class_name)
+    with torch.device("meta"):
+        if library == "diffusers":
+            return cls.from_config(cls.load_config(source, subfolder=component))
+        return cls(cls.config_class.from_pretrained(source, subfolder=component))

@@ -1,0 +1,54 @@
+"""Loading a policy from a model's folder or hub id."""
+
+from dataclasses import replace
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from fastflowgrpo.config import PolicyConfig
+from fastflowgrpo.errors import UserError
+from fastflowgrpo.policy.families import family_of
+from fastflowgrpo.policy.protocol import Policy
+from fastflowgrpo.shapes import PIPELINE
+
+
+def with_default_rank(model: str, config: PolicyConfig) -> PolicyConfig:
+    """Return `config` with the default of `lora_rank`: 32, or 0 (full training) for the bundled model.
+
+    A `config.lora` keeps the rank at None: the adapter has its own.
+    """
+    if config.lora_rank is None and config.lora is None:
+        return replace(config, lora_rank=0 if model == "shapes" else 32)
+    return config
+
+
+def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "cpu") -> Policy:
+    """Load a diffusers pipeline for training.
+
+    Args:
+        model: a local folder in diffusers' layout, a hub id, or "shapes" for the bundled model.
+        config: dtype, adapter and embedding settings.
+        device: where it runs.
+
+    Raises:
+        UserError: there is no such pipeline or its family is not supported.
+    """
+    config = with_default_rank(model, config)
+    source = str(PIPELINE) if model == "shapes" else model
+    try:
+        index = DiffusionPipeline.load_config(source)
+        name = index["_class_name"]
+        family = family_of(source, name)
+        # A pipeline saved without a component (SD3 without T5) loads only if told so.
+        absent = [key for key, value in index.items() if isinstance(value, list) and value[0] is None]
+        pipeline = getattr(diffusers, name).from_pretrained(
+            source, dtype=getattr(torch, config.dtype), **dict.fromkeys(absent)
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f'model "{source}" is neither a diffusers folder nor a hub id that can be read ({reason}); '
+            "a gated model needs `hf auth login`"
+        ) from error
+    return family(pipeline.to(device), config)
