@@ -55,6 +55,8 @@ class Objective(ABC):
     """Whether it has one pair per group and slot instead of one per sample and slot."""
     samples_per_pair: ClassVar[int] = 1
     """Samples whose velocity a pair needs."""
+    uses_reference: ClassVar[bool] = False
+    """Whether the loss needs the reference's velocity even without a KL."""
     uses_old_policy: ClassVar[bool] = False
     """Whether an old policy samples and is compared with: weights that follow the trained ones slowly."""
     old_policy: WeightSnapshot

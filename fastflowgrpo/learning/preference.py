@@ -24,6 +24,7 @@ class DPO(NoisedObjective):
 
     trains_one_per_group = True
     samples_per_pair = 2
+    uses_reference = True
 
     def advantages(self, scores: Scores, reward_weights: Mapping[str, float]) -> Tensor:
         """1 for the best sample of a group, -1 for the worst, 0 for the others and in groups of equal rewards."""

@@ -13,7 +13,8 @@ Memory of a process, in bytes:
   frozen copy of the transformer, the reference.
 - gradients, optimiser, average: 4, 8 and 4 for each trained parameter.
 - trajectory: for each of the process's images (trained steps + 2) latents in policy.dtype and 4 bytes per log-prob;
-  grpo_guard also keeps each step's velocity; dpo, sft and rwr keep only the last latents.
+  grpo_guard also keeps each step's velocity; algorithms without log-probs keep only the last latents.
+- old policy: 4 for each trained parameter, for nft and awm.
 - embeddings: those of the process's groups, and the 512 in the cache.
 - passes: the larger of two sums, since the two phases do not overlap: the forward pass of a rollout (or evaluation)
   with the decoding of the previous images; the forward and backward pass of an update. Full training in a lower
@@ -27,7 +28,8 @@ from math import prod
 
 import torch
 
-from fastflowgrpo.config import POLICY_GRADIENTS, Config
+from fastflowgrpo.config import Config
+from fastflowgrpo.learning import OBJECTIVES
 from fastflowgrpo.planning.passes import Passes, run_passes
 from fastflowgrpo.planning.plan import Plan, batch_plan
 from fastflowgrpo.policy.embeddings import CACHED_PROMPTS
@@ -97,7 +99,7 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
     """
     plan = batch_plan(config, processes)
     sampled = max(plan.rollout_batch_size, config.evaluation.batch_size)
-    micro_batch = plan.micro_batch_size * _images_per_pair(config)
+    micro_batch = plan.micro_batch_size * OBJECTIVES[config.update.algorithm].samples_per_pair
     decoded = min(config.policy.decode_batch_size, plan.rollout_batch_size)
     passes = run_passes(config, sampled, micro_batch, decoded)
     size = getattr(torch, config.policy.dtype).itemsize
@@ -120,13 +122,13 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
 def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     """Return `Estimate.memory`."""
     size, latent = getattr(torch, config.policy.dtype).itemsize, prod(passes.latent_shape)
-    groups = plan.groups_per_process[1]
+    objective, groups = OBJECTIVES[config.update.algorithm], plan.groups_per_process[1]
     kept = latent * size  # bytes of an image's trajectory
-    if config.update.algorithm in POLICY_GRADIENTS:
+    if objective.uses_log_probs:
         kept += plan.pairs_per_image * (latent * size + FLOAT32) + latent * size
-    if config.update.algorithm == "grpo_guard":
+    if objective.uses_velocities:
         kept += plan.pairs_per_image * latent * (FLOAT32 if _branches(config) == 2 else size)
-    return {
+    memory = {
         "weights": passes.trained * FLOAT32 + sum(passes.frozen.values()) * size,
         "gradients": passes.trained * FLOAT32,
         "optimiser": 2 * passes.trained * FLOAT32,
@@ -134,26 +136,28 @@ def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
         "trajectory": groups * plan.group_size * kept,
         "embeddings": (CACHED_PROMPTS + groups) * passes.conditioning,
     }
+    if objective.uses_old_policy:
+        memory["old policy"] = passes.trained * FLOAT32
+    return memory
 
 
 def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     """Return `Estimate.flops`."""
-    algorithm, branches = config.update.algorithm, _branches(config)
-    trained_images = plan.pairs * _images_per_pair(config)
+    objective, branches = OBJECTIVES[config.update.algorithm], _branches(config)
+    trained_images = plan.pairs * objective.samples_per_pair
     forward, train = passes.forward.flops_per_sample, passes.train.flops_per_sample
-    reference = passes.reference.flops_per_sample if config.update.kl_weight or algorithm == "dpo" else 0
-    trained_branches = branches if algorithm in POLICY_GRADIENTS else 1  # the other losses have no guidance
-    return {
+    reference = passes.reference.flops_per_sample if config.update.kl_weight or objective.uses_reference else 0
+    trained_branches = branches if objective.uses_log_probs else 1  # the other losses have no guidance
+    flops = {
         "rollout": plan.images * config.rollout.num_steps * branches * forward,
         "update": trained_images * (train + (trained_branches - 1) * forward),
         "reference": trained_images * trained_branches * reference,
         "decode": plan.images * passes.decode.flops_per_sample,
         "checkpointing": trained_images * (passes.checkpointed.flops_per_sample - train),
     }
-
-
-def _images_per_pair(config: Config) -> int:
-    return 2 if config.update.algorithm == "dpo" else 1  # the best and the worst
+    if objective.uses_old_policy:
+        flops["old policy"] = trained_images * forward
+    return flops
 
 
 def _branches(config: Config) -> int:

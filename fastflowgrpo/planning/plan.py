@@ -3,8 +3,9 @@
 import os
 from dataclasses import dataclass
 
-from fastflowgrpo.config import POLICY_GRADIENTS, Config
+from fastflowgrpo.config import Config
 from fastflowgrpo.errors import UserError
+from fastflowgrpo.learning import OBJECTIVES
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Plan:
     trained_per_group: int
     """Images of a group that are trained on: all, 1 for sft (the best), or 1 for dpo (a pair of the best and worst)."""
     pair_name: str
-    """What is paired with an image in training: a trained step or, for dpo, sft and rwr, a noise draw."""
+    """What is paired with an image in training: a trained step or a noise draw."""
     pairs_per_image: int
     updates: int
     groups_per_process: tuple[int, int]
@@ -92,15 +93,13 @@ def batch_plan(config: Config, processes: int) -> Plan:
             f"prompts.per_epoch: {groups} groups in {_count(update.per_epoch, 'update')} are {groups_per_update} "
             f"an update, fewer than the {processes} processes; raise it, or lower update.per_epoch"
         )
-    if update.algorithm in POLICY_GRADIENTS:
-        pair_name, pairs_per_image = (
-            "trained step",
-            rollout.window_size or rollout.num_steps - 1,
-        )  # the last step is never trained
+    objective = OBJECTIVES[update.algorithm]
+    if objective.uses_log_probs:  # the last step is never trained
+        pair_name, pairs_per_image = "trained step", rollout.window_size or rollout.num_steps - 1
     else:
         pair_name, pairs_per_image = "noise draw", update.noise_draws
-    trained_per_group = 1 if update.algorithm in ("dpo", "sft") else size
-    micro_batch_size = max(1, update.batch_size // 2) if update.algorithm == "dpo" else update.batch_size
+    trained_per_group = 1 if objective.trains_one_per_group else size
+    micro_batch_size = max(1, update.batch_size // objective.samples_per_pair)
     groups_per_process = groups // processes, -(-groups // processes)
     update_groups_per_process = groups_per_update // processes, -(-groups_per_update // processes)
     images, pairs = groups_per_process[1] * size, update_groups_per_process[1] * trained_per_group * pairs_per_image

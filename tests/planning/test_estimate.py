@@ -102,6 +102,8 @@ def test_plan_equals_groups_assigned_by_hand(groups, updates, processes, window)
         (4, 4.5, 0.0, "dpo"),
         (4, 4.5, 0.0, "sft"),
         (4, 1.0, 0.0, "rwr"),
+        (4, 1.0, 0.1, "nft"),
+        (0, 1.0, 0.0, "awm"),
     ],
 )
 def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weight, algorithm, tmp_path):
@@ -126,7 +128,9 @@ def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weigh
     trainer.accelerator.end_training()
     assert metrics["trained_pairs"] == found.plan.pairs
     assert found.flops["rollout"] + found.flops["decode"] == sampling.get_total_flops()
-    assert found.flops["update"] + found.flops["reference"] == updating.get_total_flops()
+    old_policy = found.flops.get("old policy", 0)
+    assert found.flops["update"] + found.flops["reference"] + old_policy == updating.get_total_flops()
+    assert (old_policy > 0) == ("old policy" in found.memory) == (algorithm in ("nft", "awm"))
     assert (found.flops["reference"] > 0) == (kl_weight > 0 or algorithm == "dpo")
 
 
