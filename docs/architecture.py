@@ -2,8 +2,8 @@
 
     python docs/architecture.py
 
-Every arrow is an import in the code. An arrow that follows from others, A > C beside A > B > C, is left out, so that the
-picture can be read. `tests/test_docs.py` checks that the file is current.
+Every arrow is an import in the code. An arrow that follows from others, A > C beside A > B > C, is left out, so that
+the picture can be read. `tests/test_docs.py` checks that the file is current.
 """
 
 import ast
