@@ -157,7 +157,7 @@ def on_call(monkeypatch, owner, name, number, act):
 PLACES = {  # what is called, for which time, and the whole epochs that the last checkpoint has behind it
     "update": ((Objective, "loss"), 13, 3),  # the epoch under way is finished
     "scoring": ((killed_run, "noisy"), 7, 2),  # in a reward's thread; the epoch is left
-    "rollout": (("fastflowgrpo.rollout", "sde_step"), 30, 3),
+    "rollout": (("fastflowgrpo.sampling.rollout", "sde_step"), 30, 3),
     "evaluation": (("fastflowgrpo.evaluation.sampling", "sample_ode"), 2, 3),
     "saving": ((training_state, "save_training"), 1, 2),
     "pictures": (("fastflowgrpo.runs.report", "image_grid"), 2, 3),
