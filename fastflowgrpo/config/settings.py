@@ -180,7 +180,7 @@ class Config:
     model: str = "shapes"
     """Diffusers pipeline: a local folder, a hub id, or "shapes" for the bundled model."""
     output_dir: str = "runs/shapes"
-    """Run directory, for config, metrics, images and checkpoints."""
+    """Run directory: config, metrics, images, checkpoints."""
     overwrite: bool = False
     """Replace the run that output_dir already holds, unless it is resumed."""
     resume: str | None = None

@@ -113,20 +113,16 @@ def sample_groups(
     conditioning = repeat_rows(conditioning, schedule.group.to(policy.device, non_blocking=True))
     unconditional = expand_row(unconditional, len(sample))
     keep_velocities = keep_velocities and keep_steps
-    velocity_dtype = policy.dtype if unconditional is None else torch.float32
-    kept = _KeptSteps(sample, schedule, window_size * keep_steps, velocity_dtype, keep_velocities)
+    kept = _KeptSteps(sample, schedule, window_size * keep_steps, keep_velocities, unconditional is not None)
     for i in range(begin, len(schedule.sigma)):
         velocity, velocity_uncond = branch_velocities(policy, sample, schedule.sigma[i], conditioning, unconditional)
-        draws_noise = schedule.draws_noise[i]
         next_sample, step_log_prob = sde_step(
             velocity,
             sample,
-            schedule.c_x[i],
-            schedule.c_v[i],
-            schedule.std[i] if draws_noise else 0.0,
+            *schedule.coefficients(i),
             velocity_uncond=velocity_uncond,
             guidance_scale=guidance_scale,
-            seed=noise_seeds if draws_noise else None,
+            seed=noise_seeds if schedule.draws_noise[i] else None,
             offset=i + 1,
             log_prob=log_prob,
         )
@@ -193,6 +189,10 @@ class _WindowSchedule:
     c_v: Tensor
     std: Tensor
 
+    def coefficients(self, step: int) -> tuple[Tensor, Tensor, Tensor | float]:
+        """c_x, c_v and std (B,) of a step; std is the number 0 if no sample draws noise."""
+        return self.c_x[step], self.c_v[step], self.std[step] if self.draws_noise[step] else 0.0
+
 
 def _window_schedule(
     coefficients: StepCoefficients, starts: Sequence[int], window_size: int, group_size: int, device: torch.device
@@ -212,21 +212,15 @@ class _KeptSteps:
 
     Args:
         sample: (B, ...), gives shape, dtype and device of the latents.
-        schedule: of these samples.
+        schedule: schedule of these samples.
         count: steps to keep of each sample, 0 or the size of the window.
-        velocity_dtype: dtype of the velocities.
-        keep_velocities: whether to keep the velocities of these steps too.
+        keep_velocities: keep the velocities of these steps too.
+        guided: the velocities are guided, so they are kept in float32 and not in the dtype of the latents.
     """
 
-    def __init__(
-        self,
-        sample: Tensor,
-        schedule: _WindowSchedule,
-        count: int,
-        velocity_dtype: torch.dtype,
-        keep_velocities: bool,
-    ):
+    def __init__(self, sample: Tensor, schedule: _WindowSchedule, count: int, keep_velocities: bool, guided: bool):
         batch_size, *shape = sample.shape
+        velocity_dtype = torch.float32 if guided else sample.dtype
         self.steps = schedule.first_step[:, None] + torch.arange(count)
         self.latents = sample.new_empty(batch_size, count + (count > 0), *shape)
         self.velocities = sample.new_empty(batch_size, count * keep_velocities, *shape, dtype=velocity_dtype)

@@ -46,7 +46,7 @@ def patchy(batch: RewardBatch) -> Scores:
 
 @pytest.fixture(scope="module")
 def shapes_run(tmp_path_factory):
-    """The whole transformer of the bundled model after two updates, evaluated on two prompts a tag."""
+    """Full training of the bundled model for two updates, evaluated on two prompts of each tag."""
     folder = tmp_path_factory.mktemp("shapes")
     prompts = [p for tag in TAGS for p in [p for p in scenes.eval_prompts() if p.metadata["tag"] == tag][:2]]
     lines = [json.dumps({**prompt.metadata, "prompt": prompt.text}) for prompt in prompts]
@@ -80,7 +80,7 @@ def evaluations(run):
 
 
 def means(column):
-    """What the trainer's row has of a column of evaluation.json."""
+    """The figures of a column of evaluation.json that the trainer's row has too."""
     scores = {name: row["mean"] for name, row in column["Scores"].items()}
     tags = {name: row["mean"] for name, row in column.get("GenEval, strict", {}).items()}
     diversity = column["Diversity"]["pixels"]["mean"]
@@ -134,7 +134,7 @@ def test_the_columns_are_the_trainers_first_and_last_evaluation(shapes_run, tmp_
 
 
 def test_a_lora_checkpoint_with_more_in_its_folder(lora_run, tmp_path):
-    """EMA weights beside raw ones and a training state: each is taken where it is asked for."""
+    """A checkpoint holds averaged weights, raw ones and a training state; each folder's own weights are evaluated."""
     checkpoint = shutil.copytree(lora_run / "checkpoints/checkpoint-2", tmp_path / "checkpoint-2")
     (checkpoint / "training_state.pt").write_bytes(b"nothing of an evaluation's")
     (checkpoint / "raw").mkdir(exist_ok=True)
@@ -176,8 +176,8 @@ def test_the_model_alone_with_a_failing_reward_and_a_clip(lora_run, tmp_path, ca
     assert "| test_evaluate:patchy |" in capsys.readouterr().out
 
 
-def test_noise_is_a_function_of_seed_index_and_copy(lora_run):
-    """Whatever else is drawn in a batch, by a process, or of a prompt."""
+def test_noise_depends_only_on_seed_prompt_index_and_image_number(lora_run):
+    """Not on the batch, on the rank, or on the number of images per prompt."""
     config = parse_evaluation(["--run", str(lora_run), "--policy.dtype", "float32"])
     policy = load_policy(config.model, config.policy)
     embed = EmbeddingCache(policy)
