@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt
-from fastflowgrpo.rewards import WeightedRewards
 from fastflowgrpo.scoring.contract import RewardBatch, Scores, checked_scores, same_device
+from fastflowgrpo.scoring.weighted import WeightedRewards
 
 DEPTH = 2  # batches that may be under way before `submit` waits
 REMIND = 60.0  # seconds between two messages about a reward that is awaited
