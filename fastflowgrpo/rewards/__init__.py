@@ -1,7 +1,7 @@
 """What images are scored by: one file per reward, the table of their names, and how a configuration becomes rewards.
 
-A reward is a function from a `RewardBatch` to `Scores`. That contract, and everything that calls rewards (threads, worker
-processes, the reward server and its client), is in `fastflowgrpo.scoring`.
+A reward is a function from a `RewardBatch` to `Scores`. That contract, and everything that calls rewards (threads,
+worker processes, the reward server and its client), is in `fastflowgrpo.scoring`.
 """
 
 import functools
