@@ -55,8 +55,8 @@ DEQA_LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
 
 
 class Judge(ServedReward):
-    """Asks a vision-language model about each image, with one request per image. `ServedReward` says what happens when a
-    server fails.
+    """Asks a vision-language model about each image, in one request per image. `ServedReward` says what happens when
+    a server fails.
 
     If an answer holds no score, the image's score is missing (NaN), and the question is not asked again: at temperature
     0 the next answer would be the same. The detail `failed` is 1 for images without a score.
