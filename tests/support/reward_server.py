@@ -107,7 +107,7 @@ def hosted(rewards, **settings):
 
 @contextmanager
 def scripted(answer):
-    """Start a server and yield its URL. `answer(path, body, headers)` returns (status, headers, body); None hangs up."""
+    """Start a server and yield its URL. `answer(path, body, headers)` is (status, headers, body); None hangs up."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
