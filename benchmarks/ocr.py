@@ -1,8 +1,8 @@
 """Accuracy and speed of the `ocr` reward: `python -m benchmarks.ocr`.
 
-Texts are rendered at 512 x 512 in several fonts, sizes, colours and ways (KINDS), and read with RapidOCR's default
-settings, an image after the other, and as the reward does. Both use one thread, so that images/s are those of a core.
-They take turns; the speeds are medians.
+Texts are rendered at 512 x 512 in several fonts, sizes, colours and ways (KINDS). They are read one by one with
+RapidOCR's default settings, and with those of the reward. Both use one thread, so that images/s are per core. They
+alternate, and the speeds are medians.
 """
 
 import argparse
@@ -41,7 +41,7 @@ Font = Callable[[int], Any]  # from a size in pixels
 
 @dataclass(frozen=True)
 class Rendered:
-    """uint8 pixels (3, SIDE, SIDE), the prompt, and which of KINDS it is."""
+    """An image uint8 (3, SIDE, SIDE), its prompt, and its kind (one of KINDS)."""
 
     pixels: torch.Tensor
     prompt: str
@@ -53,7 +53,7 @@ def pillow_font(size: int) -> Any:
 
 
 def all_fonts() -> list[Font]:
-    """Pillow's own and matplotlib's."""
+    """Pillow's font and those of matplotlib."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path(), "fonts/ttf")
@@ -62,7 +62,7 @@ def all_fonts() -> list[Font]:
 
 
 def rendered(count: int, fonts: Sequence[Font], seed: int = 0) -> Iterator[Rendered]:
-    """`count` images of each of KINDS, in turn."""
+    """Render `count` images of each of KINDS, alternating."""
     for i in range(count):
         for k, kind in enumerate(KINDS):
             yield _render(kind, np.random.default_rng((seed, i, k)), fonts)
@@ -107,7 +107,7 @@ def _render(kind: str, random: Random, fonts: Sequence[Font]) -> Rendered:
 
 
 def _colors(random: Random, least: float, most: float) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Of background and text; their luminance differs by `least` to `most`."""
+    """Choose colours for background and text whose luminance differs by `least` to `most`."""
     while True:
         paper, ink = random.integers(0, 256, (2, 3))
         if least < abs((paper - ink) @ (0.3, 0.6, 0.1)) < most:
@@ -158,7 +158,7 @@ def _clutter(random: Random, paper: tuple[int, ...], ink: tuple[int, ...]) -> Im
 
 
 def default_reader() -> Callable[[np.ndarray], str]:
-    """RapidOCR as it comes, but for the one thread."""
+    """Make RapidOCR with its default settings and one thread."""
     from rapidocr import RapidOCR
 
     engine: Any = RapidOCR(params={"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1})
@@ -166,7 +166,7 @@ def default_reader() -> Callable[[np.ndarray], str]:
 
 
 def measure(images: list[Rendered], readers: dict[str, Callable[[np.ndarray], str]]) -> dict[str, dict[str, Any]]:
-    """Each reader's scores by kind, and images/s: the median over the rounds, of an image of each kind."""
+    """Measure each reader's scores by kind, and its images/s: the median over rounds of one image of each kind."""
     arrays = [image.pixels.flip(0).permute(1, 2, 0).numpy() for image in images]
     scores: dict[str, list[float]] = {name: [] for name in readers}
     speeds: dict[str, list[float]] = {name: [] for name in readers}

@@ -1,9 +1,9 @@
 """How much of the scoring hides behind the rollout: `python -m benchmarks.overlap`.
 
-An epoch of the bundled model is sampled with a reward that takes no time, and then with one that takes as long per
-image as the rollout does: the reward waits, as for a GPU elsewhere, in a worker process and behind a reward server. The
-second would take twice as long if it came after the rollout. The first batch's rollout and the last one's scoring have
-nothing to hide behind, so with n batches (n + 1) / n times the longer of the two is the least.
+An epoch of the bundled model is sampled with a reward that takes no time, and then with a reward that takes as long per
+image as the rollout. This reward only waits, as if for another GPU; it runs in a worker process, and behind a reward
+server. One after the other, rollout and scoring would take twice as long. The rollout of the first batch and the
+scoring of the last one overlap with nothing, so with n batches the best is (n + 1) / n times the longer of the two.
 """
 
 import argparse
@@ -27,7 +27,7 @@ INSTANT, WAITING = "benchmarks.serve:instant", "benchmarks.serve:waiting"
 
 @contextmanager
 def trainer(groups: int, rewards: dict[str, Any]) -> Iterator[Trainer]:
-    """A trainer that samples and scores one group at a time."""
+    """Make a trainer that samples and scores one group at a time."""
     with TemporaryDirectory() as folder:
         made = Trainer(
             Config(
@@ -46,7 +46,7 @@ def trainer(groups: int, rewards: dict[str, Any]) -> Iterator[Trainer]:
 
 
 def epoch(made: Trainer, number: int) -> float:
-    """Seconds of an epoch's rollout and scoring."""
+    """Measure the seconds of an epoch's rollout and scoring."""
     begin = time.perf_counter()
     made.collect(number)
     return time.perf_counter() - begin

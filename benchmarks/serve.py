@@ -1,8 +1,8 @@
 """What a reward server costs: `python -m benchmarks.serve`.
 
-Two figures, for images of 512 x 512 on loopback: the time per image that client and server add to a scorer that takes
-none, and the images per second at 32 concurrent clients against the scorer alone, which waits for a fixed time per
-image and needs no CPU, as one on a GPU.
+It measures two things on loopback, with images of 512 x 512. First, the time per image that client and server add to a
+reward that takes no time. Second, the images per second with 32 concurrent clients, compared to the reward alone; this
+reward waits for a fixed time per image and needs no CPU, like a reward on a GPU.
 """
 
 import argparse
@@ -30,14 +30,14 @@ def instant(batch: RewardBatch) -> list[float]:
 
 
 def waiting(batch: RewardBatch, seconds: float = 0.005) -> list[float]:
-    """Takes `seconds` per image."""
+    """A reward that waits for `seconds` per image."""
     time.sleep(seconds * len(batch.prompts))
     return [0.0] * len(batch.prompts)
 
 
 @contextmanager
 def server(*options: str) -> Iterator[str]:
-    """The URL of a reward server in a process of its own."""
+    """Start a reward server in another process; yields its URL."""
     command = [sys.executable, "-m", "fastflowgrpo.serve", "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -57,7 +57,7 @@ def images(count: int, side: int) -> RewardBatch:
 
 
 def overhead(batch: RewardBatch, repeats: int) -> float:
-    """Milliseconds per image, the median of the repeats."""
+    """Measure the milliseconds per image that client and server add: the median of the repeats."""
     with server("--rewards", "benchmarks.serve:instant") as url:
         reward = RemoteReward("benchmarks.serve:instant", url)
         reward(batch)
@@ -70,7 +70,7 @@ def overhead(batch: RewardBatch, repeats: int) -> float:
 
 
 def throughput(batch: RewardBatch, clients: int, seconds: float, wait: float) -> tuple[float, float]:
-    """Images per second of the scorer alone, and of the server for all clients together."""
+    """Measure the images per second of the reward alone, and of the server for all clients together."""
     count, begin = len(batch.prompts), time.perf_counter()
     alone = sum(len(waiting(batch, wait)) for _ in range(100)) / (time.perf_counter() - begin)
     settings = {"benchmarks.serve:waiting": {"seconds": wait}}
@@ -79,7 +79,7 @@ def throughput(batch: RewardBatch, clients: int, seconds: float, wait: float) ->
         metrics = urllib3.PoolManager()
 
         def scored() -> float:
-            """Images scored so far; the clients begin and end at different times, the server counts all along."""
+            """Images that the server has scored so far: the clients start and stop at different times."""
             text = metrics.request("GET", f"{url}/metrics").data.decode()
             found = re.search(r"^fastflowgrpo_images_total\{.*\} (\S+)$", text, re.MULTILINE)
             return float(found[1]) if found else 0.0

@@ -11,25 +11,36 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "fastflowgrpo"
 PICTURE = Path(__file__).with_name("architecture.svg")
-ROWS = (
-    ("train", "evaluate", "push", "serve"),
-    ("trainer",),
-    ("runs",),
-    ("evaluation", "planning"),
-    ("learning", "rewards"),
-    ("sampling", "scoring"),
-    ("policy",),
-    ("prompts", "shapes"),
-    ("distributed", "config"),
-    ("console", "errors", "results", "kernels"),
-)
+PLACES = {  # (column, row)
+    "train": (0, 0),
+    "evaluate": (1, 0),
+    "push": (2, 0),
+    "serve": (4, 0),
+    "trainer": (0, 1),
+    "runs": (1, 2),
+    "planning": (0, 3),
+    "evaluation": (2, 3),
+    "learning": (1, 4),
+    "rewards": (4, 4),
+    "sampling": (1, 5),
+    "scoring": (4, 5),
+    "results": (2, 6),
+    "policy": (0, 6),
+    "shapes": (2, 7),
+    "prompts": (3, 7),
+    "config": (3, 8),
+    "distributed": (4, 8),
+    "console": (0, 9),
+    "kernels": (1, 9),
+    "errors": (3, 9),
+}
 EXEMPT = {"__init__", "rewards.__main__", "prompts.__main__", "shapes.pretrain"}  # commands, and the public door
-WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 118, 34, 64, 46, 16
+WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 104, 32, 44, 36, 12
 
 
 def imports() -> dict[str, set[str]]:
     """The rooms that each room imports, from the statements in its files."""
-    arrows: dict[str, set[str]] = {room: set() for row in ROWS for room in row}
+    arrows: dict[str, set[str]] = {room: set() for room in PLACES}
     for path in sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/*.py")]):
         module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
         room = module.split(".")[0]
@@ -48,44 +59,61 @@ def imports() -> dict[str, set[str]]:
 
 def reduced(arrows: dict[str, set[str]]) -> list[tuple[str, str]]:
     """The arrows that do not follow from others."""
-    below = {room: set(targets) for room, targets in arrows.items()}
-    for middle in arrows:  # transitive closure
-        for room in arrows:
-            if middle in below[room]:
-                below[room] |= below[middle]
-    return [(a, b) for a in arrows for b in sorted(arrows[a]) if not any(b in below[c] for c in arrows[a] - {b})]
+
+    def reachable(start: str, without: str) -> set[str]:
+        rooms, waiting = {without}, [start]
+        while waiting:
+            room = waiting.pop()
+            if room not in rooms:
+                rooms.add(room)
+                waiting += arrows[room]
+        return rooms
+
+    return [
+        (start, end)
+        for start, ends in arrows.items()
+        for end in sorted(ends)
+        if not any(end in reachable(middle, without=start) for middle in ends - {end})
+    ]
 
 
 def draw(arrows: list[tuple[str, str]]) -> str:
     """The SVG: a box for each room, an arrow for each import."""
-    widest = max(len(row) for row in ROWS)
-    place = {}
-    for number, row in enumerate(ROWS):
-        left = MARGIN + (widest - len(row)) * (WIDTH + GAP_X) / 2
-        for column, room in enumerate(row):
-            place[room] = left + column * (WIDTH + GAP_X), MARGIN + number * (HEIGHT + GAP_Y)
-    width = 2 * MARGIN + widest * WIDTH + (widest - 1) * GAP_X
-    height = 2 * MARGIN + len(ROWS) * HEIGHT + (len(ROWS) - 1) * GAP_Y
+    columns, rows = (max(place[axis] for place in PLACES.values()) + 1 for axis in (0, 1))
+    width, height = columns * (WIDTH + GAP_X) - GAP_X + 2 * MARGIN, rows * (HEIGHT + GAP_Y) - GAP_Y + 2 * MARGIN
+    corners = {
+        room: (MARGIN + column * (WIDTH + GAP_X), MARGIN + row * (HEIGHT + GAP_Y))
+        for room, (column, row) in PLACES.items()
+    }
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         'font-family="sans-serif" font-size="14">',
-        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
-        '<path d="M0 0 8 4 0 8z" fill="#78909c"/></marker></defs>',
+        '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+        '<path d="M0 0 8 4 0 8z" fill="#607d8b"/></marker></defs>',
         f'<rect width="{width}" height="{height}" rx="6" fill="#fff"/>',
     ]
     for start, end in arrows:
-        (x1, y1), (x2, y2) = place[start], place[end]
-        x1, y1, x2, bend = x1 + WIDTH / 2, y1 + HEIGHT, x2 + WIDTH / 2, (y2 - y1 - HEIGHT) / 2
         lines.append(
-            f'<path d="M{x1:g} {y1:g}C{x1:g} {y1 + bend:g} {x2:g} {y2 - bend:g} {x2:g} {y2:g}" fill="none" '
-            f'stroke="#78909c" stroke-width="1.3" marker-end="url(#tip)"><title>{start} imports {end}</title></path>'
+            f'<path d="{_curve(corners[start], corners[end])}" fill="none" stroke="#607d8b" stroke-width="1.4" '
+            f'marker-end="url(#tip)"><title>{start} imports {end}</title></path>'
         )
-    for room, (x, y) in place.items():
+    for room, (x, y) in corners.items():
         lines.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#e8eaf6" stroke="#3f51b5"/>'
+            f'<rect x="{x}" y="{y}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="#e8eaf6" stroke="#3f51b5"/>'
             f'<text x="{x + WIDTH / 2:g}" y="{y + HEIGHT / 2 + 5:g}" text-anchor="middle" fill="#1a237e">{room}</text>'
         )
     return "\n".join([*lines, "</svg>"]) + "\n"
+
+
+def _curve(start: tuple[int, int], end: tuple[int, int]) -> str:
+    """From the bottom of a box to the top of another one; from side to side in a row."""
+    (x1, y1), (x2, y2) = start, end
+    if y1 == y2:
+        y = y1 + HEIGHT / 2 + (-5 if x1 < x2 else 5)
+        return f"M{x1 + WIDTH * (x1 < x2)} {y:g}H{x2 + WIDTH * (x1 > x2)}"
+    x1, y1, x2 = x1 + WIDTH // 2, y1 + HEIGHT, x2 + WIDTH // 2
+    bend = max(GAP_Y, (y2 - y1) // 2)
+    return f"M{x1} {y1}C{x1} {y1 + bend} {x2} {y2 - bend} {x2} {y2}"
 
 
 if __name__ == "__main__":

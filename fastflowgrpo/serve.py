@@ -16,7 +16,7 @@ from fastflowgrpo.errors import UserError
 
 
 def parse(argv: Sequence[str] | None = None) -> ServerConfig:
-    """Reads the settings of a server from the command line; UserError for what is wrong."""
+    """Read the settings of a server from the command line; UserError if one is wrong."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog="python -m fastflowgrpo.serve", exit_on_error=False)
     parser.add_class_arguments(ServerConfig)
@@ -34,7 +34,11 @@ def parse(argv: Sequence[str] | None = None) -> ServerConfig:
 
 
 def listen(config: ServerConfig, token: str | None) -> socket.socket:
-    """The socket that the server answers on; UserError if it must not or cannot."""
+    """Open the socket that the server listens on.
+
+    Raises:
+        UserError: the host can be reached from other machines but there is no token, or the address cannot be used.
+    """
     local = config.host == "localhost" or (_is_address(config.host) and ipaddress.ip_address(config.host).is_loopback)
     if not local and not token:
         raise UserError(f"host: {config.host} can be reached from other machines; set a token in {TOKEN}")
@@ -43,24 +47,24 @@ def listen(config: ServerConfig, token: str | None) -> socket.socket:
         listener = socket.create_server((config.host, config.port), family=family, backlog=1024)
     except OSError as error:
         raise UserError(f"cannot listen on {config.host}:{config.port}: {error}") from error
-    # asyncio sets it only on sockets that it makes itself; without it each answer waits 40 ms for the client's ACK.
+    # asyncio sets this only on sockets that it opens itself; without it each answer waits 40 ms for the client's ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listener
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until it is told to stop (SIGTERM, Ctrl+C), and then finishes what it has taken.
+    """Serve until SIGTERM or Ctrl+C, and then finish the requests that were taken.
 
     Args:
-        argv: The command line without the program; by default the process's.
+        argv: the command line without the program; by default the process's.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can put right.
+        The exit code: 0, or 2 after an error that the user can correct.
     """
     try:
         config = parse(argv)
         token = os.environ.get(TOKEN)
-        # Only now, so that --help and a wrong setting do not wait for torch.
+        # Imported only here, so that --help and a wrong setting do not wait for torch.
         from fastflowgrpo.rewards import build_rewards
 
         try:
@@ -77,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with listen(config, token) as listener:
             host, port = listener.getsockname()[:2]
             print(f"serving {', '.join(rewards)} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
-            signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more when all is done
+            signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again when it has finished
             uvicorn.Server(uvicorn.Config(create_app(rewards, config, token), log_level="warning")).run([listener])
     except UserError as error:
         return print_error(error)

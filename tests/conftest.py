@@ -11,6 +11,8 @@ import torch
 # Set before Triton decorates a kernel: without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# The tests' models are tiny: threads would only wait for each other, the more so on a busy machine.
+torch.set_num_threads(1)
 # Triton 3.9 warns unless told; the kernels do not depend on it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file
-from support.pipelines import tiny_sd3_pipeline
+from support.pipelines import perturb, tiny_sd3_pipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastflowgrpo import Config, Trainer
@@ -49,13 +49,6 @@ def config_of(folder, output, *, dtype="float32", guidance=1.0, **settings):
     )
 
 
-def disturb(trainer, scale=0.05):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.learner.parameters:
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
-
-
 def all_stats(trainer, batch):
     micro_batches = trainer.objective.micro_batches(batch, 0, len(batch.advantages))
     stats = [trainer.objective.loss(batch, rows, slots)[1] for rows, slots in micro_batches]
@@ -81,7 +74,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(folder, tmp_path, guid
         folder, tmp_path, dtype=dtype, guidance=guidance, window_size=size, window_start=start, dynamics=dynamics
     )
     trainer = Trainer(config)
-    disturb(trainer)
+    perturb(trainer.learner.parameters, 0.05, seed=0)
     batch, _ = trainer.collect(0)
     stats = all_stats(trainer, batch)
     assert len(stats["ratio"]) == int((batch.advantages != 0).sum()) * (size or 4) > 0
@@ -103,7 +96,7 @@ def test_an_update_moves_the_ratio_and_the_log_prob_of_better_samples_rises(fold
 @pytest.mark.parametrize("kl", ["flow_grpo", "exact", "velocity"])
 def test_every_loss_term_moves_the_adapter(folder, tmp_path, guidance, kl):
     trainer = Trainer(config_of(folder, tmp_path, guidance=guidance, kl=kl))
-    disturb(trainer)
+    perturb(trainer.learner.parameters, 0.05, seed=0)
     batch, _ = trainer.collect(0)
     policy_alone = gradient(trainer, batch)
     trainer.config.update.kl_weight = 1.0
@@ -116,7 +109,7 @@ def test_the_kl_is_zero_at_the_start_and_pulls_back(folder, tmp_path):
     trainer = Trainer(config_of(folder, tmp_path, kl_weight=1.0))
     batch, _ = trainer.collect(0)
     assert (all_stats(trainer, batch)["kl"] == 0).all()
-    disturb(trainer)
+    perturb(trainer.learner.parameters, 0.05, seed=0)
     assert (all_stats(trainer, batch)["kl"] > 0).all()
 
 
@@ -133,7 +126,7 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(folder, tmp_path
 
 def test_micro_batches_add_up_to_one_batch(folder, tmp_path):
     trainer = Trainer(config_of(folder, tmp_path, kl_weight=0.1))
-    disturb(trainer)
+    perturb(trainer.learner.parameters, 0.05, seed=0)
     batch, _ = trainer.collect(0)
     whole = gradient(trainer, batch)
     for size in (1, 3, 16):
@@ -199,7 +192,7 @@ def test_float16_gradients_do_not_vanish(folder, tmp_path):
     for dtype in ("float32", "float16"):
         config = config_of(folder, tmp_path / dtype, dtype=dtype)
         trainer = Trainer(config)
-        disturb(trainer)
+        perturb(trainer.learner.parameters, 0.05, seed=0)
         batch, _ = trainer.collect(0)
         batch.advantages[:] = 1e-4 * torch.arange(-4, 4)
         gradients[dtype] = gradient(trainer, batch)
@@ -227,7 +220,7 @@ def test_a_batch_is_a_function_of_seed_and_epoch(folder, tmp_path):
 
 def test_a_replay_with_a_wrong_schedule_is_refused(folder, tmp_path):
     trainer = Trainer(config_of(folder, tmp_path))
-    disturb(trainer)
+    perturb(trainer.learner.parameters, 0.05, seed=0)
     batch, _ = trainer.collect(0)
     trainer.check_replay(batch)
     batch.trajectory.steps = batch.trajectory.steps + 1
@@ -389,7 +382,11 @@ def test_a_short_run_improves_the_shapes_model_beyond_noise(tmp_path):
     """With 1296 images twice, 0.1 is more than five standard errors of the difference."""
     config = Config(output_dir=str(tmp_path / "run"), epochs=15, trackers=[], update=UpdateConfig(ema_decay=0))
     config.evaluation = EvaluationConfig(every=0, num_steps=20)
-    Trainer(config).run()
+    torch.set_num_threads(2)  # this model is large enough for them
+    try:
+        Trainer(config).run()
+    finally:
+        torch.set_num_threads(1)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     first, last = summary["eval"]["first"], summary["eval"]["last"]
     assert last["overall"] - first["overall"] > 0.1

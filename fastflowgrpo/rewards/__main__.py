@@ -1,4 +1,4 @@
-"""``python -m fastflowgrpo.rewards``: scores images by hand."""
+"""``python -m fastflowgrpo.rewards``: scores image files."""
 
 import argparse
 import json
@@ -11,13 +11,13 @@ from fastflowgrpo.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Scores the images that the command line names and prints a table, a row for each.
+    """Score the images that the command line names, and print a table with a row for each.
 
     Args:
-        argv: The command line without the program; by default the process's.
+        argv: the command line without the program; by default the process's.
 
     Returns:
-        The exit code: 0, or 2 after an error that the user can put right.
+        The exit code: 0, or 2 after an error that the user can correct.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -36,16 +36,17 @@ def score(
     """Score image files against a prompt.
 
     Args:
-        paths: of the images; those of one size are scored together, as one group.
-        prompt: their prompt.
+        paths: of the images; images of the same size are scored together, as one group.
+        prompt: the prompt of all images.
         rewards: as in a training configuration, see `build_rewards`.
-        metadata: the prompt's GenEval metadata, {} if it has none.
+        metadata: the prompt's GenEval metadata, {} for none.
 
     Returns:
-        The values by reward and detail, and their weighted sum as "reward"; NaN where there is no score.
+        The values of each reward and detail under its name, and the weighted sum as "reward"; NaN where a score is
+        missing.
 
     Raises:
-        ValueError: the configuration is wrong, or a reward cannot score such a prompt.
+        ValueError: the configuration is wrong, or a reward cannot score the prompt.
         OSError: a file is no image.
     """
     import numpy as np
@@ -110,7 +111,7 @@ def _json_object(option: str, text: str) -> dict[str, Any]:
 
 
 def _table(columns: dict[str, Sequence[str] | Sequence[float]]) -> list[str]:
-    """The columns under their names, aligned."""
+    """Format the columns, aligned, with their names in the first row."""
     cells = [
         [name, *(f"{value:.4f}" if isinstance(value, float) else value for value in values)]
         for name, values in columns.items()

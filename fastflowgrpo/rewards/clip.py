@@ -1,4 +1,4 @@
-"""Rewards on CLIP embeddings: CLIPScore, PickScore, HPSv2 and the LAION aesthetic predictor."""
+"""Rewards from CLIP embeddings: CLIPScore, PickScore, HPSv2 and the LAION aesthetic predictor."""
 
 import functools
 import os
@@ -24,17 +24,17 @@ from fastflowgrpo.scoring.contract import Reward, RewardBatch, Scores
 
 CLIP_L = "openai/clip-vit-large-patch14"
 AESTHETIC = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth"  # TRL's copy of the published file
-TEXTS = 4096  # whose embeddings are kept; at a width of 1024 that takes 16 MB
+MAX_CACHED_TEXTS = 4096  # embeddings that are kept; at a width of 1024 they take 16 MB
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """CLIP's image preprocessing, on the images' own device: resize with antialiasing, centre crop, normalise.
+    """CLIP's image preprocessing, on the device of the images: resize with antialiasing, crop the centre, normalise.
 
     Attributes:
-        size: side of the shorter edge after resizing, or (height, width).
-        crop: (height, width) cut from the centre, where the resized image must be as large; None to cut nothing.
-        mean, std: of each channel, of pixels in [0, 1].
+        size: length of the shorter edge after resizing, or (height, width).
+        crop: (height, width) of the centre crop, at most the size of the resized image; None for no crop.
+        mean, std: of each channel, for pixels in [0, 1].
         mode: "bicubic" or "bilinear".
     """
 
@@ -46,7 +46,7 @@ class Preprocess:
 
     @classmethod
     def of(cls, processor: Any) -> "Preprocess":
-        """What a CLIP image processor of transformers is configured to do; ValueError if that is more than this."""
+        """Take the settings of a CLIP image processor of transformers; ValueError if it does anything else."""
         config = processor.to_dict()
         modes = {2: "bilinear", 3: "bicubic"}  # PIL's numbers
         size, crop = dict(config["size"]), None
@@ -65,7 +65,7 @@ class Preprocess:
         )
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, 3, H, W) -> float32 (B, 3, h, w)."""
+        """Preprocess images uint8 (B, 3, H, W) to float32 (B, 3, h, w)."""
         height, width = images.shape[-2:]
         short = min(height, width)
         if isinstance(self.size, int):
@@ -73,7 +73,7 @@ class Preprocess:
         else:
             size = self.size
         pixels = images.float()
-        for step in ((height, size[1]), size):  # as PIL: the width, to bytes, then the height
+        for step in ((height, size[1]), size):  # like PIL: first the width, rounded to bytes, then the height
             if pixels.shape[-2:] != step:
                 pixels = F.interpolate(pixels, step, mode=self.mode, antialias=True).round().clamp(0, 255)
         if self.crop is not None:
@@ -84,16 +84,16 @@ class Preprocess:
 
 
 class CLIP:
-    """A CLIP model of transformers. Those of the same model, device and dtype share one copy of it.
+    """A CLIP model of transformers. Objects with the same model, device and dtype share one copy of the network.
 
     Args:
         model: hub id or local folder, with the model, the tokenizer and the image processor's configuration.
         device: by default the GPU if there is one.
         dtype: of the networks; embeddings are float32.
-        batch_size: images or prompts at once.
+        batch_size: images or prompts per forward pass.
 
     Raises:
-        ValueError: it cannot be loaded, or a setting is wrong.
+        ValueError: the model cannot be loaded, or a setting is wrong.
     """
 
     def __init__(self, model: str, device: str | None = None, dtype: str = "float32", batch_size: int = 32) -> None:
@@ -106,7 +106,7 @@ class CLIP:
 
     @torch.inference_mode()
     def embed_images(self, images: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
-        """Unit embeddings float32 (B, D) of uint8 images: (B, 3, H, W), or B of any sizes (3, H, W)."""
+        """Embed images: uint8 (B, 3, H, W), or B images (3, H, W) of any sizes. Returns unit vectors float32 (B, D)."""
         vision, project = self.network.vision_model, self.network.visual_projection
         embeddings = []
         for part in _parts(images, self.batch_size):
@@ -117,9 +117,9 @@ class CLIP:
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Unit embeddings float32 (B, D) of texts. A text longer than the model's context (77 tokens) is cut.
+        """Embed texts as unit vectors float32 (B, D). A text longer than the model's context (77 tokens) is truncated.
 
-        Each distinct text is computed once; the embeddings of the last TEXTS stay on the device.
+        Each distinct text is computed once; the embeddings of the last MAX_CACHED_TEXTS stay on the device.
         """
         encoder, project = self.network.text_model, self.network.text_projection
         length = self.network.config.text_config.max_position_embeddings
@@ -132,7 +132,7 @@ class CLIP:
         for text in distinct:
             self.texts.move_to_end(text)
         rows = torch.stack([self.texts[text] for text in texts])
-        while len(self.texts) > TEXTS:
+        while len(self.texts) > MAX_CACHED_TEXTS:
             self.texts.popitem(last=False)
         return rows
 
@@ -143,7 +143,7 @@ def _parts(items: Any, size: int) -> list[Any]:
 
 @functools.cache
 def _load(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Preprocess]:
-    """A CLIP model, its tokenizer and its image preprocessing."""
+    """Load a CLIP model, its tokenizer and its image preprocessing."""
     from transformers import CLIPModel, CLIPProcessor
 
     processor = pretrained(CLIPProcessor, model)
@@ -156,7 +156,7 @@ def _load(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, An
 
 @dataclass(frozen=True)
 class Similarity:
-    """The reward factor * cos(text, image)."""
+    """A reward: `factor` times the cosine of the embeddings of text and image."""
 
     clip: CLIP
     factor: float
@@ -172,10 +172,11 @@ class Similarity:
 
 
 def clipscore(model: str = CLIP_L, device: str | None = None, dtype: str = "float32", batch_size: int = 32) -> Reward:
-    """CLIPScore as Flow-GRPO has it (arXiv 2505.05470): scale * cos(text, image) / 30, with CLIP ViT-L/14's own scale,
-    100. About 0.5 to 1.2 for photographs and their captions. Settings: see `CLIP`.
+    """Make Flow-GRPO's CLIPScore (arXiv 2505.05470): scale * cos(text, image) / 30. The scale is
+    CLIP ViT-L/14's logit scale, 100. The score is about 0.5 to 1.2 for photographs and their captions. Settings: see
+    `CLIP`.
 
-    Flow-GRPO's code resizes images bilinearly; here it is done as the model was trained, bicubically.
+    Flow-GRPO's code resizes images bilinearly; this reward resizes bicubically, as the model was trained.
     """
     clip = CLIP(model, device, dtype, batch_size)
     return Similarity(clip, clip.scale / 30)
@@ -184,8 +185,10 @@ def clipscore(model: str = CLIP_L, device: str | None = None, dtype: str = "floa
 def pickscore(
     model: str = "yuvalkirstain/PickScore_v1", device: str | None = None, dtype: str = "float32", batch_size: int = 32
 ) -> Reward:
-    """PickScore (arXiv 2305.01569), a CLIP ViT-H/14 trained on people's choices between images, divided by 26 as in
-    Flow-GRPO: scale * cos(text, image) / 26, about 0.6 to 1. Settings: see `CLIP`."""
+    """Make PickScore (arXiv 2305.01569): a CLIP ViT-H/14 trained on people's choices between images.
+
+    The score is scale * cos(text, image), divided by 26 as in Flow-GRPO: about 0.6 to 1. Settings: see `CLIP`.
+    """
     clip = CLIP(model, device, dtype, batch_size)
     return Similarity(clip, clip.scale / 26)
 
@@ -193,21 +196,25 @@ def pickscore(
 def hpsv2(
     model: str = "adams-story/HPSv2-hf", device: str | None = None, dtype: str = "float32", batch_size: int = 32
 ) -> Reward:
-    """Human Preference Score v2 (arXiv 2306.09341), a CLIP ViT-H/14 trained on rankings by people: cos(text, image),
-    about 0.2 to 0.35. The default is the published v2.0 in the format of transformers. Settings: see `CLIP`."""
+    """Make Human Preference Score v2 (arXiv 2306.09341): a CLIP ViT-H/14 trained on people's rankings of images.
+
+    The score is cos(text, image), about 0.2 to 0.35. The default weights are v2.0, which is published in the format of
+    transformers. Settings: see `CLIP`.
+    """
     return Similarity(CLIP(model, device, dtype, batch_size), 1.0)
 
 
 class Aesthetic:
-    """LAION's improved aesthetic predictor: a linear head on the unit embedding of CLIP ViT-L/14, trained on ratings of
-    1 to 10 (github.com/christophschuhmann/improved-aesthetic-predictor). The prompt plays no part.
+    """LAION's improved aesthetic predictor (github.com/christophschuhmann/improved-aesthetic-predictor).
+
+    A linear head on the unit embedding of CLIP ViT-L/14 predicts ratings from 1 to 10. It does not use the prompt.
 
     Args:
-        weights: the published file sac+logos+ava1-l14-linearMSE.pth, or hub_owner/repository/file.
+        weights: of the head: the published file sac+logos+ava1-l14-linearMSE.pth, or hub_owner/repository/file.
         model, device, dtype, batch_size: see `CLIP`.
 
     Raises:
-        ValueError: something cannot be loaded, or the head is of another embedding's width.
+        ValueError: weights cannot be loaded, or the head is for embeddings of another width.
     """
 
     pointwise = True
@@ -233,7 +240,7 @@ class Aesthetic:
 
 
 def _hub_file(weights: str) -> tuple[str, str]:
-    """hub_owner/repository and file."""
+    """Split hub_owner/repository/file into the repository and the file."""
     parts = weights.split("/", 2)
     if len(parts) < 3 or not all(parts):
         raise ValueError(f"weights {weights!r}: no such file, and no hub_owner/repository/file")

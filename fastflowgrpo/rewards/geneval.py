@@ -1,4 +1,4 @@
-"""GenEval (arXiv 2310.11513): are the objects that the prompt asks for there, in number, colour and position?"""
+"""GenEval (arXiv 2310.11513): are the objects of the prompt in the image, in the right number, colour and position?"""
 
 import functools
 import importlib
@@ -14,8 +14,8 @@ from fastflowgrpo.errors import did_you_mean
 from fastflowgrpo.prompts import Prompt, check_metadata
 from fastflowgrpo.scoring.contract import RewardBatch, Scores
 
-MAX_OBJECTS = 16  # per class, those with the highest scores
-POSITION_THRESHOLD = 0.1  # of the summed box sizes
+MAX_OBJECTS = 16  # objects per class that count: those with the highest scores
+POSITION_THRESHOLD = 0.1  # part of the summed box sizes that an offset must exceed
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Detection:
         label: its class.
         box: (x0, y0, x1, y1) in pixels, y downwards.
         score: the detector's confidence.
-        color: its colour's name, None if it was not classified.
+        color: the name of its colour, None if it was not classified.
     """
 
     label: str
@@ -40,8 +40,13 @@ Detector = Callable[[torch.Tensor, list[dict[str, Any]]], list[list[Detection]]]
 
 @dataclass(frozen=True)
 class GenEvalResult:
-    """One image's result: `score` in [0, 1] with credit for what is partly right, whether the image is `strict`ly
-    right (exact counts), and whether it is `correct` by the official benchmark."""
+    """The result of one image.
+
+    Attributes:
+        score: from 0 to 1, with credit for what is partly right.
+        strict: whether everything is right, with exact counts.
+        correct: whether the image is correct by the official benchmark.
+    """
 
     score: float
     strict: bool
@@ -49,10 +54,10 @@ class GenEvalResult:
 
 
 def relations(a: Detection, b: Detection) -> set[str]:
-    """Where a is relative to b: a subset of "left of", "right of", "above", "below".
+    """Where a is relative to b: a subset of "left of", "right of", "above" and "below".
 
-    The offset of the centres is shortened on each axis by POSITION_THRESHOLD of the two boxes' summed sizes; an axis on
-    which more than half of the centres' distance then remains is a relation (so a diagonal can be two).
+    On each axis, the offset of the two centres is reduced by POSITION_THRESHOLD times the summed sizes of the boxes.
+    The relation on this axis holds if the rest is more than half the distance of the centres. On a diagonal, two hold.
     """
     ax0, ay0, ax1, ay1 = a.box
     bx0, by0, bx1, by1 = b.box
@@ -67,22 +72,23 @@ def relations(a: Detection, b: Detection) -> set[str]:
 
 
 def check(metadata: dict[str, Any], detections: Sequence[Detection]) -> GenEvalResult:
-    """Compare one image's detections with its prompt's GenEval metadata (see `prompts.check_metadata`).
+    """Compare the detections of one image with its prompt's GenEval metadata (see `prompts.check_metadata`).
 
-    - `score`, for training (Flow-GRPO, arXiv 2505.05470): the mean of the terms of all includes. An include has a term
-      for its count n of the wanted w, max(0, 1 - |n - w| / w); if it names a colour, a term for it, the part of the w
-      objects that have it; if it names a position, a term for it, 1 or 0. With a wrong count the latter two are 0.
-    - `strict`: every include has exactly its count of objects, all in its colour and position. Excludes need no
-      check, here and in Flow-GRPO: they forbid more of an included class than the exact count.
-    - `correct`, the benchmark's own check: of each include at least its count of objects exists, and the ones with the
-      highest scores have its colour and position; and no exclude's count is reached.
+    - `score`, for training (Flow-GRPO, arXiv 2505.05470): the mean of the terms of all includes. Each include has a
+      term for its count: max(0, 1 - |n - w| / w), where n objects were found and w are wanted. If the include has a
+      colour, it has a second term: the part of the w objects with this colour. If it has a position, it has another
+      term, 1 or 0. The terms for colour and position are 0 if the count is wrong.
+    - `strict`: for every include, exactly the wanted number of objects was found, all with its colour and position.
+      Excludes are not checked, as in Flow-GRPO: they forbid more objects of an included class than the exact count.
+    - `correct`, the benchmark's own check: for every include at least the wanted number of objects was found, and those
+      with the highest scores have its colour and position; and no exclude's count is reached.
 
-    A position holds if each of the include's objects has the relation to each object of the include it names, and that
-    include holds itself. Of a class, the MAX_OBJECTS objects with the highest scores count.
+    A position holds if each object of the include has the relation to each object of the include that it names, and if
+    that other include holds. Of each class, only the MAX_OBJECTS objects with the highest scores count.
 
-    Deliberate differences from Flow-GRPO's code, all in `score`: its count term can go below 0; a wrong position adds 0
-    and then also 1; and an include with both a colour and a position (no GenEval prompt has one) loses a term if the
-    count or the colour is wrong. The benchmark's `correct` and Flow-GRPO's `strict` are theirs exactly.
+    `score` deliberately differs from Flow-GRPO's code: there the count term can go below 0; a wrong position adds 0 and
+    then also 1; and an include with both a colour and a position (no GenEval prompt has one) loses a term if the count
+    or the colour is wrong. `correct` and `strict` are exactly those of the benchmark and of Flow-GRPO.
     """
     objects: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda detection: -detection.score):
@@ -103,9 +109,9 @@ def check(metadata: dict[str, Any], detections: Sequence[Detection]) -> GenEvalR
 
 
 def _terms(includes: list[dict[str, Any]], found: list[list[Detection]]) -> list[float]:
-    """The terms of all includes, given the objects found for each; all are 1 if and only if all holds exactly."""
+    """Compute the terms of all includes from the objects found for each; a term is 1 only if it holds exactly."""
     terms: list[float] = []
-    holding: list[list[Detection]] = []  # the objects of each include that holds, else none
+    holding: list[list[Detection]] = []  # the objects of each include, none if the include does not hold
     for include, objects in zip(includes, found, strict=True):
         count = include["count"]
         exact = len(objects) == count
@@ -129,18 +135,18 @@ DETECTORS = {
 
 
 class GenEval:
-    """GenEval as a reward: (1 - strict) * score + strict * (1 if strictly right else 0), see `check`. The details are
-    score, strict and correct.
+    """GenEval as a reward: (1 - strict) * `score` + strict * `strict`, with the results of `check`. The details are
+    `score`, `strict` and `correct`.
 
     Args:
-        detector: "shapes" for the bundled shapes world, "mask2former" for real images, or a function (images uint8
-            (B, 3, H, W), metadata of each) -> detections of each, which may have the attributes `classes` and `colors`,
-            the names it knows, and `device`, where it wants the images.
+        detector: "shapes" for the bundled shapes world, "mask2former" for real images, or your own function: it is
+            called with images uint8 (B, 3, H, W) and the metadata of each, and returns the detections of each. It may
+            have the attributes `classes` and `colors` (the names it knows), and `device` (where it wants the images).
         strict: weight of the strict result against the partial score, 0 to 1.
-        settings: the detector's own, see `Mask2FormerDetector`.
+        settings: for the detector, see `Mask2FormerDetector`.
 
     Raises:
-        ValueError: an unknown detector or setting, strict out of range, or the detector cannot be loaded.
+        ValueError: the detector or a setting is unknown, strict is out of range, or the detector cannot be loaded.
     """
 
     pointwise = True
@@ -167,7 +173,7 @@ class GenEval:
         self.device = getattr(self.detector, "device", None)
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ValueError, naming the prompt, if one has no valid metadata, or a class or colour that the detector
+        """Raise a ValueError that names the prompt if one has no valid metadata, or a class or colour that the detector
         does not know."""
         known = {
             "class": getattr(self.detector, "classes", None),

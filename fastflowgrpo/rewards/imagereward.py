@@ -1,4 +1,4 @@
-"""ImageReward (arXiv 2304.05977): BLIP reads the prompt while looking at the image, and a linear head scores it."""
+"""ImageReward (arXiv 2304.05977): BLIP encodes the prompt with attention to the image, and a linear head scores it."""
 
 import json
 import math
@@ -20,11 +20,11 @@ from fastflowgrpo.rewards.models import (
 )
 from fastflowgrpo.scoring.contract import RewardBatch, Scores
 
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the head's output over the training set
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # the head's output over the training set
 MAX_TOKENS = 35
-HEAD_WIDTH = 64  # of an attention head of the vision transformer
+HEAD_WIDTH = 64  # width of an attention head of the vision transformer
 
-# The published names of the vision transformer's weights -> BlipVisionModel's.
+# From the published names of the vision transformer's weights to those of BlipVisionModel.
 VISION_NAMES = (
     (r"^cls_token", "embeddings.class_embedding"),
     (r"^pos_embed", "embeddings.position_embedding"),
@@ -38,19 +38,20 @@ VISION_NAMES = (
 
 
 class ImageReward:
-    """ImageReward v1.0, whose published weights are loaded into BLIP's parts in transformers.
+    """ImageReward v1.0: its published weights, loaded into the BLIP modules of transformers.
 
-    The score is standardised, so about -2 to 2, and higher is better. A prompt counts up to its 35th token.
+    The score is standardised over the training set, so about -2 to 2; higher is better. A prompt is truncated to
+    MAX_TOKENS tokens.
 
     Args:
         model: hub id or local folder with ImageReward.pt and med_config.json.
         tokenizer: hub id or local folder of BERT's tokenizer.
         device: by default the GPU if there is one.
         dtype: of the networks; the head computes in float32.
-        batch_size: images at once.
+        batch_size: images per forward pass.
 
     Raises:
-        ValueError: something cannot be loaded, or a setting is wrong.
+        ValueError: weights cannot be loaded, or a setting is wrong.
     """
 
     pointwise = True
@@ -106,7 +107,7 @@ def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
 
 
 def _vision(state: dict[str, torch.Tensor]) -> Any:
-    """The vision transformer, of the sizes that its weights have."""
+    """Make the vision transformer; its sizes follow from its weights."""
     from transformers import BlipVisionConfig, BlipVisionModel
 
     patch, positions, width = state["patch_embed.proj.weight"].shape[-1], *state["pos_embed"].shape[1:]
@@ -127,7 +128,7 @@ def _vision(state: dict[str, torch.Tensor]) -> Any:
 
 
 def _text(state: dict[str, torch.Tensor], published: Mapping[str, Any], vision_width: int) -> Any:
-    """The text encoder with cross-attention to the image, by the published configuration of a BERT."""
+    """Make the text encoder with cross-attention to the image; `published` is the published BERT configuration."""
     from transformers import BlipTextConfig, BlipTextModel
 
     names = (

@@ -1,4 +1,4 @@
-"""JPEG size as a reward (DDPO, arXiv 2305.13301): needs no model, and shows quickly whether training works."""
+"""JPEG size as a reward (DDPO, arXiv 2305.13301). It needs no model, and shows quickly whether training works."""
 
 import io
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fastflowgrpo.scoring.contract import Reward, RewardBatch, Scores
 
 
 def kilobytes(images: torch.Tensor) -> torch.Tensor:
-    """Size of each image of uint8 (B, 3, H, W) as JPEG of quality 95: float32 (B,), in kB of 1000 bytes."""
+    """Encode images uint8 (B, 3, H, W) as JPEG of quality 95, and return the sizes float32 (B,) in kB of 1000 bytes."""
     sizes = []
     for pixels in images.permute(0, 2, 3, 1).cpu().numpy():
         buffer = io.BytesIO()
@@ -21,7 +21,7 @@ def kilobytes(images: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class JPEGSize:
-    """The reward factor * size in kB."""
+    """A reward: `factor` times the size in kB; the detail `kilobytes` is the size."""
 
     factor: float
     pointwise = True
@@ -32,11 +32,11 @@ class JPEGSize:
 
 
 def jpeg_compressibility() -> Reward:
-    """Prefers images that compress well: -size / 500, the size in kB at JPEG quality 95."""
+    """Make a reward for images that compress well: -size / 500, with the size in kB at JPEG quality 95."""
     return JPEGSize(-1 / 500)
 
 
 def jpeg_incompressibility() -> Reward:
-    """Prefers images that compress badly: size / 500, exactly the negative of `jpeg_compressibility` (Flow-GRPO's own
-    code leaves out the / 500 here)."""
+    """Make a reward for images that compress badly: size / 500, exactly the negative of `jpeg_compressibility`.
+    (Flow-GRPO's own code does not divide by 500 here.)"""
     return JPEGSize(1 / 500)

@@ -1,4 +1,4 @@
-"""Rewards by a vision-language model behind an OpenAI-compatible server (vLLM, SGLang, ...)."""
+"""Judges: rewards that ask a vision-language model on an OpenAI-compatible server (vLLM, SGLang and others)."""
 
 import base64
 import io
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastflowgrpo.scoring.client import Served, is_http
+from fastflowgrpo.scoring.client import ServedReward
 from fastflowgrpo.scoring.contract import RewardBatch, Scores
+from fastflowgrpo.scoring.request import is_http_url
 
 UNIFIEDREWARD = """<image>
 You are given a text caption and a generated image based on that caption. Your task is to evaluate this image based on \
@@ -53,14 +54,17 @@ DEQA_ANSWER = "The quality of the image is"
 DEQA_LEVELS = {"excellent": 5, "good": 4, "fair": 3, "poor": 2, "bad": 1}
 
 
-class Judge(Served):
-    """Asks a server, or several that answer alike, about each image, several at a time; what happens when one fails:
-    see `Served`. An image whose answer holds no score is missing (NaN), since at temperature 0 the next answer would
-    not either. The detail `failed` is 1 for images without a score.
+class Judge(ServedReward):
+    """Asks a vision-language model about each image, in one request per image. `ServedReward` says what happens when
+    a server fails.
+
+    If an answer holds no score, the image's score is missing (NaN), and the question is not asked again: at temperature
+    0 the next answer would be the same. The detail `failed` is 1 for images without a score.
 
     Args:
-        base_url: of the API, such as http://localhost:8000/v1, or a list of such; by default the class's.
-        model: its name on the server; by default the class's.
+        base_url: of the API, such as http://localhost:8000/v1, or a list of servers that give the same answers; by
+            default the class's.
+        model: the model's name on the server; by default the class's.
         timeout: seconds to wait for an answer.
         concurrency: requests in flight per URL.
         api_key_env: environment variable with the key, if the server wants one.
@@ -72,10 +76,10 @@ class Judge(Served):
     """
 
     pointwise = True
-    unscorable = (400, 413, 422)  # a prompt that is too long, an image that is too large
+    unscorable_statuses = (400, 413, 422)  # a prompt that is too long, an image that is too large
     base_url = "http://127.0.0.1:8000/v1"
     model = ""
-    size: int | None = None  # side in pixels to which images are resized first
+    size: int | None = None  # side in pixels of the images sent; None sends them as they are
 
     def __init__(
         self,
@@ -87,7 +91,7 @@ class Judge(Served):
         required: bool = True,
     ) -> None:
         urls = [base_url or self.base_url] if isinstance(base_url, str | None) else base_url
-        if not isinstance(urls, list | tuple) or not urls or not all(is_http(url) for url in urls):
+        if not isinstance(urls, list | tuple) or not urls or not all(is_http_url(url) for url in urls):
             raise ValueError(f"base_url must be http://HOST:PORT/v1 or a list of such, got {base_url!r}")
         if api_key_env is not None and not os.environ.get(api_key_env):
             raise ValueError(f"the environment variable {api_key_env} is not set")
@@ -96,18 +100,18 @@ class Judge(Served):
 
     @abstractmethod
     def request(self, image: dict[str, Any], prompt: str) -> dict[str, Any]:
-        """The fields of the request, but for the model; `image` is the part of a message that holds it."""
+        """Return the request's fields, without the model; `image` is the part of a message that holds the image."""
 
     @abstractmethod
     def parse(self, choice: dict[str, Any]) -> float:
-        """The score in the answer; ValueError if there is none."""
+        """Read the score from the first choice of an answer; ValueError if it holds none."""
 
     def __call__(self, batch: RewardBatch) -> Scores:
         scores = super().__call__(batch)
         scores.details["failed"] = scores.values.isnan().float()
         return scores
 
-    def _parts(self, batch: RewardBatch) -> list[RewardBatch]:
+    def _split(self, batch: RewardBatch) -> list[RewardBatch]:
         return [batch.rows(slice(row, row + 1)) for row in range(len(batch.prompts))]
 
     def _encode(self, part: RewardBatch) -> tuple[str, bytes, str]:
@@ -139,9 +143,10 @@ class Judge(Served):
 
 
 class UnifiedReward(Judge):
-    """UnifiedReward (arXiv 2503.05236) of image and prompt: the number after "Final Score:" / 5, so 0.2 to 1.
+    """UnifiedReward (arXiv 2503.05236): how well the image fits the prompt, and its quality. The score is the number
+    after "Final Score:" divided by 5, so 0.2 to 1.
 
-    The question is Flow-GRPO's, and as there the image is resized to 512 x 512 pixels.
+    The question, and the image size of 512 x 512 pixels, are Flow-GRPO's.
     """
 
     base_url = "http://127.0.0.1:17140/v1"
@@ -156,9 +161,9 @@ class UnifiedReward(Judge):
 
 
 class QwenVL(Judge):
-    """Aesthetic quality as Qwen2.5-VL (arXiv 2502.13923) sees it: the number in <Score> / 5, so 0.2 to 1.
+    """Aesthetic quality, judged by Qwen2.5-VL (arXiv 2502.13923): the number in <Score> divided by 5, so 0.2 to 1.
 
-    The question is Flow-GRPO's; the prompt plays no part.
+    The question is Flow-GRPO's; it does not use the prompt.
     """
 
     model = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -171,13 +176,15 @@ class QwenVL(Judge):
 
 
 class DeQA(Judge):
-    """DeQA-Score (arXiv 2501.11561), image quality: the expected level / 5, so 0.2 to 1. The prompt plays no part.
+    """DeQA-Score (arXiv 2501.11561), image quality: the expected level divided by 5, so 0.2 to 1. It does not use the
+    prompt.
 
-    The model goes on after "The quality of the image is"; the levels are excellent 5, good 4, fair 3, poor 2 and bad 1,
-    with the probabilities that it gives these words, made to sum to 1. Of a word that is not among the 20 most likely,
-    the probability is taken as 0. It is a failure if something else is more likely than the five words together.
+    The model continues the sentence "The quality of the image is". The levels are excellent 5, good 4, fair 3, poor 2
+    and bad 1. Their probabilities are those of these words as the next token, normalised to sum to 1; a word that is
+    not among the 20 most likely tokens has probability 0. The score is missing if other tokens together are more likely
+    than the five words.
 
-    The server must continue a begun answer (`continue_final_message`, as vLLM does) and return `logprobs`.
+    The server must be able to continue a partial answer (`continue_final_message`, as in vLLM) and return `logprobs`.
     """
 
     model = "zhiyuanyou/DeQA-Score-Mix3"
@@ -208,12 +215,12 @@ class DeQA(Judge):
 
 
 def _user(image: dict[str, Any], text: str) -> dict[str, Any]:
-    """The user's message: an image, then a text about it."""
+    """A user's message: an image, then a text."""
     return {"role": "user", "content": [image, {"type": "text", "text": text}]}
 
 
 def _written_score(pattern: str, choice: dict[str, Any]) -> float:
-    """The number from 1 to 5 that the pattern finds in the answer's text, / 5."""
+    """Find the number from 1 to 5 in the answer's text, and divide it by 5; ValueError if there is none."""
     text = choice["message"]["content"]
     match = re.search(pattern, text)
     if match is None or not 1 <= float(match[1]) <= 5:

@@ -1,4 +1,4 @@
-"""GenEval's detector for real images: Mask2Former for the objects, CLIP for their colours."""
+"""GenEval's detector for real images: Mask2Former finds the objects, CLIP classifies their colours."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from fastflowgrpo.rewards.clip import CLIP, CLIP_L
 from fastflowgrpo.rewards.geneval import MAX_OBJECTS, Detection
 from fastflowgrpo.rewards.models import choose_dtype, pretrained_model
 
-THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # of the score; the second for prompts with the tag counting
+THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # least score; the second for prompts with the tag `counting`
 MAX_INSTANCES = 100  # per image, over all classes
 TEMPLATES = ("a photo of a {color} {label}", "a photo of a {color}-colored {label}", "a photo of a {color} object")
 BACKGROUND = 0x99  # the grey around an object whose colour is classified
@@ -22,7 +22,7 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 @dataclass(frozen=True)
 class Instance:
-    """One object: its class, the detector's score, its mask bool (H, W), and the box around it as in `Detection`."""
+    """One object: its class, the detector's score, its mask bool (H, W), and its box as in `Detection`."""
 
     label: str
     score: float
@@ -31,26 +31,28 @@ class Instance:
 
 
 class Mask2FormerDetector:
-    """Mask2Former (arXiv 2112.01527) and CLIP as GenEval (arXiv 2310.11513) uses them.
+    """Mask2Former (arXiv 2112.01527) and CLIP, used as in GenEval (arXiv 2310.11513).
 
-    Objects: images are resized to a shorter side of 800 pixels; a query's score is that of its class times its mask's
-    mean probability; those above THRESHOLD, or COUNTING_THRESHOLD, are kept, the MAX_OBJECTS best of each class.
-    Colours, only of classes that the prompt asks a colour of: the object on grey, cut to its box, is compared with the
-    mean embedding of TEMPLATES for each of COLORS.
+    Objects: images are resized to a shorter side of 800 pixels. The score of a query is the probability of its class
+    times the mean probability of its mask. Objects with a score above THRESHOLD (COUNTING_THRESHOLD for prompts with
+    the tag `counting`) are kept, at most the MAX_OBJECTS best of each class.
 
-    This is what GenEval's own code does on files, with mmdetection replaced by transformers. Flow-GRPO's server runs
-    that code on arrays in RGB, which mmdetection takes for BGR.
+    Colours are classified only for classes whose colour the prompt asks for. The object is put on grey and cropped to
+    its box. Its CLIP embedding is compared with the mean embedding of TEMPLATES for each of COLORS.
+
+    GenEval's own code does the same on image files, with mmdetection instead of transformers. Flow-GRPO's server runs
+    that code on RGB arrays, which mmdetection takes for BGR.
 
     Args:
         model: hub id or local folder of a Mask2Former for COCO instances.
         clip: hub id or local folder of the CLIP for colours.
         device: by default the GPU if there is one.
         dtype: of the networks.
-        batch_size: images at once.
-        size: (shorter side, most of the longer side) that images are resized to, in pixels.
+        batch_size: images per forward pass.
+        size: images are resized to this shorter side, or to this longer side if it would become longer; in pixels.
 
     Raises:
-        ValueError: something cannot be loaded, or a setting is wrong.
+        ValueError: a model cannot be loaded, or a setting is wrong.
     """
 
     classes = CLASSES
@@ -82,7 +84,7 @@ class Mask2FormerDetector:
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, metadata: list[dict[str, Any]]) -> list[list[Detection]]:
-        """The objects on uint8 images (B, 3, H, W), each with its prompt's metadata."""
+        """Find the objects on images uint8 (B, 3, H, W); `metadata` is the GenEval metadata of each image's prompt."""
         detections: list[list[Detection]] = []
         for start in range(0, len(images), self.batch_size):
             batch, wanted = images[start : start + self.batch_size].to(self.device), metadata[start:][: self.batch_size]
@@ -103,7 +105,7 @@ class Mask2FormerDetector:
         return detections
 
     def _segment(self, images: torch.Tensor, thresholds: list[float]) -> list[list[Instance]]:
-        """The objects on each image, best first."""
+        """Find the objects on each image, sorted by score."""
         height, width = images.shape[-2:]
         scale = min(self.size[0] / min(height, width), self.size[1] / max(height, width))
         resized = int(height * scale + 0.5), int(width * scale + 0.5)
@@ -132,7 +134,7 @@ class Mask2FormerDetector:
         return found
 
     def _classify(self, crops: list[tuple[str, torch.Tensor]]) -> list[str]:
-        """The colour of each of some (label, uint8 image (3, h, w) of an object)."""
+        """Classify the colours of objects: (label, uint8 image (3, h, w)) each."""
         if not crops:
             return []
         for label in {label for label, _ in crops} - self._color_embeddings.keys():
@@ -145,7 +147,7 @@ class Mask2FormerDetector:
 
 
 def _best(scores: list[float], labels: list[int], masks: torch.Tensor, threshold: float) -> list[Instance]:
-    """Those above the threshold, best first, at most MAX_OBJECTS of each class."""
+    """Keep the objects above the threshold, sorted by score, at most MAX_OBJECTS of each class."""
     columns, rows = masks.any(1).int(), masks.any(2).int()
     last_column, last_row = (line.shape[1] - line.flip(1).argmax(1) for line in (columns, rows))
     boxes = torch.stack([columns.argmax(1), rows.argmax(1), last_column, last_row], 1).tolist()
@@ -158,6 +160,6 @@ def _best(scores: list[float], labels: list[int], masks: torch.Tensor, threshold
 
 
 def _cut_out(image: torch.Tensor, o: Instance) -> torch.Tensor:
-    """The object alone, on grey."""
+    """Put the object on grey and crop the image to its box."""
     x0, y0, x1, y1 = o.box
     return image.where(o.mask, BACKGROUND)[:, y0:y1, x0:x1]

@@ -1,4 +1,4 @@
-"""What the rewards with a network share: published weights from the hub or a folder, device, dtype, linear head."""
+"""What rewards with a network have in common: loading published weights, the device, the dtype, the linear head."""
 
 import os
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device of that name, by default the GPU if there is one; ValueError if it cannot be used."""
+    """Return the device with this name, by default the GPU if there is one; ValueError if it cannot be used."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and torch.cuda.is_available():
-        # By the process's place among those of this machine: a reward's worker process has no current GPU of its own.
+        # Choose the GPU by the local rank: a worker process of a reward has no current GPU.
         device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     try:
         return torch.empty(0, device=device).device
@@ -27,17 +27,17 @@ def choose_device(device: str | None) -> torch.device:
 
 
 def choose_dtype(dtype: str) -> torch.dtype:
-    """The dtype of that name; ValueError if it is none of DTYPES."""
+    """Return the dtype with this name; ValueError if it is none of DTYPES."""
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}{did_you_mean(str(dtype), DTYPES)}, known: {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
 def pretrained(cls: Any, model: str, **options: Any) -> Any:
-    """`cls.from_pretrained(model, **options)`, where cls is a class of transformers.
+    """Call `cls.from_pretrained(model, **options)`, where cls is a class of transformers.
 
     Raises:
-        ValueError: it cannot be loaded; names the model, the reason, and what to do.
+        ValueError: loading failed; names the model, the reason, and what to do.
     """
     try:
         return cls.from_pretrained(model, **options)
@@ -46,20 +46,25 @@ def pretrained(cls: Any, model: str, **options: Any) -> Any:
 
 
 def pretrained_model(cls: Any, model: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """A model of transformers for inference: frozen, on the device, in the dtype.
+    """Load a model of transformers for inference: frozen, on the device, in the dtype.
 
     Raises:
-        ValueError: it cannot be loaded, or lacks weights, which transformers would make up.
+        ValueError: loading failed, or weights are missing, which transformers would initialise at random.
     """
     network, report = pretrained(cls, model, dtype=dtype, output_loading_info=True)
     missing = sorted({*report["missing_keys"]} & {name for name, _ in network.named_parameters()})
     if missing:
-        raise ValueError(f"{model!r} is no {cls.__name__}: it lacks {len(missing)} weights, the first is {missing[0]}")
+        problem = f"{len(missing)} weights are missing, the first is {missing[0]}"
+        raise ValueError(f"{model!r} is no {cls.__name__}: {problem}")
     return network.eval().requires_grad_(False).to(device)
 
 
 def model_file(model: str, name: str) -> Path:
-    """The file of that name in a local folder or, if there is no such folder, in a repository of the hub.
+    """Find a file in a local folder or, if there is no such folder, in a repository of the hub.
+
+    Args:
+        model: the folder or the hub id.
+        name: of the file.
 
     Raises:
         ValueError: it is not there or cannot be fetched; names the model, the reason, and what to do.
@@ -78,7 +83,7 @@ def model_file(model: str, name: str) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file by safetensors, or by torch.save, whose pickle is read without running code from it.
+    """Read the tensors of a file that safetensors or torch.save wrote; no code in a pickle is run.
 
     Raises:
         ValueError: it is no such file.
@@ -96,13 +101,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 class LinearHead(nn.Module):
     """The head of the aesthetic predictor and of ImageReward, from features (B, width) to scores (B,).
 
-    Linear layers in a row: the published weights were trained with dropout and no other function between them.
+    It has five linear layers and no activation function: the published weights were trained with only dropout between
+    the layers.
 
     Args:
         state: the published weights, `layers.0.weight` and so on.
 
     Raises:
-        ValueError: they are weights of something else.
+        ValueError: the weights are those of another module.
     """
 
     def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
@@ -110,18 +116,19 @@ class LinearHead(nn.Module):
         if "layers.0.weight" not in state:
             raise ValueError(f"not the weights of LinearHead: expected layers.0.weight, got {', '.join(state)[:200]}")
         width = state["layers.0.weight"].shape[-1]
-        sizes = {0: (width, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}  # dropout stood between
+        sizes = {0: (width, 1024), 2: (1024, 128), 4: (128, 64), 6: (64, 16), 7: (16, 1)}  # the others were dropout
         self.layers = nn.ModuleDict({str(i): nn.Linear(*size) for i, size in sizes.items()})
         load_strictly(self, state)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Compute the scores (B,) of features (B, width)."""
         for layer in self.layers.values():
             features = layer(features)
         return features.squeeze(-1)
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
-    """Load all weights of a module and freeze it; ValueError if one is missing, left over or of another shape."""
+    """Load all weights of a module and freeze it; ValueError if one is missing, superfluous or has another shape."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

@@ -12,23 +12,25 @@ from fastflowgrpo.errors import did_you_mean
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.scoring.contract import RewardBatch, Scores
 
-MIN_SCORE = 0.5  # of the reader's confidence in a line; what is below is not read
-SIDES = (384, 576, 768, 960)  # longer sides of the copies of images in which RapidOCR looks for text
+MIN_SCORE = 0.5  # lines that the reader is less sure of are ignored
+SIDES = (384, 576, 768, 960)  # longer sides, in pixels, of the shrunk copies in which RapidOCR looks for text
 
-Reader = Callable[[np.ndarray], str]  # from pixels (H, W, 3), BGR, to their text
+Reader = Callable[[np.ndarray], str]  # from pixels uint8 (H, W, 3), BGR, to the text on them
 
 
 class OCR:
-    """Flow-GRPO's text-rendering reward (arXiv 2505.05470): `text_score` of the text between the prompt's first pair of
-    double quotes and what is read in the image, its lines joined in reading order.
+    """Flow-GRPO's text-rendering reward (arXiv 2505.05470).
+
+    The wanted text stands between the prompt's first pair of double quotes. It is compared by `text_score` with the
+    text that is read in the image, whose lines are joined in reading order.
 
     Args:
-        backend: "rapidocr", whose models come inside its wheel, or "paddleocr", which fetches its own.
-        settings: PaddleOCR's, such as `lang`, `device` or `text_recognition_model_dir`; RapidOCR has none.
+        backend: "rapidocr", whose models are part of its wheel, or "paddleocr", which downloads its models.
+        settings: for PaddleOCR, such as `lang`, `device` or `text_recognition_model_dir`; RapidOCR takes none.
 
     Raises:
         ImportError: the backend's extra is not installed.
-        ValueError: an unknown backend or setting, or PaddleOCR cannot be made.
+        ValueError: the backend or a setting is unknown, or PaddleOCR cannot be made.
     """
 
     pointwise = True
@@ -45,7 +47,7 @@ class OCR:
             raise ImportError(f'{error}; install it with: pip install "fastflowgrpo[{EXTRAS[backend]}]"') from error
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ValueError, naming the prompt, if one has no text in double quotes."""
+        """Raise a ValueError that names the prompt if one has no text in double quotes."""
         for prompt in prompts:
             quoted_text(prompt.text)
 
@@ -57,7 +59,7 @@ class OCR:
 
 
 def quoted_text(prompt: str) -> str:
-    """The text between the first pair of double quotes; ValueError, naming the prompt, if there is none."""
+    """Return the text between the first pair of double quotes; ValueError, naming the prompt, if there is none."""
     match = re.search('"([^"]*)"', prompt)
     if match is None or not _normalise(match[1]):
         raise ValueError(f"prompt {prompt!r} has no text in double quotes for the image to show")
@@ -65,8 +67,11 @@ def quoted_text(prompt: str) -> str:
 
 
 def text_score(target: str, recognised: str) -> float:
-    """How much of `target` (not blank) was recognised, case and white space apart: 1 if it occurs in `recognised`, else
-    1 - min(edit distance, length) / length, with the length of the target."""
+    """Score how much of `target` (not blank) was recognised, from 0 to 1; case and white space are ignored.
+
+    The score is 1 if `target` occurs in `recognised`, else 1 - min(distance, length) / length, with the Levenshtein
+    distance of the two texts and the length of `target`.
+    """
     from rapidfuzz.distance import Levenshtein
 
     target, recognised = _normalise(target), _normalise(recognised)
@@ -93,16 +98,20 @@ def _rapidocr(**settings: Any) -> Reader:
 
 @functools.cache
 def _engine(side: int) -> Callable[[Any], Any]:
-    """RapidOCR, made once per process, which looks for text in a copy of the image shrunk to `side`, if it is larger,
-    and reads it in the image itself."""
+    """Make RapidOCR, once per process and `side`.
+
+    It looks for text in a copy of the image that is shrunk to `side` pixels (if it is larger), and reads the text in
+    the image itself.
+    """
     import cv2
-    import onnxruntime  # noqa: F401  RapidOCR's default engine, which it does not depend on
+    import onnxruntime  # noqa: F401  RapidOCR's default engine; its wheel does not require it
     from rapidocr import RapidOCR
 
     threads = torch.get_num_threads()  # 1 in worker processes
     cv2.setNumThreads(threads)
-    # For speed without a loss (benchmarks/ocr.py): RapidOCR itself enlarges images to 736 pixels, and reads lines six
-    # at a time, all as wide as the widest or 320. No classifier for upside-down lines, as in Flow-GRPO.
+    # Faster than RapidOCR's defaults at no loss of accuracy (benchmarks/ocr.py): those enlarge images to 736 pixels
+    # and read six lines at a time, all padded to the widest or to 320 pixels. As in Flow-GRPO, upside-down lines are
+    # not detected.
     parameters = {
         "Global.log_level": "critical",
         "Global.text_score": MIN_SCORE,
@@ -118,7 +127,7 @@ def _engine(side: int) -> Callable[[Any], Any]:
 
 
 def _paddleocr(**settings: Any) -> Reader:
-    """PaddleOCR 3, at the image's own size and without its correction of scanned pages."""
+    """Make PaddleOCR 3 without its corrections for scanned pages; it reads the image in its own size."""
     from paddleocr import PaddleOCR
 
     parameters = {
@@ -132,7 +141,7 @@ def _paddleocr(**settings: Any) -> Reader:
         engine = PaddleOCR(**parameters | settings)
     except ImportError:
         raise
-    except Exception as error:  # of any class: no network, an unknown argument, a broken model
+    except Exception as error:  # PaddleOCR raises many classes: no network, an unknown argument, a broken model
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"PaddleOCR cannot be made: {reason}") from error
     return lambda pixels: "".join(engine.predict(pixels)[0]["rec_texts"])

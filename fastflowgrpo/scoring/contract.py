@@ -1,4 +1,4 @@
-"""What a reward gets and gives."""
+"""What a reward gets and returns."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +14,8 @@ class RewardBatch:
     """Images to score; the other fields have one entry per image.
 
     Attributes:
-        images: uint8 (B, 3, H, W), on any device; (B, F, 3, H, W), the scored frames of videos, for a reward whose
-            attribute `videos` is true.
+        images: uint8 (B, 3, H, W), on any device. A reward whose attribute `videos` is true gets the frames of videos,
+            uint8 (B, F, 3, H, W).
         prompts: the text each image was made from.
         metadata: each prompt's GenEval metadata, {} if it has none.
         group_ids: int64 (B,); images of one group share their prompt.
@@ -27,11 +27,11 @@ class RewardBatch:
     group_ids: torch.Tensor
 
     def rows(self, rows: slice) -> "RewardBatch":
-        """Some of the images."""
+        """Return a part of the batch."""
         return RewardBatch(self.images[rows], self.prompts[rows], self.metadata[rows], self.group_ids[rows])
 
     def whole_groups(self, size: int) -> list[slice]:
-        """Consecutive rows that hold whole groups, `size` at most where a group is not larger."""
+        """Cut the batch into slices of whole groups, with at most `size` images unless one group is larger."""
         ids = self.group_ids.tolist()
         ends = [row for row in range(1, len(ids) + 1) if row == len(ids) or ids[row] != ids[row - 1]]
         slices: list[slice] = []
@@ -46,12 +46,12 @@ class RewardBatch:
 
 @dataclass
 class Scores:
-    """A reward's answer.
+    """What a reward returns.
 
     Attributes:
         values: float32 CPU tensor (B,); NaN marks an image that could not be scored.
         details: further values to report, by name, each float32 (B,).
-        error: why the last of the images that could not be scored has no score, "" if that is not known.
+        error: why the last image with the value NaN could not be scored, "" if that is not known.
     """
 
     values: torch.Tensor
@@ -60,12 +60,12 @@ class Scores:
 
     @classmethod
     def missing(cls, count: int, error: str) -> "Scores":
-        """No score for any of `count` images."""
+        """Scores of `count` images of which none could be scored."""
         return cls(torch.full((count,), torch.nan), error=error)
 
     @classmethod
     def cat(cls, parts: Sequence["Scores"]) -> "Scores":
-        """The parts one after the other; a detail that only some of them have is NaN for the others' images."""
+        """Concatenate scores; a detail that a part lacks is NaN for that part's images."""
         names = dict.fromkeys(name for part in parts for name in part.details)
         details = {
             name: torch.cat([part.details.get(name, torch.full_like(part.values, torch.nan)) for part in parts])
@@ -78,32 +78,28 @@ class Scores:
 Reward = Callable[[RewardBatch], Scores]
 """Attributes that a reward may have:
 
-- `pointwise`, true if each image's score depends on that image alone, so that several processes may share a group;
-- `device`, a torch.device or its name, where it wants the images; without one, that is the CPU. It gets them there if
-  they were made there, and else on the CPU, so that it has to move them itself;
-- `videos`, true if it takes the frames of videos together, (B, F, 3, H, W); others are called for one frame of each
-  after another;
-- `check_prompts`, called with the run's prompts at its start; raises ValueError if it cannot score one of them.
+- `pointwise`: true if the score of an image depends only on that image and its prompt, so that a group may be split
+  between processes.
+- `device`: the torch.device, or its name, where the reward wants the images; by default the CPU. If the images were
+  made on that device, the reward gets them there. Otherwise it gets them on the CPU and has to move them.
+- `videos`: true if the reward takes all frames of a video together, (B, F, 3, H, W). Other rewards are called once per
+  frame.
+- `check_prompts`: called with the run's prompts when the run starts; raises ValueError if one cannot be scored.
 """
 
 
-def same_device(one: torch.device | str, other: torch.device | str) -> bool:
-    """Whether two devices or names of devices are the same one: "cuda" is the current GPU."""
-
-    def place(device: torch.device) -> tuple[str, int]:
-        current = torch.cuda.current_device() if device.type == "cuda" and device.index is None else 0
-        return device.type, current if device.index is None else device.index
-
-    return place(torch.device(one)) == place(torch.device(other))
-
-
 def checked_scores(name: str, reward: Callable[[RewardBatch], Any], batch: RewardBatch) -> Scores:
-    """What a reward gives for a batch, as the contract has it.
+    """Call a reward, and check and convert what it returns.
+
+    Args:
+        name: of the reward, for messages.
+        reward: returns `Scores`, or one number per image in a form that `torch.as_tensor` takes.
+        batch: the images.
 
     Raises:
-        UserError: the reward raised one; now it names the reward.
-        RuntimeError: the reward raised anything else; names the reward and the error.
-        TypeError, ValueError: it returned something else than a finite number or NaN per image.
+        UserError: the reward raised a UserError; the message now names the reward.
+        RuntimeError: the reward raised another exception; names the reward and the exception.
+        TypeError, ValueError: the reward did not return one number per image, or a number is infinite.
     """
     try:
         output = reward(batch)
@@ -117,7 +113,7 @@ def checked_scores(name: str, reward: Callable[[RewardBatch], Any], batch: Rewar
 
 
 def _vector(values: Any, size: int, name: str) -> torch.Tensor:
-    """What a reward returned, as a float32 CPU tensor (size,)."""
+    """Convert what a reward returned to a float32 CPU tensor (size,)."""
     try:
         vector = torch.as_tensor(values).detach().to("cpu", torch.float32)
     except (TypeError, ValueError, RuntimeError) as error:

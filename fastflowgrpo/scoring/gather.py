@@ -1,4 +1,4 @@
-"""Scores of all processes together."""
+"""The scores of all processes, put together."""
 
 import torch
 
@@ -7,12 +7,17 @@ from fastflowgrpo.scoring.contract import Scores
 
 
 def gather_scores(processes: Processes, scores: Scores, total: int, images_per_prompt: int) -> Scores:
-    """The scores of all prompts' images, from those of every rank's padded prompts. Collective.
+    """Gather the scores of all ranks, in the order of the prompts. Collective: every rank must call it.
 
     Args:
-        processes: of the run.
-        scores: of `images_per_prompt` images of each of `Processes.padded_rank_indices(total)`.
-        total: prompts of all ranks.
+        processes: the ranks of the run.
+        scores: this rank's scores, of `images_per_prompt` images for each of its padded prompts
+            (`Processes.padded_rank_indices(total)`).
+        total: number of prompts of all ranks.
+        images_per_prompt: images for each prompt.
+
+    Returns:
+        The scores of all images, without those of the padding.
     """
     count = len(processes.rank_indices(total)) * images_per_prompt
     details = {name: values[:count] for name, values in scores.details.items()}

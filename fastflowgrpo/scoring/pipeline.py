@@ -1,4 +1,4 @@
-"""Scoring behind the rollout: while a batch is sampled, those before it are decoded, copied and scored."""
+"""Scoring in the background: while a batch is sampled, the batches before it are decoded, copied and scored."""
 
 import threading
 import traceback
@@ -15,29 +15,30 @@ from tqdm import tqdm
 
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt
-from fastflowgrpo.rewards import WeightedRewards
-from fastflowgrpo.scoring.contract import RewardBatch, Scores, checked_scores, same_device
+from fastflowgrpo.scoring.contract import RewardBatch, Scores, checked_scores
+from fastflowgrpo.scoring.weighted import WeightedRewards
 
-DEPTH = 2  # batches that may be under way before `submit` waits
-REMIND = 60.0  # seconds between two messages about a reward that is awaited
+MAX_BATCHES_IN_FLIGHT = 2  # `submit` waits while so many batches are not scored yet
+REMINDER_SECONDS = 60.0  # between two messages about a reward that has not answered
 
 
 class Scoring:
-    """Scores batches of latents, all rewards of a batch at once, each reward in a thread of its own.
+    """Scores batches of latents in the background; each reward has a thread, and all rewards score a batch at once.
 
-    On a GPU the latents are decoded on a stream of their own and the images copied to pinned memory on another, so that
-    nothing of it waits for the rollout or holds it up. A reward whose attribute `device` is that of the images gets
-    them there, on a GPU with a stream of its own; the others get the copy.
+    On a GPU the latents are decoded on one stream and the images copied to pinned memory on another, so that neither
+    waits for the rollout or delays it. A reward whose attribute `device` is the device of the images gets them there,
+    on a GPU with a stream for this reward. The other rewards get the copy.
 
-    Where a reward raises an exception, or returns something else than a number per image, the scores of the batch are
-    missing (NaN); each different error is printed once. A UserError ends the scoring, since nothing that follows
-    could succeed, and so does what is no Exception, such as KeyboardInterrupt.
+    If a reward raises an exception, or returns something else than one number per image, the scores of the batch are
+    missing (NaN), and each different error is printed once. A UserError ends the scoring, because the user has to
+    change something; so does an exception that is no `Exception`, such as KeyboardInterrupt.
 
     Args:
         rewards: what to score with.
         decode: from latents (B, ...) to uint8 images (B, 3, h, w), or videos (B, F, 3, h, w), on the same device.
         device: of the latents.
-        frames: of a video that are scored, each the middle one of as many equal parts.
+        frames: number of frames of a video that are scored: the video is cut into as many equal parts, and the middle
+            frame of each part is scored.
     """
 
     def __init__(
@@ -47,17 +48,18 @@ class Scoring:
         self.decode = lambda latents: self._scored_frames(decode(latents))
         self.threads = {name: _RewardThread(name, reward, device) for name, reward in rewards.rewards.items()}
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None
-        self.under_way: deque[tuple[dict[str, Future[Scores]], _Events | None]] = deque()
+        self.in_flight: deque[tuple[dict[str, Future[Scores]], _Events | None]] = deque()
         self.done: list[Scores] = []
 
     def submit(self, latents: Tensor, prompts: Sequence[Prompt], images_per_prompt: int) -> Tensor:
-        """Begin to score `images_per_prompt` images of each prompt, once at most DEPTH - 1 batches are still under way.
+        """Start to score `images_per_prompt` images of each prompt; waits while MAX_BATCHES_IN_FLIGHT are not scored.
 
         Returns:
-            The images on the CPU, of a video the middle one of the scored frames; complete when `finish` returns.
+            The images on the CPU, or of each video the middle one of the scored frames. On a GPU they are complete only
+            when `finish` has returned.
         """
-        while len(self.under_way) >= DEPTH:
-            self._await()
+        while len(self.in_flight) >= MAX_BATCHES_IN_FLIGHT:
+            self._wait_for_oldest()
         images, host, events = self._decoded(latents)
         repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
         texts, metadata = [prompt.text for prompt in repeated], [prompt.metadata for prompt in repeated]
@@ -66,39 +68,41 @@ class Scoring:
             name: thread.score(RewardBatch(images if thread.on_device else host, texts, metadata, group_ids), events)
             for name, thread in self.threads.items()
         }
-        self.under_way.append((futures, events))
+        self.in_flight.append((futures, events))
         return host if host.ndim == 4 else host[:, host.shape[1] // 2]
 
-    def finish(self, show: Callable[[str], object] = lambda awaited: None) -> Scores:
-        """The scores of all images since the last call, in the order in which they were submitted.
+    def finish(self, show: Callable[[str], object] = lambda unfinished: None) -> Scores:
+        """Wait for the scores of all images since the last call, and return them in the order of their submission.
 
         Args:
-            show: is told which rewards are awaited.
+            show: called with the names of the rewards that have not answered yet.
 
         Raises:
-            UserError: a reward raised it: the user can put something right.
+            UserError: a reward raised it, because the user has to change something.
         """
-        while self.under_way:
-            show(_awaited(self.under_way[0][0]))
-            self._await()
+        while self.in_flight:
+            show(_unfinished(self.in_flight[0][0]))
+            self._wait_for_oldest()
         scores, self.done = Scores.cat(self.done), []
         return scores
 
-    def _await(self) -> None:
-        futures, events = self.under_way.popleft()
+    def _wait_for_oldest(self) -> None:
+        """Wait for the scores of the oldest batch in flight."""
+        futures, events = self.in_flight.popleft()
         if events is not None:
-            events[1].synchronize()  # no reward waits for the copy if all are on the GPU
-        seconds, awaited = 0.0, set(futures.values())
-        while awaited:
-            done, awaited = wait(awaited, REMIND, FIRST_EXCEPTION)
+            events[1].synchronize()  # if all rewards are on the GPU, none of them waits for the copy
+        seconds, unfinished = 0.0, set(futures.values())
+        while unfinished:
+            done, unfinished = wait(unfinished, REMINDER_SECONDS, FIRST_EXCEPTION)
             for future in done:
-                future.result()  # what ends the run does so now
-            if awaited and not done:
-                seconds += REMIND
-                tqdm.write(f"waiting for the reward {_awaited(futures)} for {seconds:.0f} s")
+                future.result()  # raises the exceptions that end the run
+            if unfinished and not done:
+                seconds += REMINDER_SECONDS
+                tqdm.write(f"waiting for the reward {_unfinished(futures)} for {seconds:.0f} s")
         self.done.append(self.rewards.weighted({name: future.result() for name, future in futures.items()}))
 
     def _scored_frames(self, images: Tensor) -> Tensor:
+        """Choose the frames of videos that are scored; images stay as they are."""
         if images.ndim == 4:
             return images
         count = images.shape[1]
@@ -106,7 +110,7 @@ class Scoring:
         return torch.stack([images[:, (2 * i + 1) * count // (2 * wanted)] for i in range(wanted)], 1)
 
     def _decoded(self, latents: Tensor) -> tuple[Tensor, Tensor, "_Events | None"]:
-        """The images, their copy on the CPU, and when each is there."""
+        """Start to decode the latents: returns the images, their copy on the CPU, and events after each."""
         if self.streams is None:
             images = self.decode(latents)
             return images, images, None
@@ -124,42 +128,44 @@ class Scoring:
         return images, host, (decoded, copying.record_event())
 
 
-_Events = tuple[torch.cuda.Event, torch.cuda.Event]
+_Events = tuple[torch.cuda.Event, torch.cuda.Event]  # the images are decoded, and copied to the CPU
 
 
-def _awaited(futures: dict[str, Future[Scores]]) -> str:
+def _unfinished(futures: dict[str, Future[Scores]]) -> str:
     return ", ".join(name for name, future in futures.items() if not future.done())
 
 
 class _RewardThread:
-    """Calls one reward, batch after batch. A daemon: a run that is interrupted does not wait for it."""
+    """A daemon thread that calls one reward, batch after batch. An interrupted run does not wait for it."""
 
     def __init__(self, name: str, reward: Callable[[RewardBatch], Any], device: torch.device):
         self.name, self.reward, self.device = name, reward, device
         wanted = getattr(reward, "device", None) or "cpu"
         try:
-            self.on_device = same_device(wanted, device)
+            self.on_device = is_same_device(wanted, device)
         except (RuntimeError, TypeError) as error:
             raise UserError(f"rewards.{name}: its attribute device is {wanted!r}, not a device") from error
         self.stream = torch.cuda.Stream(device) if self.on_device and device.type == "cuda" else None
-        self.told: set[str] = set()
-        # Beside a rollout on the CPU a reward has one thread: where there are more OpenMP threads than cores, those of
-        # the rollout sleep at every barrier. To ask for the number settles that of the caller.
+        self.printed_reasons: set[str] = set()
+        # Beside a rollout on the CPU a reward computes with one thread: with more OpenMP threads than cores, those of
+        # the rollout would sleep at every barrier. get_num_threads fixes the number for the calling thread, so it is
+        # called even where the result is not used.
         num_threads = torch.get_num_threads()
         self.num_threads = 1 if device.type == "cpu" else num_threads
         self.queue: SimpleQueue[tuple[Future[Scores], RewardBatch, _Events | None]] = SimpleQueue()
-        threading.Thread(target=self._work, name=f"reward {name}", daemon=True).start()
+        threading.Thread(target=self._run, name=f"reward {name}", daemon=True).start()
 
     def score(self, batch: RewardBatch, events: _Events | None) -> "Future[Scores]":
+        """Queue a batch; `events` tell when its images are there, None if they are there already."""
         future: Future[Scores] = Future()
         self.queue.put((future, batch, events))
         return future
 
     @torch.no_grad()
-    def _work(self) -> None:
-        torch.set_num_threads(self.num_threads)  # of this thread alone
+    def _run(self) -> None:
+        torch.set_num_threads(self.num_threads)  # for this thread only
         if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)  # a new thread begins with GPU 0
+            torch.cuda.set_device(self.device)  # a new thread starts with GPU 0
         while True:
             future, batch, events = self.queue.get()
             try:
@@ -172,6 +178,7 @@ class _RewardThread:
                 future.set_exception(error)
 
     def _score(self, batch: RewardBatch, events: _Events | None) -> Scores:
+        """Wait for the images where the reward gets them, and call it."""
         if events is not None:
             decoded, copied = events
             if self.stream is not None:
@@ -183,22 +190,33 @@ class _RewardThread:
         return self._checked(batch)
 
     def _missing(self, batch: RewardBatch, error: Exception) -> Scores:
-        """No scores, and the reason printed if it is new."""
+        """Return missing scores; print the reason if it is new."""
         reason, count = str(error).removeprefix(f"reward {self.name}: "), len(batch.prompts)
-        if reason not in self.told:
-            self.told.add(reason)
+        if reason not in self.printed_reasons:
+            self.printed_reasons.add(reason)
             origin = "".join(traceback.format_exception(error.__cause__ or error))
-            tqdm.write(f"{origin}reward {self.name}: {count} images not scored: {reason} (said once)")
+            tqdm.write(f"{origin}reward {self.name}: {count} images not scored: {reason} (printed once)")
         return Scores.missing(count, reason)
 
     def _checked(self, batch: RewardBatch) -> Scores:
-        """The reward's scores; of videos, unless it takes these itself, the means over their frames."""
+        """Call the reward. A reward without the attribute `videos` is called for each frame of videos; the scores are
+        then the means over the frames."""
         if batch.images.ndim == 4 or getattr(self.reward, "videos", False):
             return checked_scores(self.name, self.reward, batch)
         frames = [replace(batch, images=frame) for frame in batch.images.unbind(1)]
         scores = Scores.cat([checked_scores(self.name, self.reward, frame) for frame in frames])
         values, *details = (
-            value.view(len(frames), -1).mean(0)  # NaN where a frame's is
+            value.view(len(frames), -1).mean(0)  # NaN if one frame's score is
             for value in (scores.values, *scores.details.values())
         )
         return Scores(values, dict(zip(scores.details, details, strict=True)), scores.error)
+
+
+def is_same_device(one: torch.device | str, other: torch.device | str) -> bool:
+    """Whether two devices are the same; "cuda" is the current GPU."""
+
+    def key(device: torch.device) -> tuple[str, int]:
+        current = torch.cuda.current_device() if device.type == "cuda" and device.index is None else 0
+        return device.type, current if device.index is None else device.index
+
+    return key(torch.device(one)) == key(torch.device(other))

@@ -1,4 +1,4 @@
-"""What a remote reward's client sends and reads: this package's format, and that of Flow-GRPO's reward servers."""
+"""The wire formats of `RemoteReward`: this package's own, and the one of Flow-GRPO's reward servers."""
 
 import io
 import json
@@ -22,12 +22,12 @@ MEDIA_TYPES = {"raw": "application/octet-stream", "png": "image/png", "jpeg": "i
 
 @dataclass(frozen=True)
 class Format:
-    """How a batch travels.
+    """How a batch is sent and its scores are read.
 
     Attributes:
         encode: (reward's name, batch on the CPU, encoding of the images, timeout in seconds) -> path to append to the
             URL, body, content type.
-        decode: (body of the answer, number of images) -> its scores; ValueError if it is no such answer.
+        decode: (body of the answer, number of images) -> scores; ValueError if the answer has another form.
     """
 
     encode: Callable[[str, RewardBatch, str, float], tuple[str, bytes, str]]
@@ -35,7 +35,7 @@ class Format:
 
 
 def _encode(name: str, batch: RewardBatch, encoding: str, timeout: float) -> tuple[str, bytes, str]:
-    """multipart/form-data: a JSON field `request`, and a file `images` for each image (docs/serving.md)."""
+    """Encode as multipart/form-data: the JSON field `request`, and a file `images` for each image (docs/serving.md)."""
     request = {
         "prompts": batch.prompts,
         "metadata": batch.metadata,
@@ -54,15 +54,18 @@ def _decode(body: bytes, count: int) -> Scores:
     try:
         answer = json.loads(body)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise ValueError("the JSON is nested too deeply") from None
     if not isinstance(answer, dict) or not isinstance(answer.get("details", {}), dict) or "scores" not in answer:
-        raise ValueError("it is no object with scores and details")
+        raise ValueError("expected an object with scores and details")
     details = {name: _vector(values, count, name) for name, values in answer.get("details", {}).items()}
     return Scores(_vector(answer["scores"], count, "scores"), details, str(answer.get("error") or ""))
 
 
 def _encode_flow_grpo(name: str, batch: RewardBatch, encoding: str, timeout: float) -> tuple[str, bytes, str]:
-    """What all of Flow-GRPO's reward servers want; each takes what it needs. JPEGs in the quality of its client."""
+    """Encode as a pickled dict with the fields of all of Flow-GRPO's reward servers; each server takes what it needs.
+
+    The images are JPEG files with Pillow's default quality, as Flow-GRPO's client sends them.
+    """
     request = {
         "images": _files(batch.images, "jpeg"),
         "prompts": batch.prompts,
@@ -73,13 +76,16 @@ def _encode_flow_grpo(name: str, batch: RewardBatch, encoding: str, timeout: flo
 
 
 def _decode_flow_grpo(body: bytes, count: int) -> Scores:
-    """`outputs` of a DeQA or UnifiedReward server, or `scores` of a GenEval server with its further results, under the
-    names that `geneval` has for them. Its lists per tag are left out: an evaluation knows the tags of its prompts."""
+    """Read `outputs` of a DeQA or UnifiedReward server, or `scores` and further results of a GenEval server.
+
+    GenEval's results become details with the names that the reward `geneval` uses. Its results per tag are dropped: an
+    evaluation computes them from the tags of its prompts.
+    """
     answer = restricted_loads(body)
     if isinstance(answer, dict) and "outputs" in answer:
         return Scores(_vector(answer["outputs"], count, "outputs"))
     if not isinstance(answer, dict) or "scores" not in answer:
-        raise ValueError("it is no dict with outputs or scores")
+        raise ValueError("expected a dict with outputs or scores")
     names = {"scores": "score", "strict_rewards": "strict", "rewards": "correct"}
     details = {ours: _vector(answer[theirs], count, theirs) for theirs, ours in names.items() if theirs in answer}
     return Scores(details["score"], details)
@@ -89,7 +95,7 @@ FORMATS = {"fastflowgrpo": Format(_encode, _decode), "flow_grpo": Format(_encode
 
 
 def _files(images: torch.Tensor, encoding: str) -> list[bytes]:
-    """Images uint8 (B, 3, H, W) as PNG files, or as JPEG files of Pillow's quality."""
+    """Encode images uint8 (B, 3, H, W) as PNG files, or as JPEG files with Pillow's default quality."""
     files = []
     for pixels in images.permute(0, 2, 3, 1).numpy():
         buffer = io.BytesIO()
@@ -99,7 +105,7 @@ def _files(images: torch.Tensor, encoding: str) -> list[bytes]:
 
 
 def _vector(values: Any, count: int, name: str) -> torch.Tensor:
-    """float32 (count,) from a sequence of numbers, of which None and NaN are missing."""
+    """Convert a sequence of numbers to float32 (count,); None and NaN become NaN."""
     if not isinstance(values, list | tuple | np.ndarray) or len(values) != count:
         raise ValueError(f"{name}: expected {count} numbers, got {reprlib.repr(values)}")
     numbers = [math.nan if value is None else value for value in values]
@@ -113,13 +119,16 @@ def _vector(values: Any, count: int, name: str) -> torch.Tensor:
 
 
 def restricted_loads(data: bytes) -> Any:
-    """Read a pickle, of protocol 3 or later, of plain containers, numbers, strings, bytes, and numpy arrays of them.
+    """Read a pickle of plain containers, numbers, strings, bytes and numpy arrays, without running code from it.
 
-    Nothing that the pickle names is imported or called. In place of numpy's constructors, which would take a dtype with
-    fields that point anywhere in memory, stand those below, which check what they are given; other names are refused.
+    Nothing that the pickle names is imported or called. The classes below replace numpy's constructors and check their
+    arguments: numpy would accept a dtype with fields that point anywhere in memory. All other names are refused.
+
+    Args:
+        data: a pickle of protocol 3 or later.
 
     Raises:
-        ValueError: it is something else, or no pickle.
+        ValueError: the data is no pickle, or holds anything else.
     """
     try:
         return _Unpickler(io.BytesIO(data)).load()
@@ -128,7 +137,7 @@ def restricted_loads(data: bytes) -> Any:
 
 
 class _DType:
-    """In place of numpy.dtype; `value` is the dtype."""
+    """Replaces numpy.dtype; `value` is the dtype."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
         if not re.fullmatch(r"[<>|=]?([biufcSU]\d{1,6}|\?)", code):
@@ -136,13 +145,13 @@ class _DType:
         self.value = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        """Of numpy's state, only the byte order is not in the code already."""
+        """Set the byte order; the rest of numpy's state is already in the code."""
         if state[1] in ("<", ">"):
             self.value = self.value.newbyteorder(state[1])
 
 
 class _Array(np.ndarray):
-    """In place of numpy.ndarray, for an array that is filled after its making; numpy checks the shape."""
+    """Replaces numpy.ndarray, for an array that is filled after it was created; numpy checks the shape."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         version, shape, dtype, fortran, data = state
@@ -150,7 +159,7 @@ class _Array(np.ndarray):
 
 
 class _Reconstruct:
-    """In place of numpy's `_reconstruct`. An object without attributes: a pickle can set those of a function."""
+    """Replaces numpy's `_reconstruct`. It is no function, because a pickle could set attributes of a function."""
 
     __slots__ = ()
 
@@ -159,7 +168,7 @@ class _Reconstruct:
 
 
 class _FromBuffer:
-    """In place of numpy's `_frombuffer`."""
+    """Replaces numpy's `_frombuffer`."""
 
     __slots__ = ()
 
@@ -169,7 +178,7 @@ class _FromBuffer:
 
 
 class _Scalar:
-    """In place of numpy's `scalar`."""
+    """Replaces numpy's `scalar`."""
 
     __slots__ = ()
 
@@ -178,7 +187,7 @@ class _Scalar:
         return value
 
 
-# What a pickle may name, and what it gets; in numpy 1 the core was called numpy.core.
+# The names that a pickle may use, and what replaces them. numpy 1 called numpy._core numpy.core.
 _REPLACED = {
     "numpy.dtype": _DType,
     "numpy.ndarray": "ndarray",
@@ -189,7 +198,7 @@ _REPLACED = {
 
 
 class _Unpickler(pickle._Unpickler):
-    """Python's own, not the C one, which a few bytes can make fill the memory with an empty memo."""
+    """Based on the unpickler in Python: a few bytes can make the one in C fill the memory with an empty memo."""
 
     def find_class(self, module: str, name: str) -> Any:
         path = f"{module}.{name}".replace("numpy.core.", "numpy._core.")

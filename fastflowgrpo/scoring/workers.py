@@ -1,10 +1,10 @@
-"""A reward in processes of its own: it scores on all cores, and where it crashes or hangs, a process is replaced."""
+"""A reward in worker processes: it scores on several cores, and a process that crashes or hangs is replaced."""
 
 import atexit
 import multiprocessing
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.shared_memory import SharedMemory
@@ -17,39 +17,41 @@ from tqdm import tqdm
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.scoring.contract import RewardBatch, Scores, checked_scores
 
-TIMEOUT = 300.0  # seconds that a part may take, unless the user says else, and that a process may take to start
-ATTEMPTS = 2  # times that images are given to a process before their scores count as missing
-PARTS = 4  # of a batch per process, so that none waits long for the others
+TIMEOUT = 300.0  # default seconds for a part of a batch; also the seconds that a process may take to start
+ATTEMPTS = 2  # how often a part is given to a process before its scores count as missing
+PARTS_PER_WORKER = 4  # parts that a batch is cut into, so that no process waits long for the others
 
 
 class WorkerReward:
-    """A reward of the given name and settings in `workers` processes.
+    """A reward that runs in `workers` processes.
 
-    A batch is cut into parts, of whole groups unless the reward says that it is `pointwise`; the images are passed in
-    shared memory. A process that dies, or takes longer than `timeout` for a part, is replaced and the part given to the
-    new one; after ATTEMPTS the scores of its images are missing (NaN), as they are where the reward raises. Whatever is
-    missing is printed.
+    A batch is cut into parts. A part holds whole groups, unless the reward is `pointwise`. The processes read the
+    images from shared memory. A process that dies, or takes longer than `timeout` for a part, is replaced, and the new
+    process gets the part. The scores of a part are missing (NaN) when the reward raises an exception, or when
+    ATTEMPTS processes died or hung. The reason is printed.
 
     Args:
-        name, settings: as in the configuration of rewards.
-        workers: number of processes, each with one thread.
+        name: for messages.
+        make_reward: makes the reward, in each process; it must be picklable (a function at the top of a module, or a
+            functools.partial of one).
+        workers: number of processes; each computes with one thread.
         timeout: seconds for a part.
 
     Raises:
         ValueError: the reward cannot be made, or a setting is out of range.
     """
 
-    def __init__(self, name: str, settings: dict[str, Any], workers: int, timeout: float = TIMEOUT):
+    def __init__(self, name: str, make_reward: Callable[[], Any], workers: int, timeout: float = TIMEOUT):
         if type(workers) is not int or workers < 1:
             raise ValueError(f"workers must be an integer of at least 0, got {workers!r}")
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0:
             raise ValueError(f"timeout must be a number of seconds above 0, got {timeout!r}")
         self.name, self.timeout = name, timeout
         self.lock, self.closed = threading.Lock(), False
-        self.workers = [_Worker(name, settings) for _ in range(workers)]
+        self.workers = [_Worker(name, make_reward) for _ in range(workers)]
         atexit.register(self.close)
         try:
-            pointwise = [worker.ready() for worker in self.workers]
+            pointwise = [worker.wait_until_ready() for worker in self.workers]
         except BaseException as error:
             self.close()
             if isinstance(error, OSError | EOFError):
@@ -58,7 +60,7 @@ class WorkerReward:
         self.pointwise = all(pointwise)
 
     def close(self) -> None:
-        """End the processes."""
+        """Stop the processes."""
         with self.lock:
             self.closed = True
             for worker in self.workers:
@@ -79,8 +81,13 @@ class WorkerReward:
             raise ValueError(problem)
 
     def __call__(self, batch: RewardBatch) -> Scores:
+        """Score a batch in all processes.
+
+        Raises:
+            OSError, EOFError: `close` was called meanwhile.
+        """
         count = len(batch.prompts)
-        size = max(1, -(-count // (PARTS * len(self.workers))))
+        size = max(1, -(-count // (PARTS_PER_WORKER * len(self.workers))))
         if self.pointwise:
             parts = [slice(begin, begin + size) for begin in range(0, count, size)]
         else:
@@ -89,7 +96,7 @@ class WorkerReward:
         errors: list[BaseException] = []
         todo = iter(range(len(parts)))
 
-        def work(worker: _Worker) -> None:
+        def score_parts(worker: _Worker) -> None:
             try:
                 for index in todo:
                     answers[index] = self._score(worker, batch, memory.name, parts[index])
@@ -97,7 +104,7 @@ class WorkerReward:
                 errors.append(error)
 
         with _shared(batch.images) as memory:
-            threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in self.workers]
+            threads = [threading.Thread(target=score_parts, args=(worker,), daemon=True) for worker in self.workers]
             for thread in threads:
                 thread.start()
             for thread in threads:
@@ -107,7 +114,7 @@ class WorkerReward:
         return Scores.cat([answers[index] for index in range(len(parts))])
 
     def _score(self, worker: "_Worker", batch: RewardBatch, memory: str, rows: slice) -> Scores:
-        """The scores of a part, or none after too many failures."""
+        """Score a part; its scores are missing if the reward failed."""
         count = len(batch.prompts[rows])
         request = (
             memory,
@@ -124,9 +131,9 @@ class WorkerReward:
             except (OSError, EOFError, ValueError) as error:
                 reason = str(error) if isinstance(error, TimeoutError | ValueError) else "the process died"
                 with self.lock:
-                    if self.closed:  # by the end of the run, which waits for no part
+                    if self.closed:  # the run has ended and waits for no part
                         raise
-                    self._tell(f"{reason}; a new one takes its place")
+                    self._print(f"{reason}; a new one takes its place")
                     worker.stop()
                     worker.start()
                 continue
@@ -136,50 +143,52 @@ class WorkerReward:
             values, details, reason = answer
             details = {name: torch.from_numpy(value) for name, value in details.items()}
             return Scores(torch.from_numpy(values), details, reason)
-        self._tell(f"{count} images not scored: {reason}")
+        self._print(f"{count} images not scored: {reason}")
         return Scores.missing(count, reason)
 
-    def _tell(self, message: str) -> None:
+    def _print(self, message: str) -> None:
         tqdm.write(f"reward {self.name}: {message}")
 
 
 class _Worker:
-    """A process that scores, and the connection to it."""
+    """A worker process, and the connection to it."""
 
-    def __init__(self, name: str, settings: dict[str, Any]):
-        self.arguments = (name, settings)
+    def __init__(self, name: str, make_reward: Callable[[], Any]):
+        self.arguments = (name, make_reward)
         self.start()
 
     def start(self) -> None:
+        """Start the process, which begins to make the reward."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_work, args=(theirs, *self.arguments), daemon=True)
+        self.process = context.Process(target=_run_worker, args=(theirs, *self.arguments), daemon=True)
         self.process.start()
         theirs.close()
-        self.made: bool | None = None
+        self.pointwise: bool | None = None  # None until the process has made the reward
 
-    def ready(self) -> bool:
-        """Wait until it has made the reward; whether that is pointwise.
+    def wait_until_ready(self) -> bool:
+        """Wait until the process has made the reward; returns whether the reward is pointwise.
 
         Raises:
-            ValueError: it cannot make it.
-            OSError, EOFError: it died, or takes too long (TimeoutError).
+            ValueError: the reward cannot be made.
+            OSError, EOFError: the process died, or did not start in time (TimeoutError).
         """
-        if self.made is None:
+        if self.pointwise is None:
             answer = self._receive(TIMEOUT)
             if isinstance(answer, str):
                 raise ValueError(answer)
-            self.made = bool(answer)
-        return self.made
+            self.pointwise = bool(answer)
+        return self.pointwise
 
     def ask(self, request: Any, timeout: float) -> Any:
-        """Its answer to a request: a part's (values, details, error), or what went wrong as a string.
+        """Send a request and return the answer: a part's (values, details, error), or a string that says what went
+        wrong.
 
         Raises:
-            ValueError: it cannot make the reward.
-            OSError, EOFError: it died, or takes too long (TimeoutError).
+            ValueError: the reward cannot be made.
+            OSError, EOFError: the process died, or did not answer in time (TimeoutError).
         """
-        self.ready()
+        self.wait_until_ready()
         self.connection.send(request)
         return self._receive(timeout)
 
@@ -189,6 +198,7 @@ class _Worker:
         return self.connection.recv()
 
     def stop(self) -> None:
+        """Kill the process."""
         self.process.kill()
         self.process.join()
         self.connection.close()
@@ -196,7 +206,7 @@ class _Worker:
 
 @contextmanager
 def _shared(images: torch.Tensor) -> Iterator[SharedMemory]:
-    """A copy of the images in shared memory."""
+    """Shared memory with a copy of the images."""
     memory = SharedMemory(create=True, size=max(1, images.numel()))
     try:
         shared: np.ndarray = np.ndarray(images.shape, np.uint8, memory.buf)
@@ -208,17 +218,16 @@ def _shared(images: torch.Tensor) -> Iterator[SharedMemory]:
         memory.unlink()
 
 
-def _work(connection: Connection, name: str, settings: dict[str, Any]) -> None:
-    """What a process does: make the reward, and score until the connection ends."""
-    from fastflowgrpo.rewards import build_rewards
-
-    for signum in (signal.SIGINT, signal.SIGTERM):  # of the whole group, they are for the run, which ends its processes
+def _run_worker(connection: Connection, name: str, make_reward: Callable[[], Any]) -> None:
+    """Make the reward, and answer requests until the connection ends; this runs in the worker process."""
+    # These signals reach all processes of the terminal; the run handles them and then stops its workers.
+    for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:
-        reward = build_rewards({name: settings}).rewards[name]
-    except ValueError as error:
-        connection.send(str(error).removeprefix(f"rewards.{name}: "))
+        reward = make_reward()
+    except (ValueError, ImportError) as error:
+        connection.send(str(error))
         return
     connection.send(getattr(reward, "pointwise", False))
     while True:
@@ -251,6 +260,7 @@ def _score(
     metadata: list[dict[str, Any]],
     group_ids: np.ndarray,
 ) -> tuple[np.ndarray, dict[str, np.ndarray], str]:
+    """Score the given rows of the images in shared memory, uint8 of the given shape."""
     memory = SharedMemory(memory_name)
     images = np.ndarray(shape, np.uint8, memory.buf)[rows].copy()
     memory.close()

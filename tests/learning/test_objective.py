@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.pipelines import perturb
 
 from fastflowgrpo import Config, Trainer
 from fastflowgrpo.config import EvaluationConfig, PromptsConfig, RolloutConfig, UpdateConfig
@@ -60,13 +61,6 @@ def gradient(trainer, batch):
 
 def gradient_of(trainer, loss):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainer.learner.parameters)])
-
-
-def disturb(trainer, scale=0.01):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainer.learner.parameters:
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def flow_matching_errors(trainer, batch, rows, noise, level):
@@ -127,7 +121,7 @@ def test_better_samples_become_likelier_than_worse_ones(tmp_path, algorithm, set
 def test_the_baselines_are_what_their_formulas_say(tmp_path, algorithm):
     """The loss, and its gradient, written out, at weights that are not the reference's."""
     trainer = trainer_of(tmp_path, algorithm, noise_draws=3)
-    disturb(trainer)
+    perturb(trainer.learner.parameters, 0.01, seed=0)
     batch, _ = trainer.collect(0)
     rewards = torch.tensor(
         [[1.0, 5, 2, 3, 0, 2, 2, 1], [1, 1, 1, 1, 1, 1, 1, 1], [NAN, 1, 2, 2, NAN, 0, 0.5, 1], [0, 0, 0, 0, 0, 0, 0, 9]]
@@ -212,7 +206,7 @@ def test_the_ratio_of_guard_is_the_papers(tmp_path, guidance):
         return step_mean(velocity.double(), sample, at.c_x, at.c_v)
 
     old = mean()
-    disturb(trainer)
+    perturb(trainer.learner.parameters, 0.01, seed=0)
     stats = trainer.objective.loss(batch, rows, slots)[1]
     b = ((mean() - old) ** 2).flatten(1).mean(1) / (2 * at.std.double() ** 2)
     expected = (stats["log_prob_difference"].double() + b) * at.std
@@ -223,7 +217,7 @@ def test_the_ratio_of_guard_is_the_papers(tmp_path, guidance):
 @pytest.mark.parametrize("algorithm", ["grpo_guard", *LIKELIHOODS])
 def test_micro_batches_add_up_to_one_batch(tmp_path, algorithm):
     trainer = trainer_of(tmp_path, algorithm)
-    disturb(trainer)
+    perturb(trainer.learner.parameters, 0.01, seed=0)
     batch, _ = trainer.collect(0)
     whole = gradient(trainer, batch)
     count = sum(len(rows) for rows, _ in micro_batches(trainer, batch))
@@ -277,8 +271,8 @@ def test_offline_images_are_the_references(tmp_path):
     online = trainer_of(tmp_path / "online", "sft")
     offline = trainer_of(tmp_path / "offline", "sft", data="offline")
     before = online.collect(0)[0].trajectory.final
-    disturb(online)
-    disturb(offline)
+    perturb(online.learner.parameters, 0.01, seed=0)
+    perturb(offline.learner.parameters, 0.01, seed=0)
     assert torch.equal(offline.collect(0)[0].trajectory.final, before)
     assert (online.collect(0)[0].trajectory.final - before).abs().max() > 0.1
     assert not torch.equal(offline.collect(1)[0].trajectory.final, before)

@@ -350,8 +350,8 @@ def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipel
     expected = pipeline_images(pipe, name, noise, [prompt for prompt in PROMPTS for _ in range(2)], 3, 1.0)
     if name == "wan":
         expected = expected[:, 2]  # the middle one of 5 frames
-    assert_same_images(shown[-1].shown.flatten(0, 1), expected)
-    assert (shown[-1].shown != shown[0].shown).any()
+    assert_same_images(shown[-1].shown.images.flatten(0, 1), expected)
+    assert (shown[-1].shown.images != shown[0].shown.images).any()
 
 
 # a LoRA to continue from

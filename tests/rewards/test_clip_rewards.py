@@ -122,7 +122,7 @@ def test_a_prompt_is_encoded_once_and_nothing_depends_on_the_batch_size(clip):
 
 
 def test_the_embeddings_kept_are_the_last_used(clip, monkeypatch):
-    monkeypatch.setattr(module, "TEXTS", 2)
+    monkeypatch.setattr(module, "MAX_CACHED_TEXTS", 2)
     reader = CLIP(clip)
     whole = reader.embed_texts(["a", "b", "c", "a"])
     assert whole.shape == (4, 24) and torch.equal(whole[0], whole[3]) and list(reader.texts) == ["b", "c"]
@@ -198,7 +198,7 @@ def test_weights_of_another_network_are_refused(clip, tmp_path):
     folder = clip_folder(tmp_path / "other")
     seeded(BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2))).save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").replace(tmp_path / "other/model.safetensors")
-    assert "is no CLIPModel: it lacks 78 weights, the first is logit_scale" in build_error(
+    assert "is no CLIPModel: 78 weights are missing, the first is logit_scale" in build_error(
         {"clipscore": {"model": folder}}
     )
 

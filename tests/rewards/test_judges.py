@@ -21,7 +21,7 @@ from support.reward_models import sample_images, to_pil
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.rewards import RewardBatch, build_rewards
 from fastflowgrpo.rewards.judges import DeQA, Judge, QwenVL, UnifiedReward
-from fastflowgrpo.scoring import client
+from fastflowgrpo.scoring import endpoint
 from fastflowgrpo.scoring.client import ATTEMPTS
 
 CUT_OFF = b'{"choices": ['  # sent as if more were to come
@@ -177,8 +177,8 @@ FAILURES: list[tuple[type[Judge], tuple[int, bytes], int, str]] = [
 
 @pytest.fixture
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(endpoint, "LONGEST_PAUSE", 0.02)
 
 
 @pytest.mark.parametrize("judge, failure, requests, reason", FAILURES)

@@ -152,7 +152,7 @@ def test_build_leaves_the_configuration_alone():
     [
         (
             {},
-            r"rewards: there is none; known: geneval, jpeg_compressibility, .*, or my_module:my_reward for a function",
+            r"rewards: name at least one; known: geneval, jpeg_compressibility, .*, or my_module:my_reward for your",
         ),
         ({"genevel": 1}, r"rewards: unknown reward 'genevel' \(did you mean 'geneval'\?\); known: geneval, jpeg_comp"),
         ({"zzz": 1}, r"rewards: unknown reward 'zzz'; known: geneval, "),

@@ -19,15 +19,17 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards import REWARDS, build_rewards
 from fastflowgrpo.scoring import client
+from fastflowgrpo.scoring import endpoint as endpoint_module
 from fastflowgrpo.scoring.client import ATTEMPTS, RemoteReward
+from fastflowgrpo.scoring.endpoint import Endpoint
 
 NOWHERE = "http://127.0.0.1:9"  # the discard port, on which nothing listens
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(client, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(endpoint_module, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(endpoint_module, "LONGEST_PAUSE", 0.2)
 
 
 def scores_of(values, **more) -> tuple[int, dict, bytes]:
@@ -227,7 +229,7 @@ def test_a_busy_server_is_no_failure():
 
 @pytest.mark.parametrize("fault", ["hang up", "503", "too late"])
 def test_a_required_reward_is_waited_for_and_another_is_not(capsys, monkeypatch, fault):
-    monkeypatch.setattr(client, "REMIND", 0.0)
+    monkeypatch.setattr(client, "REMINDER_SECONDS", 0.0)
     down = threading.Event()
     down.set()
 
@@ -260,8 +262,8 @@ def test_a_required_reward_is_waited_for_and_another_is_not(capsys, monkeypatch,
 
 
 def test_an_endpoint_that_is_down_is_left_alone_while_another_answers(capsys, monkeypatch):
-    monkeypatch.setattr(client, "FIRST_PAUSE", 1000.0)
-    monkeypatch.setattr(client, "LONGEST_PAUSE", 1000.0)
+    monkeypatch.setattr(endpoint_module, "FIRST_PAUSE", 1000.0)
+    monkeypatch.setattr(endpoint_module, "LONGEST_PAUSE", 1000.0)
     asked = []
 
     def dead(path, body, headers):
@@ -276,13 +278,13 @@ def test_an_endpoint_that_is_down_is_left_alone_while_another_answers(capsys, mo
 
 
 def test_pauses_double_and_what_fails_together_counts_once():
-    endpoint = client.Endpoint("http://a")
+    endpoint = Endpoint("http://a")
     pauses = []
     for _ in range(8):
         now = time.monotonic()
         endpoint.failed(now, "x")
         endpoint.failed(now - 1, "was in flight at the same time")
-        pauses.append((endpoint.retry_at - endpoint.failed_at) / client.FIRST_PAUSE)
+        pauses.append((endpoint.retry_at - endpoint.failed_at) / endpoint_module.FIRST_PAUSE)
     assert endpoint.failures == 8 and endpoint.down
     for pause, longest in zip(pauses, [1, 2, 4, 8, 10, 10, 10, 10], strict=True):
         assert longest / 2 <= pause <= longest
@@ -303,7 +305,7 @@ def test_an_interrupt_ends_the_wait():
         raise KeyboardInterrupt
 
     reward = RemoteReward("interrupted", NOWHERE)
-    reward._tell_of_endpoints = interrupt
+    reward._report_endpoints = interrupt
     with pytest.raises(KeyboardInterrupt):
         reward(batch_of([1]))
     for _ in range(600):
@@ -368,7 +370,7 @@ def test_a_server_that_is_killed_and_restarted_costs_a_run_nothing(folder, tmp_p
             return run(trainer, epoch)
 
         monkeypatch.setattr(Trainer, "collect", collect)
-        monkeypatch.setattr(client, "REMIND", 0.0)
+        monkeypatch.setattr(client, "REMINDER_SECONDS", 0.0)
         settings = {"url": server.url, "encoding": "png", "batch_size": 2}
         try:
             Trainer(config_of(folder, tmp_path / "remote", {name: settings, **mixture})).run()

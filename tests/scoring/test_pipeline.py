@@ -9,8 +9,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards import RewardBatch, Scores, WeightedRewards
 from fastflowgrpo.scoring import pipeline as module
-from fastflowgrpo.scoring.contract import same_device
-from fastflowgrpo.scoring.pipeline import DEPTH, Scoring
+from fastflowgrpo.scoring.pipeline import MAX_BATCHES_IN_FLIGHT, Scoring, is_same_device
 
 PROMPTS = [Prompt("a", {}), Prompt("b", {"tag": "x"})]
 COPIES = 2
@@ -71,10 +70,10 @@ def test_the_next_batch_can_be_sampled_while_one_is_scored():
         return level(batch)
 
     scorer = scoring(slow=slow)
-    for value in range(DEPTH):
+    for value in range(MAX_BATCHES_IN_FLIGHT):
         scorer.submit(latents(value), PROMPTS, COPIES)
     go_on.set()
-    assert len(finished(scorer).values) == DEPTH * COPIES * len(PROMPTS)
+    assert len(finished(scorer).values) == MAX_BATCHES_IN_FLIGHT * COPIES * len(PROMPTS)
 
 
 def test_no_more_than_a_few_batches_wait():
@@ -88,7 +87,7 @@ def test_no_more_than_a_few_batches_wait():
     scorer = scoring(slow=slow)
 
     def sample():
-        for value in range(DEPTH + 1):
+        for value in range(MAX_BATCHES_IN_FLIGHT + 1):
             scorer.submit(latents(value), PROMPTS, COPIES)
         submitted.set()
 
@@ -99,7 +98,7 @@ def test_no_more_than_a_few_batches_wait():
     go_on.set()
     assert submitted.wait(TIMEOUT)
     thread.join()
-    assert len(finished(scorer).values) == (DEPTH + 1) * COPIES * len(PROMPTS)
+    assert len(finished(scorer).values) == (MAX_BATCHES_IN_FLIGHT + 1) * COPIES * len(PROMPTS)
 
 
 def test_the_rewards_of_a_batch_are_called_at_once():
@@ -157,7 +156,7 @@ def test_a_reward_that_returns_nan_is_named():
 
 @pytest.mark.parametrize("error", [UserError("set the token"), KeyboardInterrupt("now"), SystemExit(3)])
 def test_what_ends_a_run_does_so_at_once(error, monkeypatch):
-    monkeypatch.setattr(module, "REMIND", 10.0 * TIMEOUT)
+    monkeypatch.setattr(module, "REMINDER_SECONDS", 10.0 * TIMEOUT)
     go_on, over = threading.Event(), threading.Event()
 
     def slow(batch):
@@ -188,7 +187,7 @@ def test_a_reward_that_hangs_is_named(monkeypatch):
         said.append(message)
         go_on.set()
 
-    monkeypatch.setattr(module, "REMIND", 0.5)
+    monkeypatch.setattr(module, "REMINDER_SECONDS", 0.5)
     monkeypatch.setattr(module.tqdm, "write", write)
     scorer = scoring(level=level, hang=hang)
     scorer.submit(latents(1), PROMPTS, COPIES)
@@ -199,9 +198,9 @@ def test_a_reward_that_hangs_is_named(monkeypatch):
 def test_same_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     for one, other in (("cuda", "cuda:1"), ("cuda", "cuda"), ("cpu", "cpu:0"), (torch.device("cuda", 0), "cuda:0")):
-        assert same_device(one, other) and same_device(other, one), (one, other)
+        assert is_same_device(one, other) and is_same_device(other, one), (one, other)
     for one, other in (("cuda", "cuda:0"), ("cuda", "cpu"), (torch.device("cuda", 0), torch.device("cuda", 1))):
-        assert not same_device(one, other) and not same_device(other, one), (one, other)
+        assert not is_same_device(one, other) and not is_same_device(other, one), (one, other)
 
 
 def test_a_reward_gets_the_images_where_it_wants_them(monkeypatch):

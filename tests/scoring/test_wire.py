@@ -155,7 +155,7 @@ def test_a_server_of_flow_grpo_with_outputs(kind):
 
 
 def test_a_malicious_answer_is_a_failure_that_executes_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fastflowgrpo.scoring.client.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("fastflowgrpo.scoring.endpoint.FIRST_PAUSE", 0.01)
     data = pickle.dumps({"outputs": Call(os.system, f"touch {tmp_path / 'executed'}")})
     with scripted(lambda path, body, headers: (200, {}, data)) as url:
         scores = RemoteReward("deqa", url, format="flow_grpo", required=False)(batch_of([1]))
@@ -165,7 +165,7 @@ def test_a_malicious_answer_is_a_failure_that_executes_nothing(tmp_path, capsys,
 
 
 def test_a_traceback_is_reported_by_its_last_line(capsys, monkeypatch):
-    monkeypatch.setattr("fastflowgrpo.scoring.client.FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("fastflowgrpo.scoring.endpoint.FIRST_PAUSE", 0.01)
     text = b"Traceback (most recent call last):\n  File ...\nKeyError: 'tag'\n"
     with scripted(lambda path, body, headers: (500, {}, text)) as url:
         RemoteReward("geneval", url, format="flow_grpo")(batch_of([1]))

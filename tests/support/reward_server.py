@@ -1,4 +1,4 @@
-"""Reward servers for the tests: in a process of its own, in a thread, and one that answers by a script."""
+"""Reward servers for the tests: in another process, in a thread, and one whose answers the test decides."""
 
 import re
 import socket
@@ -65,7 +65,7 @@ NAMES = ",".join(f"served:{name}" for name in ("brightness", "slow", "rank", "fa
 
 
 def batch_of(values, groups=None, side=8) -> RewardBatch:
-    """A grey image per value."""
+    """Make a batch with a grey image for each value."""
     images = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1).repeat(1, 3, side, side)
     groups = range(len(values)) if groups is None else groups
     return RewardBatch(images, ["a cat"] * len(values), [{}] * len(values), torch.tensor([*groups]))
@@ -91,7 +91,7 @@ class Server:
 
 @contextmanager
 def hosted(rewards, **settings):
-    """The URL of a server in a thread."""
+    """Start a server in a thread; yields its URL."""
     app = create_app(rewards, ServerConfig(rewards="", **settings), None)
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -107,7 +107,7 @@ def hosted(rewards, **settings):
 
 @contextmanager
 def scripted(answer):
-    """The URL of a server with answers `answer(path, body, headers)`: (status, headers, body), or None to hang up."""
+    """Start a server and yield its URL. `answer(path, body, headers)` is (status, headers, body); None hangs up."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

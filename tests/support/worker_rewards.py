@@ -1,4 +1,4 @@
-"""Rewards that processes of the tests import, good and bad."""
+"""Rewards that the worker processes of the tests import, good and bad."""
 
 import os
 import time
@@ -40,7 +40,7 @@ def group_size(batch: RewardBatch) -> list[int]:
 
 
 def bad(batch: RewardBatch, marks: str, times: int = 100) -> torch.Tensor:
-    """Does as the prompts say, the first `times` times."""
+    """Does what the prompts say, the first `times` times."""
     for what in batch.prompts:
         done = Path(marks, what)
         count = int(done.read_text()) if done.exists() else 0
