@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.pipelines import perturb
 
 from fastflowgrpo import Config, Trainer
 from fastflowgrpo.config import EvaluationConfig, PromptsConfig, RolloutConfig, UpdateConfig
@@ -28,13 +29,6 @@ def trainer_of(output, algorithm, *, dtype="float32", **update):
     )
     config.policy.dtype = dtype
     return Trainer(config)
-
-
-def disturb(parameters, scale=0.01, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
 def pairs(trainer, batch):
@@ -94,9 +88,9 @@ def gradient_of(trainer, loss):
 def test_the_loss_and_its_gradient_are_the_formula(tmp_path, algorithm, kl_weight):
     settings = {"nft_beta": 0.3} if algorithm == "nft" else {}
     trainer = trainer_of(tmp_path, algorithm, kl_weight=kl_weight, **settings)
-    disturb(trainer.learner.parameters)
+    perturb(trainer.learner.parameters, 0.01, seed=0)
     trainer.learner.old_policy.follow(0.0)
-    disturb(trainer.learner.parameters, seed=1)
+    perturb(trainer.learner.parameters, 0.01, seed=1)
     batch, _ = trainer.collect(0)
     batch.advantages[0] = 7.0  # beyond the clip
     rows, draws = pairs(trainer, batch)

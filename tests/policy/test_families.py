@@ -1,5 +1,7 @@
 """Every model family through the same tests: the diffusers pipeline's own images, ratio 1, training, saved weights."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -306,6 +308,22 @@ def test_the_ratio_is_exactly_one_in_full_fine_tuning_with_checkpointing(folders
         folders(name), tmp_path, name, dtype="bfloat16", lora_rank=0, gradient_checkpointing=True, guidance=4.5
     )
     assert (ratios(config) == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("algorithm", ["nft", "awm"])
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("name", BUILD)
+def test_forward_process_methods_train_every_family(folders, tmp_path, name, rank, algorithm):
+    config = config_of(folders(name), tmp_path, name, dtype="bfloat16", lora_rank=rank, guidance=1.0)
+    size = SIZE[name]
+    config.rollout = RolloutConfig(dynamics="ode", solver="dpm_solver", group_size=3, num_steps=3, batch_size=6, **size)
+    config.update = UpdateConfig(algorithm=algorithm, batch_size=6, noise_draws=2, kl_weight=0.01, old_decay_slope=0.1)
+    trainer = Trainer(config)
+    for epoch in range(2):
+        metrics = trainer.learner.update(trainer.collect(epoch)[0])
+        assert metrics["trained_pairs"] > 0 and math.isfinite(metrics["policy_loss"]) and metrics["grad_norm"] > 0
+    assert metrics["kl"] > 0 and metrics["old_distance"] > 0
 
 
 @pytest.mark.parametrize("rank", [0, 4])
