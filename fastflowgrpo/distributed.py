@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastflowgrpo.errors import UserError
 
-# How long a rank waits for another, which may itself wait for a reward server. The launcher ends the ranks of one that
-# fails.
+# How long a rank waits for another, which may itself wait for a reward server. If one rank fails,
+# the launcher ends the others.
 TIMEOUT = timedelta(hours=2)
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
 
@@ -56,7 +56,7 @@ def make_accelerator(trackers: list[str], project_dir: str) -> Accelerator:
     )
     kind, parallelism = accelerator.distributed_type, accelerator.parallelism_config
     if kind not in SUPPORTED:
-        raise UserError(f"accelerate: {kind.value} is not supported; configs/accelerate/ has the launches that are")
+        raise UserError(f"accelerate: {kind.value} is not supported; configs/accelerate/ has the supported launches")
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise UserError("accelerate: FSDP 1 is not supported: set fsdp_version: 2")
     if parallelism is not None and parallelism.non_data_parallel_size > 1:
@@ -67,7 +67,7 @@ def make_accelerator(trackers: list[str], project_dir: str) -> Accelerator:
 
 
 class Processes:
-    """The ranks of a run, seen from one of them. All ranks must call a method that is called collective."""
+    """The ranks of a run, seen from one of them. All ranks must call the methods whose docstrings say collective."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -80,9 +80,9 @@ class Processes:
         return list(range(self.rank, total, self.count))
 
     def padded_rank_indices(self, total: int) -> list[int]:
-        """`rank_indices`, with another rank's index at the end where other ranks have one more.
+        """`rank_indices`, with another index repeated at the end where other ranks have one more.
 
-        Then every rank has the same number, as a sharded model needs: all ranks run each of its passes.
+        Then all ranks have equally many, as a sharded model needs: they run each of its passes together.
         """
         return [index % total for index in range(self.rank, -(-total // self.count) * self.count, self.count)]
 
@@ -97,6 +97,10 @@ class Processes:
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks. Collective; tensors must be on the CPU."""
         return gather_object([value])
+
+    def wait(self) -> None:
+        """Wait until every rank is here. Collective."""
+        self.gather(None)
 
     def gather_rows(self, rows: Mapping[str, Tensor], total: int) -> dict[str, Tensor]:
         """Tensors of all items, from those of every rank's padded items. Collective.
@@ -162,7 +166,7 @@ class Processes:
         self.accelerator.backward(loss)
 
     def clip_gradient(self, parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-        """Clip the norm of all gradients together; the norm before that, a scalar, sharded where they are."""
+        """Clip the norm of all gradients together; the norm before that, a scalar (a DTensor under FSDP2)."""
         return torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, max_norm))
 
     def unwrap(self, module: nn.Module) -> nn.Module:
@@ -180,7 +184,7 @@ class Processes:
 
 
 class FailedElsewhere(RuntimeError):
-    """Another process has failed, and prints why itself."""
+    """Another process has failed, and prints its own error."""
 
 
 Error = TypeVar("Error", bound=BaseException)

@@ -69,11 +69,13 @@ class Trainer:
         self.coefficients = step_coefficients(sigmas, rollout.dynamics, rollout.noise_level)
         # The last step is an ODE step and is never trained.
         self.window_size = rollout.window_size or rollout.num_steps - 1
-        objective = OBJECTIVES[config.update.algorithm]
-        self.objective = objective(config, self.policy, self.coefficients, self.window_size)
+        objective_class = OBJECTIVES[config.update.algorithm]
+        self.objective = objective_class(config, self.policy, self.coefficients, self.window_size)
         self.learner = Learner(config, self.policy, self.objective, self.processes)
         if self.processes.rank:
-            set_seed(config.seed + self.processes.rank)  # for rewards that draw; the weights are made
+            set_seed(
+                config.seed + self.processes.rank
+            )  # for rewards that draw random numbers; the weights are initialised, alike on all ranks
         self.signals = Signals(self.processes)
         self.state = RunState(config, self.processes, self.learner, digests)
         if resumed:
@@ -84,7 +86,8 @@ class Trainer:
     def run(self) -> None:
         """Train the epochs that are left, with an evaluation before the first and after the last.
 
-        However it ends, the state after the last whole epoch is saved, unless an update of the next one has begun.
+        When it fails or is interrupted, the state after the last whole epoch is saved, unless an update of the next one has
+        begun, or only some of several processes have failed.
 
         Raises:
             Interrupted: on SIGTERM or Ctrl+C, after an update under way is finished.
@@ -108,8 +111,8 @@ class Trainer:
         while True:
             last = state.epoch == config.epochs
             every = config.evaluation.every
-            due = state.epoch == 0 or last or (every and state.epoch % every == 0)
-            if due and state.evaluated_step != self.learner.step:
+            evaluation_due = state.epoch == 0 or last or (every and state.epoch % every == 0)
+            if evaluation_due and state.evaluated_step != self.learner.step:
                 self.evaluate()
                 state.mark_epoch_boundary()
             if last or (config.save_every and state.epoch % config.save_every == 0):
@@ -142,8 +145,8 @@ class Trainer:
         if missing == len(rewards) or missing > self.config.max_missing * len(rewards):
             raise mark_collective(
                 RuntimeError(
-                    f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; "
-                    f"max_missing allows a share of {self.config.max_missing:g}; the last error: {scores.error}"
+                    f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; max_missing allows a "
+                    f"share of {self.config.max_missing:g}, but not all; the last error: {scores.error}"
                 )
             )
         advantages = self.objective.advantages(scores, self.rewards.weights)
@@ -239,15 +242,17 @@ class Trainer:
         self.report.replay(*replayed)
         update, largest = self.config.update, float(replayed[1].max())
         if not largest <= update.replay_tolerance * update.clip_range:
-            raise UserError(
-                f"replayed log-probs differ from the rollout's by up to {largest:.1e}, more than "
-                f"update.replay_tolerance {update.replay_tolerance:g} x update.clip_range {update.clip_range:g}: "
-                "set update.batch_size to rollout.batch_size, or policy.dtype to float32"
+            raise mark_collective(
+                UserError(
+                    f"replayed log-probs differ from the rollout's by up to {largest:.1e}, more than "
+                    f"update.replay_tolerance {update.replay_tolerance:g} x update.clip_range {update.clip_range:g}: "
+                    "set update.batch_size to rollout.batch_size, or policy.dtype to float32"
+                )
             )
 
     def evaluate(self) -> None:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
-        with self.report.phase("evaluate"), self.learner.averaged_weights():
+        with self.report.phase("evaluate"), self.learner.ema_weights():
             samples = self.signals.interruptible(self._sample_evaluation)
         evaluation = Evaluation.of(self.eval_prompts, samples, self.processes)
         self.report.evaluated(evaluation, self.learner.step)
@@ -286,7 +291,7 @@ class Trainer:
         if folder is not None:
             texts = ["", *dict.fromkeys(prompt.text for prompt in [*self.train_prompts, *self.eval_prompts])]
             embed.write(texts[self.processes.rank :: self.processes.count])
-            self.processes.gather(None)  # waits; where the disk is not shared, each process then encodes what it lacks
+            self.processes.wait()  # where the disk is not shared, each process then encodes what it lacks
             embed.prepare(texts)
         return embed
 

@@ -179,7 +179,7 @@ def test_a_reward_that_raises_costs_its_images_and_too_many_of_them_stop_the_run
     assert "reward jpeg_compressibility: 4 images not scored: KeyError: 'lost'" in capsys.readouterr().out
     failing.update(prompt.text for prompt in trainer.epoch_prompts(1))
     message = (
-        "^8 of the 8 images of epoch 1 have no score; max_missing allows a share of 0.5; "
+        "^8 of the 8 images of epoch 1 have no score; max_missing allows a share of 0.5, but not all; "
         "the last error: reward jpeg_compressibility: KeyError: 'lost'$"
     )
     with pytest.raises(RuntimeError, match=message):
@@ -228,14 +228,14 @@ def test_a_replay_with_a_wrong_schedule_is_refused(folder, tmp_path):
         trainer.check_replay(batch)
 
 
-def test_evaluation_and_checkpoint_use_the_averaged_weights(folder, tmp_path):
+def test_evaluation_and_checkpoint_use_the_ema_weights(folder, tmp_path):
     trainer = Trainer(config_of(folder, tmp_path, ema_decay=0.9, ema_every=1, learning_rate=1e-2))
     for epoch in range(3):
         trainer.learner.update(trainer.collect(epoch)[0])
     raw = [p.detach().clone() for p in trainer.learner.parameters]
     average = [p.clone() for p in trainer.learner.ema.shadow_params]
     assert not torch.equal(raw[0], average[0])
-    with trainer.learner.averaged_weights():
+    with trainer.learner.ema_weights():
         assert all(torch.equal(a, b) for a, b in zip(average, trainer.learner.parameters, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(raw, trainer.learner.parameters, strict=True))
     trainer.state.save()
@@ -309,7 +309,7 @@ def test_the_command_trains_a_pipeline_folder_on_a_users_own_prompts(folder, tmp
 
     assert main(command) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        f"error: output_dir {run} holds a run already: give another, --resume latest to go on with it, "
+        f"error: output_dir {run} holds a run already: give another output_dir, --resume latest to go on with it, "
         "or --overwrite true to replace it"
     )
     assert main([*command, "--overwrite", "true", "--epochs", "1"]) == 0

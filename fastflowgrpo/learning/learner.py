@@ -12,21 +12,18 @@ from torch import Tensor
 from fastflowgrpo.config import Config
 from fastflowgrpo.console import progress
 from fastflowgrpo.distributed import Processes, full_tensor, mark_collective
-from fastflowgrpo.learning.objective import Batch, Objective, Statistics
+from fastflowgrpo.learning.objective import Batch, MicroBatches, Objective, Statistics
 from fastflowgrpo.learning.snapshot import WeightSnapshot
 from fastflowgrpo.policy import Policy
 
-MicroBatches = list[tuple[Tensor, Tensor]]
-"""Pairs (rows, slots) of each micro-batch, see `Objective.micro_batches`."""
-
 
 class Learner:
-    """Trains a policy's weights on batches. The transformer is wrapped or sharded as the launcher says.
+    """Trains a policy's weights on batches. DDP wraps the transformer, or FSDP2 shards it, as accelerate was launched.
 
     Args:
         config: of the run.
         policy: whose trainable parameters are optimised.
-        objective: gives the loss.
+        objective: computes the loss.
         processes: share a global batch.
     """
 
@@ -63,16 +60,16 @@ class Learner:
         for number in range(update.per_epoch):
             groups = self.processes.local_slice(number * groups_per_update, (number + 1) * groups_per_update)
             begin, count = groups.start * group_size, (groups.stop - groups.start) * group_size
-            of_update = self.accumulate(batch, self.objective.micro_batches(batch, begin, count))
-            if of_update:
+            update_statistics = self.accumulate(batch, self.objective.micro_batches(batch, begin, count))
+            if update_statistics:
                 norm = self._clip_gradient()
                 if self.processes.is_main:
-                    of_update[-1]["grad_norm"] = norm.reshape(1)
-            self.step += 1  # before the optimiser's step: from here on the weights are between two epochs
+                    update_statistics[-1]["grad_norm"] = norm.reshape(1)
+            self.step += 1  # before the optimiser's step: from here on the state is inside an epoch
             self.optimizer.step()  # does nothing without a gradient
             self.optimizer.zero_grad()
-            self._step_average()
-            statistics += of_update
+            self._update_ema()
+            statistics += update_statistics
         if self.old_policy is not None:
             grown = update.old_decay_slope * max(self.step - update.old_decay_start, 0)
             self.old_policy.follow(min(grown, update.old_decay_max))
@@ -87,24 +84,24 @@ class Learner:
             is no gradient.
         """
         counts = self.processes.gather((sum(len(rows) for rows, _ in micro_batches), len(micro_batches)))
-        pairs, passes = sum(pairs for pairs, _ in counts), max(number for _, number in counts)
+        pairs, num_passes = sum(pairs for pairs, _ in counts), max(number for _, number in counts)
         if not pairs:
             return []
-        mean = self.processes.count / pairs  # the processes' gradients are averaged, not summed
+        mean_factor = self.processes.count / pairs  # the processes' gradients are averaged, not summed
         # The loss is a mean over a sample's elements: without this factor float16 rounds their gradients to 0.
         scale = batch.trajectory.final[0].numel()
         statistics: list[Statistics] = [{}]
-        for number in progress("update", range(passes)):
-            with self.processes.backward_pass(self.policy.transformer, last=number + 1 == passes):
-                if number < len(micro_batches):
-                    loss, of_micro_batch = self.objective.loss(batch, *micro_batches[number])
+        for i in progress("update", range(num_passes)):
+            with self.processes.backward_pass(self.policy.transformer, last=i + 1 == num_passes):
+                if i < len(micro_batches):
+                    loss, pair_statistics = self.objective.loss(batch, *micro_batches[i])
                     self.processes.backward(scale * loss.sum())
-                    statistics.append(of_micro_batch)
+                    statistics.append(pair_statistics)
                 else:
                     self.processes.backward(0 * self.dummy_loss(batch).sum())
         for parameter in self.parameters:
             if parameter.grad is not None:
-                parameter.grad *= mean / scale
+                parameter.grad *= mean_factor / scale
         return statistics
 
     def dummy_loss(self, batch: Batch) -> Tensor:
@@ -118,7 +115,8 @@ class Learner:
     def replay(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Compute log-probs of sampled steps again, with the weights that sampled them. Collective.
 
-        Every slot takes part in a first micro-batch; the last micro-batch, which may be smaller, is replayed too.
+        It replays a first micro-batch with one pair per row, its slots in turn, and the last micro-batch, which may be
+        smaller.
 
         Returns:
             Steps and absolute differences from the rollout's log-probs, (N,) each on the CPU, of all processes; None
@@ -136,10 +134,10 @@ class Learner:
         else:
             for _ in range(2):
                 self.dummy_loss(batch)
-        of_all = [pair for of_process in self.processes.gather(replayed) for pair in of_process]
-        if not of_all:
+        all_replayed = [pair for rank_replayed in self.processes.gather(replayed) for pair in rank_replayed]
+        if not all_replayed:
             return None
-        steps, differences = zip(*of_all, strict=True)
+        steps, differences = zip(*all_replayed, strict=True)
         return torch.cat(steps), torch.cat(differences)
 
     def sampling_weights(self) -> AbstractContextManager[None]:
@@ -149,7 +147,7 @@ class Learner:
         return nullcontext() if self.old_policy is None else self.old_policy.active()
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         """Inside it the trained weights are their moving average, once there is one."""
         if self.ema is None or not self.ema.optimization_step:
             yield
@@ -176,9 +174,9 @@ class Learner:
             )
         return norm
 
-    def _step_average(self) -> None:
+    def _update_ema(self) -> None:
         if self.ema is not None and self.step % self.config.update.ema_every == 0:
-            # The decay grows with the updates s to ema_decay, as s / (9 + s); EMAModel counts its own steps otherwise.
+            # The decay grows with the updates s to ema_decay, as s / (9 + s). EMAModel would count its own calls.
             self.ema.optimization_step = self.step - 1
             self.ema.step(self.parameters)
 
@@ -189,14 +187,14 @@ def mean_statistics(parts: list[Statistics]) -> dict[str, float]:
     if not joined:
         return {"trained_pairs": 0}
     pairs = max(len(tensor) for tensor in joined.values())
-    difference = joined.pop("log_prob_difference", None)
+    joined.pop("log_prob_difference", None)
     values = {name: tensor.mean() for name, tensor in joined.items()}
-    if difference is not None:
-        ratio = joined["ratio"]
+    if "ratio" in joined:
+        ratio = joined["ratio"].double()
         values |= {
             "ratio_min": ratio.min(),
             "ratio_max": ratio.max(),
-            "approx_kl": (ratio - 1 - difference).mean(),
+            "approx_kl": (ratio - 1 - ratio.log()).mean(),
         }
     return {"trained_pairs": pairs, **{name: value.item() for name, value in values.items()}}
 

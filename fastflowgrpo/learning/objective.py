@@ -1,7 +1,8 @@
 """The interface of an objective: which samples it trains on, and the loss of a micro-batch.
 
-A micro-batch is a list of pairs (row, slot). The row is a sample of the batch. The slot numbers what one sample is
-trained on several times: the stochastic steps of its trajectory for policy gradients, noise draws for the others.
+A micro-batch is a list of pairs (row, slot). The row is a sample of the batch. The slot is the number of one of the
+things that the sample is trained on: the stochastic steps of its trajectory for policy gradients, noise draws for the
+others. (A preference pair, of two samples, is always called that.)
 """
 
 from abc import ABC, abstractmethod
@@ -22,6 +23,8 @@ from fastflowgrpo.scoring.contract import Scores
 
 Statistics = dict[str, Tensor]
 """Detached statistics of a micro-batch by name, (N,) each."""
+MicroBatches = list[tuple[Tensor, Tensor]]
+"""The pairs of each micro-batch: rows and slots, int64 (N,) each on the CPU."""
 
 
 @dataclass
@@ -51,10 +54,10 @@ class Objective(ABC):
     """Whether it trains on sampled steps, which the rollout then keeps with their log-probs."""
     uses_velocities: ClassVar[bool] = False
     """Whether the rollout also keeps the velocities of these steps."""
-    trains_one_per_group: ClassVar[bool] = False
+    one_pair_per_group: ClassVar[bool] = False
     """Whether it has one pair per group and slot instead of one per sample and slot."""
     samples_per_pair: ClassVar[int] = 1
-    """Samples whose velocity a pair needs."""
+    """Samples that one pair passes through the model."""
     uses_reference: ClassVar[bool] = False
     """Whether the loss needs the reference's velocity even without a KL."""
     uses_old_policy: ClassVar[bool] = False
@@ -68,14 +71,14 @@ class Objective(ABC):
         self.slots = window_size if self.uses_log_probs else config.update.noise_draws
 
     def advantages(self, scores: Scores, reward_weights: Mapping[str, float]) -> Tensor:
-        """How much each sample teaches; by default its group-relative advantage, as `config.advantage` says.
+        """The weight of each sample in the loss; by default its group-relative advantage, as `config.advantage` says.
 
         Args:
             scores: of all samples of the epoch, group after group; NaN is a missing score.
             reward_weights: weight of each named reward.
 
         Returns:
-            (B,) float64, NaN where a score is missing.
+            (all samples of the epoch,) float64, NaN where a score is missing: such a sample is not trained on.
         """
         rewards = torch.stack([scores.details[name] for name in reward_weights], 1)
         group_ids = torch.arange(len(rewards) // self.group_size).repeat_interleave(self.group_size)
@@ -87,11 +90,11 @@ class Objective(ABC):
     def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, Statistics]:
         """Loss of each pair, (N,), and its statistics; rows and slots are int64 (N,) on the CPU."""
 
-    def micro_batches(self, batch: Batch, begin: int, count: int) -> list[tuple[Tensor, Tensor]]:
+    def micro_batches(self, batch: Batch, begin: int, count: int) -> MicroBatches:
         """The pairs of samples begin, ..., begin + count - 1 in micro-batches (rows, slots) of `update.batch_size`.
 
-        They are ordered slot after slot, and within a slot as the rollout sampled them: with equal batch sizes the
-        replay of a step is the rollout's own batch, bit for bit.
+        They are ordered slot after slot, and within a slot as the rollout sampled them. So with equal batch sizes, and
+        with every sample trained on, a micro-batch is a batch of the rollout, and its replay has the same bits.
         """
         rows = begin + torch.nonzero(self.is_trained(batch.advantages[begin : begin + count]))[:, 0]
         if not len(rows):

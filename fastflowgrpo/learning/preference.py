@@ -20,9 +20,9 @@ from fastflowgrpo.scoring.contract import Scores
 
 
 class DPO(NoisedObjective):
-    """A pair is the best sample of a group, which stands for itself and the worst one."""
+    """Diffusion-DPO. A pair (row, slot) is the best sample of a group and stands for the preference pair with the worst."""
 
-    trains_one_per_group = True
+    one_pair_per_group = True
     samples_per_pair = 2
     uses_reference = True
 

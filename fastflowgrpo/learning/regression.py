@@ -39,7 +39,7 @@ class _WeightedRegression(NoisedObjective):
 class SFT(_WeightedRegression):
     """Flow matching to the best sample of each group. A group of equal rewards is left out."""
 
-    trains_one_per_group = True
+    one_pair_per_group = True
 
     def group_weights(self, rewards: Tensor) -> Tensor:
         return best_and_worst(rewards).clamp(min=0)

@@ -98,7 +98,7 @@ def batch_plan(config: Config, processes: int) -> Plan:
         pair_name, pairs_per_image = "trained step", rollout.window_size or rollout.num_steps - 1
     else:
         pair_name, pairs_per_image = "noise draw", update.noise_draws
-    trained_per_group = 1 if objective.trains_one_per_group else size
+    trained_per_group = 1 if objective.one_pair_per_group else size
     micro_batch_size = max(1, update.batch_size // objective.samples_per_pair)
     groups_per_process = groups // processes, -(-groups // processes)
     update_groups_per_process = groups_per_update // processes, -(-groups_per_update // processes)

@@ -191,7 +191,7 @@ class Report:
         """Take back what was written after the checkpoint, and print where the run goes on."""
         print(f"goes on from {resumed.folder}: epoch {resumed.epoch} of {self.config.epochs}")
         for name, (old, new) in resumed.changed.items():
-            print(f"  {name} was {old}, is {new}")
+            print(f"  {name} was {old}, is now {new}")
         for path in set_aside_later(resumed):
             print(f"  a later checkpoint is now {path}")
         with atomic_write(self.folder / METRICS) as path:

@@ -55,7 +55,7 @@ def find_checkpoint(config: Config) -> Checkpoint | None:
         matches = [path for path in known if path.resolve() == wanted]
         if not matches:
             there = f"there are: {', '.join(map(str, known))}" if known else "there is none"
-            raise UserError(f"resume: {config.resume} is no checkpoint of output_dir {config.output_dir}; {there}")
+            raise UserError(f"resume: {config.resume} is not a checkpoint in output_dir {config.output_dir}; {there}")
         folder = matches[0]
     try:
         manifest = verified_manifest(folder)
@@ -64,7 +64,7 @@ def find_checkpoint(config: Config) -> Checkpoint | None:
     changed = changed_settings(manifest["config"], config)
     refuse_changes(folder, changed)
     if manifest["epoch"] > config.epochs:
-        raise UserError(f"epochs: {folder} has {manifest['epoch']} epochs behind it already, got {config.epochs}")
+        raise UserError(f"epochs: must be at least the {manifest['epoch']} that {folder} has done, got {config.epochs}")
     return Checkpoint(folder, manifest, changed)
 
 
@@ -81,14 +81,14 @@ def check_output_dir(config: Config) -> None:
         return
     if config.resume is None:
         raise UserError(
-            f"output_dir {folder} holds a run already: give another, --resume latest to go on with it, "
+            f"output_dir {folder} holds a run already: give another output_dir, --resume latest to go on with it, "
             "or --overwrite true to replace it"
         )
     # A run that was killed before its first checkpoint begins anew, if its settings are the same.
     if not (folder / CONFIG).exists():
         found = ", ".join(name for name in WRITTEN if (folder / name).exists())
         raise UserError(
-            f"output_dir {folder} holds {found}, but no {CONFIG}: give another, or --overwrite true to remove them"
+            f"output_dir {folder} holds {found}, but no {CONFIG}: give another output_dir, or --overwrite true to remove them"
         )
     before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     refuse_changes(folder, changed_settings(before, config))
@@ -113,10 +113,10 @@ def refuse_changes(source: Path, changed: Mapping[str, tuple[Any, Any]]) -> None
     Raises:
         UserError: another setting has changed.
     """
-    wrong = [f"{name} was {old}, is {new}" for name, (old, new) in changed.items() if name not in MAY_CHANGE]
+    wrong = [f"{name} was {old}, is now {new}" for name, (old, new) in changed.items() if name not in MAY_CHANGE]
     if wrong:
         raise UserError(
-            f"{source} is of a run with other settings: {'; '.join(wrong)}. Set them as they were, or give another "
+            f"{source} was made with other settings: {'; '.join(wrong)}. Set them as they were, or give another "
             "output_dir"
         )
 

@@ -16,8 +16,8 @@ from fastflowgrpo.runs.training_state import load_rng, load_training, rng_state,
 class RunState:
     """Where a run stands: epochs done, rows logged, time taken, and what was saved last.
 
-    A checkpoint holds the state after the last whole epoch. Until the next optimiser update only the random numbers
-    change after that, and `mark_epoch_boundary` keeps them.
+    A checkpoint holds the state after the last whole epoch. From then to the next optimiser update only the random
+    numbers change, besides the row of an evaluation; `mark_epoch_boundary` keeps the former.
 
     Args:
         config: of the run.
@@ -34,7 +34,7 @@ class RunState:
         self.rows: list[dict[str, Any]] = []
         """The rows of metrics.jsonl; every rank has them."""
         self.saved_step = 0
-        """Optimiser updates that the last checkpoint has behind it."""
+        """Optimiser updates done when the last checkpoint was written."""
         self._start = time.perf_counter()
         self.mark_epoch_boundary()
 
@@ -64,7 +64,7 @@ class RunState:
 
     @property
     def wall_s(self) -> float:
-        """Seconds that the run has taken, over all its starts."""
+        """Seconds that the run has taken over all its starts, without loading the model."""
         return time.perf_counter() - self._start
 
     @property
@@ -85,6 +85,7 @@ class RunState:
         state = training_state(learner.named_parameters(), learner.optimizer, learner.ema, learner.old_policy)
         state = {name: processes.full_on_main(tensors) for name, tensors in state.items()}
         module = processes.unwrap(learner.policy.transformer)
+        # 0: there is no average yet, and both folders get the raw weights.
         ema_steps = learner.ema.optimization_step if learner.ema is not None else None
 
         def write(folder: Path) -> None:

@@ -226,7 +226,7 @@ def test_a_signal_in_the_first_epoch_leaves_nothing_to_resume_and_the_same_comma
         assert main(command(model, tmp_path / "run")) == 143
     assert "there is no checkpoint" in capsys.readouterr().err
     assert main(command(model, tmp_path / "run", **{"update.clip_range": 0.02})) == 2
-    assert "run is of a run with other settings: update.clip_range was 0.01, is 0.02" in capsys.readouterr().err
+    assert "run was made with other settings: update.clip_range was 0.01, is now 0.02" in capsys.readouterr().err
     assert main(command(model, tmp_path / "run")) == 0
     assert result(tmp_path / "run") == result(whole[4])
 
@@ -307,7 +307,7 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(model, whole, tm
     assert "epochs: " in capsys.readouterr().err
     assert main(command(model, run)) == 0
     rows, weights = result(whole[4])
-    assert "epochs was 4, is 6" in capsys.readouterr().out
+    assert "epochs was 4, is now 6" in capsys.readouterr().out
     # What the shorter run evaluated at its end drew random numbers, and its row stays.
     assert [row for row in rows_of(run) if "epoch" in row][:4] == [row for row in rows if "epoch" in row][:4]
     assert [row["step"] for row in rows_of(run)] == [0, 2, 4, 6, 6, 8, 8, 10, 12, 12]
@@ -375,13 +375,13 @@ def test_a_damaged_checkpoint_is_named_and_the_good_one_before_it_offered(
 
 
 FOREIGN = {
-    "another group size": ({"rollout.group_size": 2}, "rollout.group_size was 4, is 2"),
-    "another seed": ({"seed": 1}, "seed was 0, is 1"),
+    "another group size": ({"rollout.group_size": 2}, "rollout.group_size was 4, is now 2"),
+    "another seed": ({"seed": 1}, "seed was 0, is now 1"),
     "another reward": ({"rewards": '{"ocr": 1}'}, "rewards was "),
     "another weight": ({"rewards": '{"support.killed_run:noisy": 2}'}, "rewards was "),
-    "another average": ({"update.ema_decay": 0.5}, "update.ema_decay was 0.9, is 0.5"),
-    "past the end": ({"epochs": 5}, "has 6 epochs behind it already, got 5"),
-    "elsewhere": ({"resume": "checkpoints/checkpoint-4"}, "is no checkpoint of output_dir"),
+    "another average": ({"update.ema_decay": 0.5}, "update.ema_decay was 0.9, is now 0.5"),
+    "past the end": ({"epochs": 5}, "has done, got 5"),
+    "elsewhere": ({"resume": "checkpoints/checkpoint-4"}, "is not a checkpoint in output_dir"),
 }
 
 
@@ -411,7 +411,7 @@ def test_other_prompts_and_other_weights_are_refused(model, whole, tmp_path, cap
     manifest = run / "checkpoints/checkpoint-2/manifest.json"
     text = manifest.read_text()
     assert main(command(other, run, **{"policy.lora_rank": 8})) == 2
-    assert "policy.lora_rank was 4, is 8" in capsys.readouterr().err
+    assert "policy.lora_rank was 4, is now 8" in capsys.readouterr().err
     manifest.write_text(text.replace('"lora_rank": 4', '"lora_rank": 8'))
     assert main(command(other, run, **{"policy.lora_rank": 8})) == 2
     named = r"is of another model: it trains transformer_blocks\S+ of shape \(4, 32\), this one of shape \(8, 32\)$"
