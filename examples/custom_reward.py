@@ -1,7 +1,7 @@
 """Two rewards of your own, and a short training run on both.
 
 A pointwise reward sees each image alone; a groupwise one compares the images of a prompt. Settings name both as
-`module:function`, so the command line can use them too:
+`module:function`, so the command line can use them too, from this folder:
 
     python -m fastflowgrpo.train --rewards '{"custom_reward:redness": 1, "custom_reward:novelty": 0.5}'
 """

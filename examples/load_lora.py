@@ -1,6 +1,6 @@
 """Train a LoRA for a few epochs, and load it into a plain diffusers pipeline, as its users will.
 
-python load_lora.py [CHECKPOINT]     a folder runs/NAME/checkpoints/checkpoint-STEP; without one it trains
+python load_lora.py [CHECKPOINT]     runs/NAME/checkpoints/checkpoint-STEP of the bundled model; without one it trains
 """
 
 import sys
