@@ -88,7 +88,8 @@ def check_output_dir(config: Config) -> None:
     if not (folder / CONFIG).exists():
         found = ", ".join(name for name in WRITTEN if (folder / name).exists())
         raise UserError(
-            f"output_dir {folder} holds {found}, but no {CONFIG}: give another output_dir, or --overwrite true to remove them"
+            f"output_dir {folder} holds {found}, but no {CONFIG}: give another output_dir, or --overwrite true to "
+            "remove them"
         )
     before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
     refuse_changes(folder, changed_settings(before, config))
