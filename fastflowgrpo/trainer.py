@@ -73,9 +73,8 @@ class Trainer:
         self.objective = objective_class(config, self.policy, self.coefficients, self.window_size)
         self.learner = Learner(config, self.policy, self.objective, self.processes)
         if self.processes.rank:
-            set_seed(
-                config.seed + self.processes.rank
-            )  # for rewards that draw random numbers; the weights are initialised, alike on all ranks
+            # For rewards that draw random numbers: the weights are initialised, and alike on all ranks.
+            set_seed(config.seed + self.processes.rank)
         self.signals = Signals(self.processes)
         self.state = RunState(config, self.processes, self.learner, digests)
         if resumed:
@@ -86,8 +85,8 @@ class Trainer:
     def run(self) -> None:
         """Train the epochs that are left, with an evaluation before the first and after the last.
 
-        When it fails or is interrupted, the state after the last whole epoch is saved, unless an update of the next one has
-        begun, or only some of several processes have failed.
+        When it fails or is interrupted, the state after the last whole epoch is saved, unless an update of the next one
+        has begun, or only some of several processes have failed.
 
         Raises:
             Interrupted: on SIGTERM or Ctrl+C, after an update under way is finished.

@@ -214,7 +214,7 @@ def test_only_the_first_process_writes_and_prints(two, output):
     assert len(re.findall("evaluation at step 4: ", printed)) == len(trained)
     assert printed.count("epoch 5/5") == 1
     assert len(rows(output / "lora")) == 4
-    error = f"output_dir {output / 'lora'} holds a run already: give another output_dir, --resume latest to go on with it, or "
+    error = f"output_dir {output / 'lora'} holds a run already: give another output_dir, --resume latest to go on "
     assert [rank["error"][: len(error)] for rank in two[0]] == [error] * 2
 
 
