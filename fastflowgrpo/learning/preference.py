@@ -20,7 +20,7 @@ from fastflowgrpo.scoring.contract import Scores
 
 
 class DPO(NoisedObjective):
-    """Diffusion-DPO. The row of a pair is the best sample of a group, and stands for the preference pair with the worst."""
+    """Diffusion-DPO. A pair has the best sample of a group as its row, and stands for the best and the worst."""
 
     one_pair_per_group = True
     samples_per_pair = 2
