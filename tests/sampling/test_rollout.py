@@ -22,7 +22,7 @@ class TinyPolicy:
         self.dtype = dtype
         self.seen: list[torch.Tensor] = []
 
-    def sigmas(self, num_steps):
+    def sigmas(self, num_steps, shape):
         return torch.linspace(1, 0, num_steps + 1)
 
     def velocity(self, latents, sigma, conditioning):
@@ -46,7 +46,7 @@ def sample(
     return sample_groups(
         policy,
         {"text": torch.arange(len(seeds), dtype=torch.float32)[:, None]},
-        coefficients or step_coefficients(policy.sigmas(NUM_STEPS), dynamics, 0.7),
+        coefficients or step_coefficients(policy.sigmas(NUM_STEPS, SHAPE), dynamics, 0.7),
         starts,
         window_size,
         group_size,
@@ -65,7 +65,7 @@ def test_recorded_steps_are_the_steps_that_were_taken(dtype, dynamics):
     assert trajectory.latents.dtype == trajectory.final.dtype == dtype
     assert trajectory.log_probs.dtype == torch.float32
     assert trajectory.steps.tolist() == [[0, 1, 2], [0, 1, 2], [2, 3, 4], [2, 3, 4]]
-    coefficients = step_coefficients(policy.sigmas(NUM_STEPS), dynamics, 0.7)
+    coefficients = step_coefficients(policy.sigmas(NUM_STEPS, SHAPE), dynamics, 0.7)
     for row in range(4):
         for slot, step in enumerate(trajectory.steps[row].tolist()):
             now, then = trajectory.latents[row, slot], trajectory.latents[row, slot + 1]
@@ -82,7 +82,7 @@ def test_steps_outside_the_window_are_ode_steps():
     policy = TinyPolicy()
     trajectory = sample(policy, starts=(2, 2), window_size=1)
     states = [*policy.seen, trajectory.final]
-    sigmas = policy.sigmas(NUM_STEPS)
+    sigmas = policy.sigmas(NUM_STEPS, SHAPE)
     for step in range(NUM_STEPS):
         sigma = sigmas[step].expand(4)
         velocity = policy.velocity(states[step], sigma, {"text": torch.tensor([[0.0], [0.0], [1.0], [1.0]])})
@@ -99,7 +99,7 @@ def test_a_group_does_not_depend_on_its_batch():
     alone = sample_groups(
         TinyPolicy(),
         {"text": torch.ones(1, 1)},
-        step_coefficients(TinyPolicy().sigmas(NUM_STEPS), "flow_sde", 0.7),
+        step_coefficients(TinyPolicy().sigmas(NUM_STEPS, SHAPE), "flow_sde", 0.7),
         [2],
         3,
         2,
@@ -139,7 +139,7 @@ def test_every_sample_has_its_own_seed():
 def test_every_step_has_its_own_noise():
     policy = TinyPolicy()
     policy.velocity = lambda latents, sigma, conditioning: torch.zeros_like(latents)
-    coefficients = step_coefficients(policy.sigmas(NUM_STEPS), "dance_sde", 0.7)
+    coefficients = step_coefficients(policy.sigmas(NUM_STEPS, SHAPE), "dance_sde", 0.7)
     trajectory = sample(policy, starts=(0, 0), coefficients=coefficients, group_size=50)
     at = coefficients.at(trajectory.steps)
     c_x, std = (value[..., None, None, None] for value in (at.c_x, at.std))
@@ -154,7 +154,7 @@ def test_sampling_never_waits_for_the_device(guidance):
     policy.seen = None
     policy.velocity = lambda latents, sigma, conditioning: latents * conditioning["text"][:, 0, None, None, None]
     unconditional = {"text": torch.zeros(1, 1)} if guidance != 1 else None
-    coefficients = step_coefficients(policy.sigmas(NUM_STEPS), "flow_sde", 0.7)
+    coefficients = step_coefficients(policy.sigmas(NUM_STEPS, SHAPE), "flow_sde", 0.7)
     with NoSynchronisation():
         sample(policy, coefficients=coefficients, unconditional=unconditional, guidance_scale=guidance)
 
@@ -191,7 +191,7 @@ def test_a_shared_prefix_is_computed_once_per_group(starts):
     rows = [len(seen) for seen in policy.seen]
     assert rows == [2] * min(starts) + [6] * (NUM_STEPS - min(starts))
     conditioning = {"text": torch.arange(2.0)[:, None]}
-    coefficients = step_coefficients(policy.sigmas(NUM_STEPS), "flow_sde", 0.7)
+    coefficients = step_coefficients(policy.sigmas(NUM_STEPS, SHAPE), "flow_sde", 0.7)
     expected = plain_samples(TinyPolicy(), conditioning, coefficients, starts, 2, 3, (1, 2), SHAPE)
     torch.testing.assert_close(trajectory.final, expected)
     assert len(trajectory.final.flatten(1).unique(dim=0)) == 6
@@ -247,7 +247,7 @@ def test_kept_velocities_are_exact(dtype, guidance):
     trajectory = sample(policy, keep_velocities=True, **settings)
     assert torch.equal(plain.final, trajectory.final)
     assert plain.velocities.numel() == 0
-    sigma = policy.sigmas(NUM_STEPS)[trajectory.steps].flatten()
+    sigma = policy.sigmas(NUM_STEPS, SHAPE)[trajectory.steps].flatten()
     latents = trajectory.latents[:, :-1].flatten(0, 1)
     text = torch.arange(2.0).repeat_interleave(6)[:, None]
     velocity = policy.velocity(latents, sigma, {"text": text})
