@@ -225,6 +225,7 @@ class Trainer:
             log_prob=resolve_log_prob(rollout.log_prob, rollout.dynamics),
             keep_steps=self.objective.uses_log_probs,
             keep_velocities=self.objective.uses_velocities,
+            keep_unconditional=rollout.keep_unconditional,
             on_step=on_step,
             **guidance,
         )

@@ -77,6 +77,8 @@ class RolloutConfig:
     """Epochs between two moves of a sliding window."""
     guidance_scale: float = 1.0
     """Classifier-free guidance scale in training; 1 means no guidance, and only the conditional branch runs."""
+    keep_unconditional: bool = False
+    """Keep the unconditional velocities of the trained steps, so that an epoch's first update need not compute them."""
     same_noise: bool = False
     """Start all images of a group from the same initial noise."""
     height: int | None = None
@@ -151,6 +153,8 @@ class UpdateConfig:
     """KL to the reference: as in the code of Flow-GRPO (without dt), exact, or the squared difference of velocities."""
     kl_weight: float = 0.0
     """Weight of the KL; 0 skips the forward pass of the reference."""
+    kl_share: float = 1.0
+    """Share of the pairs, drawn at random, that have a KL; it is scaled so that its mean is that of all pairs."""
     ema_decay: float = 0.9
     """Decay of the averaged weights (EMA), which are evaluated and saved; 0 uses the raw weights."""
     ema_every: int = 2

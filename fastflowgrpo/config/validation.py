@@ -65,10 +65,11 @@ _ABOVE_ZERO = (
     "update.rwr_temperature",
     "rollout.noise_level",
     "advantage.clip",
+    "update.kl_share",
     "update.max_grad_norm",
     "update.clip_range",
 )
-_AT_MOST_ONE = ("max_missing",)
+_AT_MOST_ONE = ("max_missing", "update.kl_share")
 _BELOW_ONE = ("update.clip_range", "update.old_decay_max", "update.betas", "update.ema_decay")
 _EVALUATE_MINIMUM = {
     1: ("num_steps", "images_per_prompt", "batch_size", "height", "width", "num_frames", "reward_frames"),
@@ -77,17 +78,19 @@ _EVALUATE_MINIMUM = {
 
 # (setting, its values) -> settings that only these values use. With another value they must keep their default.
 _USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
-    ("update.algorithm", POLICY_GRADIENTS): (
-        "rollout.log_prob",
-        "update.clip_range",
-        "update.replay_tolerance",
-        "update.kl",
-    ),
     ("update.algorithm", (*POLICY_GRADIENTS, *FORWARD_PROCESS)): (
         "advantage.mode",
         "advantage.std",
         "advantage.clip",
         "update.kl_weight",
+    ),
+    ("update.algorithm", POLICY_GRADIENTS): (
+        "rollout.log_prob",
+        "update.clip_range",
+        "update.replay_tolerance",
+        "update.kl",
+        "update.kl_share",
+        "rollout.keep_unconditional",
     ),
     ("update.algorithm", ("dpo", "sft", "rwr")): ("update.data",),
     ("update.algorithm", ("dpo", "sft", "rwr", *FORWARD_PROCESS)): ("update.noise_draws", "update.noise_levels"),
@@ -208,24 +211,28 @@ def _check_sampling_and_updates(config: Config) -> None:
     if update.algorithm in POLICY_GRADIENTS and rollout.dynamics == "ode":
         raise UserError(
             f"rollout.dynamics: update.algorithm {update.algorithm} learns from log-probs, and ode has none; "
-            "choose flow_sde, flow_cps or dance_sde, or update.algorithm dpo, sft or rwr"
+            "choose flow_sde, flow_cps or dance_sde, or update.algorithm nft, awm, dpo, sft or rwr"
         )
+    if update.kl_share != 1 and not update.kl_weight:
+        raise UserError("update.kl_share: there is no KL unless update.kl_weight is above 0")
+    if rollout.keep_unconditional and rollout.guidance_scale == 1:
+        raise UserError("rollout.keep_unconditional: without guidance (rollout.guidance_scale 1) there is none to keep")
 
 
 def _check_unused(config: Config) -> None:
     """Raises UserError for a setting that was changed although the chosen algorithm or sampler does not use it."""
     default = Config()
+    unused: dict[str, list[str]] = {}
     for (chooser, users), names in _USED_ONLY_WITH.items():
-        choice = attrgetter(chooser)(config)
-        if choice in users:
+        if attrgetter(chooser)(config) in users:
             continue
-        unused = []
         for name in names:
             value, default_value = attrgetter(name)(config), attrgetter(name)(default)
             if value not in (None, default_value):
-                unused.append(f"{name} (default {default_value})")
-        if unused:
-            raise UserError(f"{chooser}: {choice} does not use {', '.join(unused)}: leave at the default")
+                unused.setdefault(chooser, []).append(f"{name} (default {default_value})")
+    for chooser, names_and_defaults in unused.items():
+        choice = attrgetter(chooser)(config)
+        raise UserError(f"{chooser}: {choice} does not use {', '.join(names_and_defaults)}: leave at the default")
 
 
 def _check_window(config: Config) -> None:

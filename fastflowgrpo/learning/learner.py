@@ -60,6 +60,7 @@ class Learner:
         for number in range(update.per_epoch):
             groups = self.processes.local_slice(number * groups_per_update, (number + 1) * groups_per_update)
             begin, count = groups.start * group_size, (groups.stop - groups.start) * group_size
+            batch = replace(batch, has_rollout_weights=number == 0)
             update_statistics = self.accumulate(batch, self.objective.micro_batches(batch, begin, count))
             if update_statistics:
                 norm = self._clip_gradient()

@@ -38,6 +38,8 @@ class Batch:
     """The empty prompt, one row; None without guidance."""
     advantages: Tensor
     """(B,), from `Objective.advantages`; 0 and NaN are not trained on."""
+    has_rollout_weights: bool = True
+    """Whether the policy still has the weights that sampled the trajectory."""
 
 
 class Objective(ABC):

@@ -4,10 +4,13 @@ grpo        Flow-GRPO, arXiv 2505.05470
 grpo_guard  GRPO-Guard, arXiv 2510.22319, with the velocities that the rollout kept
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
+from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import guided_velocity
 from fastflowgrpo.learning.objective import Batch, Objective, Statistics
 from fastflowgrpo.policy import Conditioning
@@ -32,16 +35,25 @@ class GRPO(Objective):
         rows, slots = rows.to(device, non_blocking=True), slots.to(device, non_blocking=True)
         sample = trajectory.latents[rows, slots]
         conditioning = repeat_rows(batch.conditioning, rows // self.group_size)
-        unconditional = expand_row(batch.unconditional, len(rows))
 
-        velocity_uncond = velocity_ref = None
+        velocity_uncond, velocity_ref, kl_scale = None, None, 1.0
         with torch.no_grad():
-            if unconditional is not None:
+            if batch.has_rollout_weights and self.config.rollout.keep_unconditional:
+                velocity_uncond = trajectory.unconditional[rows, slots]
+            elif (unconditional := expand_row(batch.unconditional, len(rows))) is not None:
                 velocity_uncond = self.policy.velocity(sample, step.sigma, unconditional)
             if update.kl_weight:
-                velocity_ref = self.reference_velocity(sample, step.sigma, conditioning, unconditional)
-        return grpo_step_loss(
-            self.policy.velocity(sample, step.sigma, conditioning),
+                chosen = self.kl_pairs(trajectory.seeds[rows], slots)
+                conditionings = repeat_rows(conditioning, chosen), expand_row(batch.unconditional, len(chosen))
+                velocity_ref = self.reference_velocity(sample[chosen], step.sigma[chosen], *conditionings)
+        velocity = self.policy.velocity(sample, step.sigma, conditioning)
+        if velocity_ref is not None and len(velocity_ref) < len(rows):
+            kl_scale = len(rows) / len(velocity_ref)
+            # The other pairs are their own reference: a KL of 0, without a gradient.
+            guided = guided_velocity(velocity.detach(), velocity_uncond, self.config.rollout.guidance_scale)
+            velocity_ref = guided.index_copy(0, chosen, velocity_ref.to(guided.dtype))
+        loss, statistics = grpo_step_loss(
+            velocity,
             sample,
             trajectory.latents[rows, slots + 1],
             step.c_x,
@@ -57,9 +69,27 @@ class GRPO(Objective):
             velocity_uncond=velocity_uncond,
             guidance_scale=self.config.rollout.guidance_scale,
             kl=update.kl,
-            kl_weight=update.kl_weight,
+            kl_weight=kl_scale * update.kl_weight,
             log_prob=resolve_log_prob(self.config.rollout.log_prob, self.config.rollout.dynamics),
         )
+        if kl_scale != 1:
+            statistics["kl"] = kl_scale * statistics["kl"]
+        return loss, statistics
+
+    def kl_pairs(self, seeds: Tensor, slots: Tensor) -> Tensor:
+        """The pairs of a micro-batch that have a KL: a share `update.kl_share` of them, rounded up, drawn at random.
+
+        Args:
+            seeds, slots: int64 (N,), which the draw is a function of.
+
+        Returns:
+            int64 (n,), sorted indices of pairs.
+        """
+        count = math.ceil(self.config.update.kl_share * len(seeds))
+        if count == len(seeds):
+            return torch.arange(count, device=seeds.device)
+        offset = self.config.rollout.num_steps + 1 + slots  # beyond those of the rollout's noise
+        return philox_normal(seeds, offset, (len(seeds), 1))[:, 0].topk(count).indices.sort().values
 
     def reference_velocity(
         self, sample: Tensor, sigma: Tensor, conditioning: Conditioning, unconditional: Conditioning | None

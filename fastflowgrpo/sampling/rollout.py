@@ -32,6 +32,8 @@ class Trajectory:
     """(B,) int64: seed of all noise of a sample, at offset 0 for the initial noise and at i + 1 for step i."""
     final: Tensor
     """(B, ...): the clean latents."""
+    unconditional: Tensor
+    """(B, S, ...) in the policy's dtype: the unconditional velocity of each step; (B, 0, ...) if they are not kept."""
 
     @classmethod
     def cat(cls, parts: Sequence["Trajectory"]) -> "Trajectory":
@@ -79,6 +81,7 @@ def sample_groups(
     log_prob: str = "normalised",
     keep_steps: bool = True,
     keep_velocities: bool = False,
+    keep_unconditional: bool = False,
     on_step: Callable[[], object] = lambda: None,
 ) -> Trajectory:
     """Samples group_size images per prompt, by the SDE inside each group's window and by the ODE outside it.
@@ -98,6 +101,7 @@ def sample_groups(
         log_prob: "normalised" or "unnormalised", see `sde_step`.
         keep_steps: keep the steps of the windows; otherwise the trajectory has only the clean latents and the seeds.
         keep_velocities: keep the velocities of these steps too.
+        keep_unconditional: keep their unconditional velocities; needs `unconditional`.
         on_step: called once per denoising step, for a progress bar.
     """
     schedule = _window_schedule(coefficients, starts, window_size, group_size, policy.device)
@@ -112,8 +116,10 @@ def sample_groups(
         sample = sample.repeat_interleave(group_size, 0)
     conditioning = repeat_rows(conditioning, schedule.group.to(policy.device, non_blocking=True))
     unconditional = expand_row(unconditional, len(sample))
-    keep_velocities = keep_velocities and keep_steps
-    kept = _KeptSteps(sample, schedule, window_size * keep_steps, keep_velocities, unconditional is not None)
+    keep_velocities, keep_unconditional = keep_velocities and keep_steps, keep_unconditional and keep_steps
+    kept = _KeptSteps(
+        sample, schedule, window_size * keep_steps, keep_velocities, keep_unconditional, unconditional is not None
+    )
     for i in range(begin, len(schedule.sigma)):
         velocity, velocity_uncond = branch_velocities(policy, sample, schedule.sigma[i], conditioning, unconditional)
         next_sample, step_log_prob = sde_step(
@@ -128,7 +134,7 @@ def sample_groups(
         )
         if keep_velocities:
             velocity = guided_velocity(velocity, velocity_uncond, guidance_scale)
-        kept.store(i, sample, next_sample, step_log_prob, velocity)
+        kept.store(i, sample, next_sample, step_log_prob, velocity, velocity_uncond)
         sample = next_sample
         on_step()
     return kept.trajectory(noise_seeds, sample)
@@ -168,7 +174,8 @@ def sample_clean_groups(
     )
     none = clean.new_empty(len(clean), 0, *shape)
     empty = none.float().flatten(1)
-    return Trajectory(none, none, empty, torch.empty(len(clean), 0, dtype=torch.int64), noise_seeds, clean)
+    steps = torch.empty(len(clean), 0, dtype=torch.int64)
+    return Trajectory(none, none, empty, steps, noise_seeds, clean, none)
 
 
 @dataclass
@@ -214,16 +221,25 @@ class _KeptSteps:
         sample: (B, ...), gives shape, dtype and device of the latents.
         schedule: schedule of these samples.
         count: steps to keep of each sample, 0 or the size of the window.
-        keep_velocities: keep the velocities of these steps too.
+        keep_velocities, keep_unconditional: keep the velocities of these steps too, and the unconditional ones.
         guided: the velocities are guided, so they are kept in float32 and not in the dtype of the latents.
     """
 
-    def __init__(self, sample: Tensor, schedule: _WindowSchedule, count: int, keep_velocities: bool, guided: bool):
+    def __init__(
+        self,
+        sample: Tensor,
+        schedule: _WindowSchedule,
+        count: int,
+        keep_velocities: bool,
+        keep_unconditional: bool,
+        guided: bool,
+    ):
         batch_size, *shape = sample.shape
         velocity_dtype = torch.float32 if guided else sample.dtype
         self.steps = schedule.first_step[:, None] + torch.arange(count)
         self.latents = sample.new_empty(batch_size, count + (count > 0), *shape)
         self.velocities = sample.new_empty(batch_size, count * keep_velocities, *shape, dtype=velocity_dtype)
+        self.unconditional = sample.new_empty(batch_size, count * keep_unconditional, *shape)
         self.log_probs = torch.empty(batch_size, count, device=sample.device)
         # for each step: the samples whose window contains it, and their slots
         rows = [torch.from_numpy(np.flatnonzero(samples)) for samples in schedule.in_window.T]
@@ -232,7 +248,15 @@ class _KeptSteps:
             [index.to(sample.device, non_blocking=True) for index in indices] for indices in (rows, slots)
         )
 
-    def store(self, step: int, sample: Tensor, next_sample: Tensor, log_prob: Tensor, velocity: Tensor) -> None:
+    def store(
+        self,
+        step: int,
+        sample: Tensor,
+        next_sample: Tensor,
+        log_prob: Tensor,
+        velocity: Tensor,
+        velocity_uncond: Tensor | None,
+    ) -> None:
         """Copy a step of the schedule for the samples whose window contains it."""
         rows, slots = self.rows[step], self.slots[step]
         if self.steps.shape[1]:
@@ -241,7 +265,9 @@ class _KeptSteps:
             self.log_probs[rows, slots] = log_prob[rows]
         if self.velocities.shape[1]:
             self.velocities[rows, slots] = velocity[rows].to(self.velocities.dtype)
+        if velocity_uncond is not None and self.unconditional.shape[1]:
+            self.unconditional[rows, slots] = velocity_uncond[rows]
 
     def trajectory(self, seeds: Tensor, final: Tensor) -> Trajectory:
         """The kept steps, with the seeds and the clean latents of all samples."""
-        return Trajectory(self.latents, self.velocities, self.log_probs, self.steps, seeds, final)
+        return Trajectory(self.latents, self.velocities, self.log_probs, self.steps, seeds, final, self.unconditional)

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -132,6 +133,26 @@ def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weigh
     assert found.flops["update"] + found.flops["reference"] + old_policy == updating.get_total_flops()
     assert (old_policy > 0) == ("old policy" in found.memory) == (algorithm in ("nft", "awm"))
     assert (found.flops["reference"] > 0) == (kl_weight > 0 or algorithm == "dpo")
+
+
+def test_flops_of_fewer_passes_are_those_of_a_real_epoch(tmp_path):
+    """Unconditional velocities kept for the first of two updates, and a KL on a third of the pairs."""
+    config = config_of(tmp_path / "run", rank=4, guidance=4.5, kl_weight=0.1)
+    config.rollout.keep_unconditional, config.update.kl_share = True, 1 / 3
+    validate(config)
+    found, plain = (
+        estimate(config),
+        estimate(replace(config, rollout=replace(config.rollout, keep_unconditional=False))),
+    )
+    trainer = Trainer(config)
+    batch, _ = trainer.collect(0)
+    batch.advantages[:] = 1.0  # none is left out
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as updating:
+        trainer.learner.update(batch)
+    trainer.accelerator.end_training()
+    assert found.flops["update"] + found.flops["reference"] == updating.get_total_flops()
+    assert found.flops["update"] < plain.flops["update"]
+    assert found.memory["trajectory"] > plain.memory["trajectory"]
 
 
 @pytest.mark.parametrize("rank", [0, 4])
