@@ -42,15 +42,6 @@ FORK.set_forkserver_preload(["fastflowgrpo.train", "fastflowgrpo.trainer", "supp
 TIMEOUT = 900  # seconds
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """These models are too small for more: threads of a busy machine wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sd3")

@@ -36,15 +36,6 @@ PROMPTS = ["a cat", "two dogs", "a red ball", "the sea", "a cat on a ball", "sno
 TIMEOUT = 600  # seconds; nothing takes more than one or two
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """These models are too small for more: threads of a busy machine wait for each other longer than they compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("sd3")
