@@ -5,7 +5,7 @@ install: ## the package, its tests, documentation and benchmarks, in the tested 
 	pip install -c constraints.txt -e ".[test,ocr,demo,bench,docs]"
 
 test: ## everything; ARGS='-m "not slow"' leaves out whole runs
-	python -m pytest $(ARGS)
+	python -m pytest -n auto --dist loadgroup $(ARGS)
 
 lint:
 	ruff check

@@ -51,7 +51,15 @@ BUILD = ["cmake>=3.24", "ninja", "pybind11>=3"]  # as in pyproject.toml; the tes
 TRITON = ["triton>=3.6; sys_platform == 'linux'"]
 OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3"]
 PADDLE = ["paddleocr>=3", "paddlepaddle>=3", "rapidfuzz>=3"]
-TEST = ["pytest>=9", "hypothesis>=6.100", "schemathesis>=4", "ruff", "mypy>=2", "import-linter>=2.17"]
+TEST = [
+    "pytest>=9",
+    "pytest-xdist>=3.8",
+    "hypothesis>=6.100",
+    "schemathesis>=4",
+    "ruff",
+    "mypy>=2",
+    "import-linter>=2.17",
+]
 SERVE = [
     "fastapi>=0.115",
     "uvicorn>=0.30",

@@ -29,6 +29,8 @@ from fastflowgrpo.rewards import Scores
 from fastflowgrpo.runs import checkpoints
 from fastflowgrpo.scoring.gather import gather_scores
 
+pytestmark = pytest.mark.xdist_group("distributed")  # one worker: the runs of its fixtures are made once
+
 REWARD = "support.distributed_runs:place_reward"
 TESTS = Path(__file__).parent
 ENVIRONMENT = {

@@ -15,7 +15,7 @@ import pytest
 
 import fastflowgrpo
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 ROOT = Path(__file__).parents[1]
 EXTENSION = f"fastflowgrpo/_native{sysconfig.get_config_var('EXT_SUFFIX')}"
 

@@ -28,6 +28,8 @@ from fastflowgrpo.learning.policy_gradient import GRPO
 from fastflowgrpo.runs import checkpoints, resume, signals, state
 from fastflowgrpo.train import main
 
+pytestmark = pytest.mark.xdist_group("resume")
+
 # Forked from a process that has imported everything and computed nothing: a run takes a second, not ten.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["fastflowgrpo.train", "fastflowgrpo.trainer", "support.killed_run"])
