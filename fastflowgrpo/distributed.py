@@ -201,6 +201,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded; it shares the tensor's memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     """A complete tensor, sharded as the other one is, if it is."""
     if not isinstance(other, DTensor):

@@ -35,10 +35,14 @@ class Learner:
             lr=update.learning_rate,
             betas=update.betas,
             weight_decay=update.weight_decay,
+            fused=True,
         )
         policy.transformer, self.optimizer = processes.prepare(policy.transformer, optimizer)
         self.parameters = policy.trainable_parameters()  # sharding has replaced them
-        self.ema = EMAModel(self.parameters, decay=update.ema_decay) if update.ema_decay else None
+        self.ema: EMAModel | None = None
+        if update.ema_decay:
+            # torch._foreach_copy_ takes no sharded parameters.
+            self.ema = EMAModel(self.parameters, decay=update.ema_decay, foreach=not processes.sharded)
         self.old_policy: WeightSnapshot | None = None
         if objective.uses_old_policy:
             self.old_policy = objective.old_policy = WeightSnapshot(self.parameters)
@@ -100,9 +104,8 @@ class Learner:
                     statistics.append(pair_statistics)
                 else:
                     self.processes.backward(0 * self.dummy_loss(batch).sum())
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad *= mean_factor / scale
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        torch._foreach_mul_(gradients, mean_factor / scale)
         return statistics
 
     def dummy_loss(self, batch: Batch) -> Tensor:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastflowgrpo.distributed import local_shard
+
 
 class WeightSnapshot:
     """Values of the trained parameters that follow them slowly, as a moving average does.
@@ -34,7 +36,7 @@ class WeightSnapshot:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, value in zip(self.parameters, self.values, strict=True):
-            current = parameter.clone()
-            parameter.copy_(value)
-            value.copy_(current)
+        parameters, values = (list(map(local_shard, tensors)) for tensors in (self.parameters, self.values))
+        current = [parameter.clone() for parameter in parameters]
+        torch._foreach_copy_(parameters, values)
+        torch._foreach_copy_(values, current)
