@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from fastflowgrpo.config import Config, validate
 from fastflowgrpo.console import progress
@@ -15,6 +16,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.evaluation.sampling import Samples, sample_and_score
 from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.learning import OBJECTIVES, Batch
+from fastflowgrpo.learning.exploration import exploration_metrics, explore
 from fastflowgrpo.learning.learner import Learner
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
@@ -31,9 +33,20 @@ from fastflowgrpo.runs.resume import checkpoint_to_resume, prompts_digest
 from fastflowgrpo.runs.signals import Signals
 from fastflowgrpo.runs.state import RunState
 from fastflowgrpo.sampling.coefficients import resolve_log_prob, step_coefficients
-from fastflowgrpo.sampling.rollout import Trajectory, sample_clean_groups, sample_groups, sliding_start, window_starts
-from fastflowgrpo.scoring.gather import gather_scores
+from fastflowgrpo.sampling.rollout import (
+    Trajectory,
+    sample_clean_groups,
+    sample_groups,
+    sample_seeds,
+    sliding_start,
+    window_starts,
+)
+from fastflowgrpo.scoring.gather import check_missing, gather_scores
 from fastflowgrpo.scoring.pipeline import Scoring
+
+Sampled = tuple[Trajectory, Conditioning, Conditioning | None, Scores, Scores | None]
+"""Trajectories, the conditioning of each group, the unconditional one with guidance, the scores of the samples, and
+those of the candidates if there are any."""
 
 
 class Trainer:
@@ -136,38 +149,34 @@ class Trainer:
         Raises:
             RuntimeError: more scores are missing than `max_missing` allows.
         """
-        size = self.config.rollout.group_size
+        rollout, size = self.config.rollout, self.config.rollout.group_size
         prompts = self.epoch_prompts(epoch)
-        trajectory, conditioning, unconditional, scores = self.signals.interruptible(self.sample, epoch, prompts)
+        sampled = self.signals.interruptible(self.sample, epoch, prompts)
+        trajectory, conditioning, unconditional, scores, candidates = sampled
         scores = gather_scores(self.processes, scores, len(prompts), size)
-        rewards, missing = scores.values, int(scores.values.isnan().sum())
-        if missing == len(rewards) or missing > self.config.max_missing * len(rewards):
-            raise mark_collective(
-                RuntimeError(
-                    f"{missing} of the {len(rewards)} images of epoch {epoch} have no score; max_missing allows a "
-                    f"share of {self.config.max_missing:g}, but not all; the last error: {scores.error}"
-                )
-            )
+        check_missing(scores, self.config.max_missing, f"images of epoch {epoch}")
+        rewards = scores.values
         advantages = self.objective.advantages(scores, self.rewards.weights)
         advantages = advantages.view(-1, size)[self.processes.rank_indices(len(prompts))].flatten()
         metrics = {
             "reward": rewards.nanmean().item(),
-            "missing": missing,
+            "missing": int(rewards.isnan().sum()),
             "images": len(rewards),
             **{name: value.nanmean().item() for name, value in scores.details.items()},
             **{f"{name}/missing": int(scores.details[name].isnan().sum()) for name in self.rewards.rewards},
         }
+        if candidates is not None and rollout.candidates:
+            candidates = gather_scores(self.processes, candidates, len(prompts), rollout.candidates)
+            check_missing(candidates, self.config.max_missing, f"candidates of epoch {epoch}")
+            metrics |= exploration_metrics(candidates.values.view(-1, rollout.candidates), rewards.view(-1, size))
         return Batch(trajectory, conditioning, unconditional, advantages), metrics
 
-    def sample(self, epoch: int, prompts: list[Prompt]) -> tuple[Trajectory, Conditioning, Conditioning | None, Scores]:
+    def sample(self, epoch: int, prompts: list[Prompt]) -> Sampled:
         """Sample this process's groups of an epoch, and score each batch while the next one is sampled.
 
         Args:
             epoch: its number.
             prompts: one per group, of all processes.
-
-        Returns:
-            The trajectories, the conditioning of each group, the unconditional one with guidance, and the scores.
         """
         rollout, size = self.config.rollout, self.config.rollout.group_size
         groups_at_once = rollout.batch_size // size
@@ -176,24 +185,32 @@ class Trainer:
         with self.report.phase("encode"):
             conditioning = self.embed([prompt.text for prompt in prompts])
             unconditional = self.embed([""]) if rollout.guidance_scale != 1 else None
+        candidates, noise_seeds = None, sample_seeds(seeds, size).view(-1, size)
+        if rollout.candidates:
+            embeddings, phase = (conditioning, unconditional), self.report.phase
+            with self.learner.sampling_weights():
+                candidates, noise_seeds = explore(
+                    self.policy, self.scoring, rollout, prompts, seeds, self.shape, *embeddings, phase
+                )
         parts: list[Trajectory] = []
         with progress("rollout", rollout.num_steps * -(-len(prompts) // groups_at_once)) as steps:
             for begin in range(0, len(prompts), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
                 with self.report.phase("rollout"), self.learner.sampling_weights():
                     of_groups = {name: tensor[groups] for name, tensor in conditioning.items()}
-                    part = self._sample_groups(epoch, seeds[groups], of_groups, unconditional, steps.update)
+                    starts, noise = self.window_starts(epoch, seeds[groups]), noise_seeds[groups].flatten()
+                    part = self._sample_groups(starts, noise, of_groups, unconditional, steps.update)
                 with self.report.phase("decode"):
                     self.scoring.submit(part.final, prompts[groups], size)
                 parts.append(part)
             with self.report.phase("score"):
                 scores = self.scoring.finish(steps.set_postfix_str)
-        return Trajectory.cat(parts), conditioning, unconditional, scores
+        return Trajectory.cat(parts), conditioning, unconditional, scores, candidates
 
     def _sample_groups(
         self,
-        epoch: int,
-        seeds: list[int],
+        starts: list[int],
+        seeds: Tensor,
         conditioning: Conditioning,
         unconditional: Conditioning | None,
         on_step: Callable[[], object],
@@ -216,7 +233,7 @@ class Trainer:
             self.policy,
             conditioning,
             self.coefficients,
-            self.window_starts(epoch, seeds),
+            starts,
             self.window_size,
             rollout.group_size,
             seeds,

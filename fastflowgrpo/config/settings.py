@@ -57,6 +57,13 @@ class RolloutConfig:
 
     group_size: int = 24
     """Images per prompt. Rewards are compared within this group."""
+    candidates: int | None = None
+    """Seeds that are explored per prompt with few steps. The best and the worst of them, group_size in all, are sampled
+    again with all steps and trained on. null: no exploration."""
+    candidate_steps: int = 4
+    """Denoising steps of a candidate, by the ODE."""
+    candidate_solver: Literal["euler", "dpm_solver"] = "euler"
+    """Solver of a candidate, see solver."""
     num_steps: int = 10
     """Denoising steps in training; evaluation.num_steps is for the evaluation."""
     dynamics: Literal["flow_sde", "flow_cps", "dance_sde", "ode"] = "flow_sde"

@@ -41,6 +41,7 @@ _MINIMUM = {
         "policy.lora_alpha",
         "policy.decode_batch_size",
         "prompts.per_epoch",
+        "rollout.candidate_steps",
         "rollout.window_size",
         "rollout.window_epochs",
         "rollout.height",
@@ -161,6 +162,7 @@ def validate(config: Config) -> None:
     if config.advantage.mode == "gdpo" and len(config.rewards) < 2:
         raise UserError("advantage.mode: gdpo normalises each of several rewards, and there is one")
     _check_window(config)
+    _check_candidates(config)
 
 
 def validate_evaluation(config: EvaluateConfig) -> None:
@@ -252,6 +254,27 @@ def _check_window(config: Config) -> None:
             f"rollout.window_start: a window of {rollout.window_size} steps from step {high - 1} on needs {needed} "
             f"steps, but rollout.num_steps = {rollout.num_steps} has {trained}: the last is never trained"
         )
+
+
+def _check_candidates(config: Config) -> None:
+    rollout, default = config.rollout, Config().rollout
+    if rollout.candidates is None:
+        for name in ("candidate_steps", "candidate_solver"):
+            if getattr(rollout, name) != getattr(default, name):
+                raise UserError(f"rollout.{name}: nothing is explored unless rollout.candidates is set")
+        return
+    if rollout.candidates <= rollout.group_size:
+        raise UserError(
+            f"rollout.candidates: {rollout.candidates} candidates leave no choice of rollout.group_size "
+            f"{rollout.group_size}: set more of them, or null"
+        )
+    if rollout.group_size % 2:
+        raise UserError(
+            "rollout.group_size: must be even with rollout.candidates, for as many best candidates as worst ones, "
+            f"got {rollout.group_size}"
+        )
+    if rollout.same_noise:
+        raise UserError("rollout.candidates: candidates differ by their initial noise; set rollout.same_noise to false")
 
 
 def _division(dividend: int, divisor: int) -> str:

@@ -54,8 +54,8 @@ class Estimate:
     passes: dict[str, int]
     """Bytes that a pass of each phase adds: rollout, update, update with gradient checkpointing."""
     flops: dict[str, int]
-    """FLOPs of an epoch on all processes together: rollout, update, reference, decode, checkpointing (what gradient
-    checkpointing would add to the update)."""
+    """FLOPs of an epoch on all processes together: candidates (their passes, if there are any), rollout, update,
+    reference, decode (candidates too), checkpointing (what gradient checkpointing would add to the update)."""
 
     def total_memory(self, checkpointing: bool = False) -> int:
         """Return the peak bytes of a process."""
@@ -100,9 +100,10 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
             supported, or a policy setting does not fit it.
     """
     plan = batch_plan(config, processes)
-    sampled = max(plan.rollout_batch_size, config.evaluation.batch_size)
+    sampled = max(plan.rollout_batch_size, plan.candidate_batch_size, config.evaluation.batch_size)
     micro_batch = plan.micro_batch_size * OBJECTIVES[config.update.algorithm].samples_per_pair
-    decoded = min(config.policy.decode_batch_size, plan.rollout_batch_size)
+    decoded = max(plan.rollout_batch_size, plan.candidate_batch_size, plan.candidates)
+    decoded = min(config.policy.decode_batch_size, decoded)
     passes = run_passes(config, sampled, micro_batch, decoded)
     size = getattr(torch, config.policy.dtype).itemsize
     autocast = 0 if passes.uses_lora or size == FLOAT32 else passes.trained * size
@@ -155,11 +156,13 @@ def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     unconditional = trained_images * (trained_branches - 1) * forward
     if config.rollout.keep_unconditional:  # the first update of an epoch has them
         unconditional -= unconditional // plan.updates
-    flops = {
+    candidates = plan.groups * plan.candidates
+    flops = {"candidates": candidates * config.rollout.candidate_steps * branches * forward} if candidates else {}
+    flops |= {
         "rollout": plan.images * config.rollout.num_steps * branches * forward,
         "update": trained_images * train + unconditional,
         "reference": _images_with_kl(config, plan, trained_images) * trained_branches * reference,
-        "decode": plan.images * passes.decode.flops_per_sample,
+        "decode": (plan.images + candidates) * passes.decode.flops_per_sample,
         "checkpointing": trained_images * (passes.checkpointed.flops_per_sample - train),
     }
     if objective.uses_old_policy:

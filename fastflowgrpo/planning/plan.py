@@ -27,6 +27,10 @@ class Plan:
     updates: int
     groups_per_process: tuple[int, int]
     """Fewest and most groups of a process in an epoch."""
+    candidates: int
+    """Candidates of a group, 0 if nothing is explored."""
+    candidate_batch_size: int
+    """Candidates in the largest pass."""
     rollout_batches: int
     """Batches in the rollout of the process with the most groups."""
     rollout_batch_size: int
@@ -68,6 +72,13 @@ class Plan:
             f"update   {update_groups} of {self.groups // self.updates} groups a process, "
             f"{pairs} pairs in {_count(self.micro_batches, 'micro-batch')} of {self.micro_batch_size}",
         ]
+        if self.candidates:
+            candidates, half = self.groups_per_process[1] * self.candidates, self.group_size // 2
+            lines.insert(
+                1,
+                f"explore  {groups} groups a process, {candidates} candidates in batches of "
+                f"{self.candidate_batch_size}; the {half} best and the {half} worst of each {self.candidates} are kept",
+            )
         if self.utilization < 1:
             lines.append(
                 f"uneven   processes wait {1 - self.utilization:.0%} of the update for those with one more group"
@@ -103,6 +114,8 @@ def batch_plan(config: Config, processes: int) -> Plan:
     groups_per_process = groups // processes, -(-groups // processes)
     update_groups_per_process = groups_per_update // processes, -(-groups_per_update // processes)
     images, pairs = groups_per_process[1] * size, update_groups_per_process[1] * trained_per_group * pairs_per_image
+    candidates = rollout.candidates or 0
+    explored = min(groups_per_process[1], max(1, rollout.batch_size // max(1, candidates)))  # groups at once
     return Plan(
         processes=processes,
         groups=groups,
@@ -112,6 +125,8 @@ def batch_plan(config: Config, processes: int) -> Plan:
         pairs_per_image=pairs_per_image,
         updates=update.per_epoch,
         groups_per_process=groups_per_process,
+        candidates=candidates,
+        candidate_batch_size=min(explored * candidates, rollout.batch_size),
         rollout_batches=-(-images // rollout.batch_size),
         rollout_batch_size=min(images, rollout.batch_size),
         update_groups_per_process=update_groups_per_process,

@@ -109,6 +109,8 @@ class Report:
             parts.append(f"accuracy {metrics['geneval/strict']:.3f}")
         if metrics["missing"]:
             parts.append(f"missing {metrics['missing']}")
+        if "candidates/rank_correlation" in metrics:
+            parts.append(f"rank correlation {metrics['candidates/rank_correlation']:.2f}")
         if "ratio" in metrics:
             parts.append(f"ratio 1{metrics['ratio_min'] - 1:+.1e}..{metrics['ratio_max'] - 1:+.1e}")
             parts.append(f"clipped {metrics['clipped_above'] + metrics['clipped_below']:.0%}")

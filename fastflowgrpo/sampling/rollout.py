@@ -72,7 +72,7 @@ def sample_groups(
     starts: Sequence[int],
     window_size: int,
     group_size: int,
-    seeds: Sequence[int],
+    seeds: Tensor,
     shape: tuple[int, ...],
     *,
     unconditional: Conditioning | None = None,
@@ -94,7 +94,7 @@ def sample_groups(
         starts: first step of each group's window, the same for all its samples.
         window_size: steps of a window.
         group_size: samples per group.
-        seeds: one per group; all noise of the group depends on it only.
+        seeds: (B,) int64, group after group; all noise of a sample depends on its seed only, see `sample_seeds`.
         shape: shape of one latent sample.
         policy, unconditional, guidance_scale: as in `sample_ode`.
         same_noise: start all samples of a group from the same initial noise.
@@ -105,7 +105,7 @@ def sample_groups(
         on_step: called once per denoising step, for a progress bar.
     """
     schedule = _window_schedule(coefficients, starts, window_size, group_size, policy.device)
-    noise_seeds = sample_seeds(seeds, group_size).to(policy.device, non_blocking=True)
+    noise_seeds = seeds.to(policy.device, non_blocking=True)
     initial_seeds = noise_seeds[::group_size] if same_noise else noise_seeds
     sample = philox_normal(initial_seeds, 0, (len(initial_seeds), *shape)).to(policy.dtype)
     begin = 0
@@ -146,7 +146,7 @@ def sample_clean_groups(
     conditioning: Conditioning,
     num_steps: int,
     group_size: int,
-    seeds: Sequence[int],
+    seeds: Tensor,
     shape: tuple[int, ...],
     *,
     unconditional: Conditioning | None = None,
@@ -160,8 +160,8 @@ def sample_clean_groups(
         num_steps, solver: as in `sample_ode`.
         conditioning, group_size, seeds, shape, unconditional, guidance_scale, on_step: as in `sample_groups`.
     """
-    noise_seeds = sample_seeds(seeds, group_size).to(policy.device, non_blocking=True)
-    group = torch.arange(len(seeds)).repeat_interleave(group_size).to(policy.device, non_blocking=True)
+    noise_seeds = seeds.to(policy.device, non_blocking=True)
+    group = torch.arange(len(seeds)).to(policy.device, non_blocking=True) // group_size
     clean = sample_ode(
         policy,
         repeat_rows(conditioning, group),

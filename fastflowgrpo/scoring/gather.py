@@ -2,7 +2,7 @@
 
 import torch
 
-from fastflowgrpo.distributed import Processes
+from fastflowgrpo.distributed import Processes, mark_collective
 from fastflowgrpo.scoring.contract import Scores
 
 
@@ -25,3 +25,24 @@ def gather_scores(processes: Processes, scores: Scores, total: int, images_per_p
     rows = (processes.rank_order(total)[:, None] * images_per_prompt + torch.arange(images_per_prompt)).flatten()
     details = {name: values[rows] for name, values in joined.details.items()}
     return Scores(joined.values[rows], details, joined.error)
+
+
+def check_missing(scores: Scores, max_missing: float, images: str) -> None:
+    """Raise an error if too many scores are missing. Collective: every rank has the scores of all.
+
+    Args:
+        scores: of all ranks.
+        max_missing: share that may be missing, but not all.
+        images: what was scored, for the message.
+
+    Raises:
+        RuntimeError: more are missing.
+    """
+    missing, count = int(scores.values.isnan().sum()), len(scores.values)
+    if missing == count or missing > max_missing * count:
+        raise mark_collective(
+            RuntimeError(
+                f"{missing} of the {count} {images} have no score; max_missing allows a share of {max_missing:g}, "
+                f"but not all; the last error: {scores.error}"
+            )
+        )

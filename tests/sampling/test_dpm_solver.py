@@ -10,7 +10,7 @@ from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.policy import load_policy
 from fastflowgrpo.sampling.coefficients import step_coefficients
 from fastflowgrpo.sampling.ode import dpm_solver_factors, sample_ode
-from fastflowgrpo.sampling.rollout import sample_clean_groups, sample_groups
+from fastflowgrpo.sampling.rollout import sample_clean_groups, sample_groups, sample_seeds
 
 MEAN, STD = 1.5, 0.4
 
@@ -84,15 +84,16 @@ def test_a_rollout_without_steps_is_the_one_of_the_ode_dynamics():
     policy = load_policy("shapes", PolicyConfig(lora_rank=1))
     conditioning, shape = policy.encode(["a red circle", "two squares"]), policy.latent_shape(None, None)
     coefficients = step_coefficients(policy.sigmas(20, shape), "ode")
-    expected = sample_groups(policy, conditioning, coefficients, [0, 0], 3, 3, [5, 6], shape, keep_steps=False)
+    seeds = sample_seeds([5, 6], 3)
+    expected = sample_groups(policy, conditioning, coefficients, [0, 0], 3, 3, seeds, shape, keep_steps=False)
     euler, dpm_solver = (
-        sample_clean_groups(policy, conditioning, 20, 3, [5, 6], shape, solver=solver)
+        sample_clean_groups(policy, conditioning, 20, 3, seeds, shape, solver=solver)
         for solver in ("euler", "dpm_solver")
     )
     assert torch.equal(euler.final, expected.final)
     assert torch.equal(euler.seeds, expected.seeds)
     assert euler.latents.shape[:2] == euler.velocities.shape[:2] == euler.log_probs.shape == (6, 0)
-    exact = sample_clean_groups(policy, conditioning, 200, 3, [5, 6], shape).final
+    exact = sample_clean_groups(policy, conditioning, 200, 3, seeds, shape).final
     errors = [(rollout.final - exact).norm() for rollout in (euler, dpm_solver)]
     assert errors[1] < 0.6 * errors[0]
 

@@ -50,7 +50,7 @@ def sample(
         starts,
         window_size,
         group_size,
-        seeds,
+        sample_seeds(seeds, group_size),
         SHAPE,
         **kwargs,
     )
@@ -103,7 +103,7 @@ def test_a_group_does_not_depend_on_its_batch():
         [2],
         3,
         2,
-        [2],
+        sample_seeds([2], 2),
         SHAPE,
     )
     assert torch.equal(both.latents[2:], alone.latents)
@@ -210,12 +210,12 @@ def test_a_shared_prefix_changes_transformer_samples_only_by_rounding(guidance):
     rows = []
     policy.module.register_forward_pre_hook(lambda m, a, k: rows.append(len(k["hidden_states"])), with_kwargs=True)
     settings = {"unconditional": unconditional, "guidance_scale": guidance, "same_noise": True}
-    shared = sample_groups(policy, conditioning, coefficients, (3, 3), 2, 4, (1, 2), shape, **settings)
+    shared = sample_groups(policy, conditioning, coefficients, (3, 3), 2, 4, sample_seeds((1, 2), 4), shape, **settings)
     calls = 1 if guidance == 1 else 2
     assert rows == [2] * 3 * calls + [8] * 3 * calls
     # nothing is shared if another group's window begins with the first step
     both = {name: tensor[[0, 1, 0]] for name, tensor in conditioning.items()}
-    apart = sample_groups(policy, both, coefficients, (3, 3, 0), 2, 4, (1, 2, 3), shape, **settings)
+    apart = sample_groups(policy, both, coefficients, (3, 3, 0), 2, 4, sample_seeds((1, 2, 3), 4), shape, **settings)
     torch.testing.assert_close(shared.final, apart.final[:8], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(shared.latents, apart.latents[:8], rtol=1e-3, atol=1e-4)
 
