@@ -16,7 +16,6 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.evaluation.sampling import Samples, sample_and_score
 from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.learning import OBJECTIVES, Batch
-from fastflowgrpo.learning.exploration import exploration_metrics, explore
 from fastflowgrpo.learning.learner import Learner
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
@@ -41,6 +40,7 @@ from fastflowgrpo.sampling.rollout import (
     sliding_start,
     window_starts,
 )
+from fastflowgrpo.scoring.exploration import exploration_metrics, explore
 from fastflowgrpo.scoring.gather import check_missing, gather_scores
 from fastflowgrpo.scoring.pipeline import Scoring
 

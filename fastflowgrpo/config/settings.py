@@ -60,9 +60,9 @@ class RolloutConfig:
     candidates: int | None = None
     """Seeds that are explored per prompt with few steps. The best and the worst of them, group_size in all, are sampled
     again with all steps and trained on. null: no exploration."""
-    candidate_steps: int = 4
+    candidate_steps: int = 6
     """Denoising steps of a candidate, by the ODE."""
-    candidate_solver: Literal["euler", "dpm_solver"] = "euler"
+    candidate_solver: Literal["euler", "dpm_solver"] = "dpm_solver"
     """Solver of a candidate, see solver."""
     num_steps: int = 10
     """Denoising steps in training; evaluation.num_steps is for the evaluation."""

@@ -56,7 +56,7 @@ _MINIMUM = {
         "evaluation.images_per_prompt",
         "evaluation.batch_size",
     ),
-    2: ("rollout.group_size", "rollout.num_steps"),
+    2: ("rollout.group_size", "rollout.candidates", "rollout.num_steps"),
 }
 _ABOVE_ZERO = (
     "update.replay_tolerance",
@@ -263,7 +263,7 @@ def _check_candidates(config: Config) -> None:
             if getattr(rollout, name) != getattr(default, name):
                 raise UserError(f"rollout.{name}: nothing is explored unless rollout.candidates is set")
         return
-    if rollout.candidates <= rollout.group_size:
+    if not rollout.candidates > rollout.group_size:
         raise UserError(
             f"rollout.candidates: {rollout.candidates} candidates leave no choice of rollout.group_size "
             f"{rollout.group_size}: set more of them, or null"

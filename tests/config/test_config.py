@@ -85,6 +85,26 @@ WRONG = {
         "rollout.dynamics: ode does not use rollout.same_noise (default False)",
     ),
     "one reward": (["--advantage.mode", "gdpo"], "advantage.mode: gdpo normalises each of several rewards, and there"),
+    "no choice": (
+        ["--rollout.candidates", "24"],
+        "rollout.candidates: 24 candidates leave no choice of rollout.group_size 24: set more of them, or null",
+    ),
+    "odd group": (
+        ["--rollout.candidates", "96", "--rollout.group_size", "9", "--rollout.batch_size", "9"],
+        "rollout.group_size: must be even with rollout.candidates, for as many best candidates as worst ones, got 9",
+    ),
+    "equal candidates": (
+        ["--rollout.candidates", "96", "--rollout.same_noise", "true"],
+        "rollout.candidates: candidates differ by their initial noise; set rollout.same_noise to false",
+    ),
+    "no candidates": (
+        ["--rollout.candidate_steps", "3"],
+        "rollout.candidate_steps: nothing is explored unless rollout.candidates is set",
+    ),
+    "no candidates to solve": (
+        ["--rollout.candidate_solver", "euler"],
+        "rollout.candidate_solver: nothing is explored unless rollout.candidates is set",
+    ),
     "no stride": (["--rollout.window_epochs", "5"], "rollout.window_epochs: the window does not move unless"),
     "no window": (
         ["--rollout.window_stride", "1", "--rollout.window_size", "null"],

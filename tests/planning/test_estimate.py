@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import replace
+from itertools import accumulate
 from math import prod
 
 import pytest
@@ -133,6 +134,27 @@ def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weigh
     assert found.flops["update"] + found.flops["reference"] + old_policy == updating.get_total_flops()
     assert (old_policy > 0) == ("old policy" in found.memory) == (algorithm in ("nft", "awm"))
     assert (found.flops["reference"] > 0) == (kl_weight > 0 or algorithm == "dpo")
+
+
+@pytest.mark.parametrize(("candidates", "groups", "largest"), [(6, 4, 6), (12, 4, 8), (5, 1, 5)])
+def test_flops_of_candidates_are_those_of_a_real_epoch(candidates, groups, largest, tmp_path):
+    config = config_of(tmp_path / "run")
+    config.prompts.per_epoch, config.update.per_epoch = groups, 1
+    config.rollout.candidates, config.rollout.candidate_steps = candidates, 2
+    validate(config)
+    found = estimate(config)
+    trainer, passes = Trainer(config), []
+    trainer.policy.module.register_forward_hook(lambda module, inputs, output: passes.append(len(output[0])))
+    trainer.embed([prompt.text for prompt in trainer.epoch_prompts(0)] + [""])
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as sampling:
+        trainer.collect(0)
+    trainer.accelerator.end_training()
+    assert sum(found.flops[name] for name in ("candidates", "rollout", "decode")) == sampling.get_total_flops()
+    rows = groups * candidates * 2 * 2  # 2 steps of 2 branches
+    explored = [size for size, total in zip(passes, accumulate(passes), strict=True) if total <= rows]
+    assert sum(explored) == rows and found.plan.candidate_batch_size == max(explored) == largest
+    line = f"explore  {groups} groups a process, {groups * candidates} candidates in batches of {largest}; the 2 best"
+    assert line in str(found)
 
 
 def test_flops_of_fewer_passes_are_those_of_a_real_epoch(tmp_path):

@@ -158,9 +158,10 @@ def on_call(monkeypatch, owner, name, number, act):
     monkeypatch.setattr(owner, name, counted)
 
 
-@pytest.mark.parametrize("algorithm", ["nft", "awm"])
-def test_a_run_with_an_old_policy_resumes_as_the_unbroken_one(model, tmp_path, monkeypatch, algorithm):
+@pytest.mark.parametrize(("algorithm", "candidates"), [("nft", "null"), ("awm", 6)])
+def test_a_run_with_an_old_policy_resumes_as_the_unbroken_one(model, tmp_path, monkeypatch, algorithm, candidates):
     settings = {"update.algorithm": algorithm, "rollout.dynamics": "ode", "update.old_decay_slope": 0.1}
+    settings["rollout.candidates"] = candidates
     default = {"rollout.window_size": 3, "rollout.window_start": "[0,6]", "rollout.num_steps": 4}
     unbroken, broken = (command(model, tmp_path / name, **settings, **default) for name in ("unbroken", "broken"))
     assert main(unbroken) == 0

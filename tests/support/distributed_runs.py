@@ -77,7 +77,8 @@ def config_of(
         evaluation=EvaluationConfig(num_steps=3, images_per_prompt=2, batch_size=4),
     )
     if algorithm == "nft":
-        config.rollout = RolloutConfig(dynamics="ode", group_size=SIZE, num_steps=5, batch_size=2 * SIZE)
+        explored = {"candidates": 9, "candidate_steps": 2}
+        config.rollout = RolloutConfig(dynamics="ode", group_size=SIZE, num_steps=5, batch_size=2 * SIZE, **explored)
         config.update = replace(config.update, algorithm="nft", noise_draws=2, old_decay_slope=0.1)
     return config
 
