@@ -447,10 +447,10 @@ def test_too_many_missing_scores_stop_the_run_with_a_checkpoint(model, whole, tm
         sample = Trainer.sample
 
         def without_scores(self, epoch, chosen):
-            *sampled, scores = sample(self, epoch, chosen)
+            *sampled, scores, candidates = sample(self, epoch, chosen)
             if epoch == 3:
                 scores.values[2:] = torch.nan
-            return *sampled, scores
+            return *sampled, scores, candidates
 
         patched.setattr(Trainer, "sample", without_scores)
         with pytest.raises(RuntimeError, match="6 of the 8 images of epoch 3 have no score"):
