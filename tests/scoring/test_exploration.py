@@ -64,22 +64,22 @@ def candidates_of(trainer, steps, solver):
     [("awm", "euler", 1.0), ("dpo", "dpm_solver", 2.0), ("grpo", "dpm_solver", 2.0)],
 )
 def test_the_extreme_candidates_are_sampled_again_from_their_noise(tmp_path, monkeypatch, algorithm, solver, guidance):
-    trainer = trainer_of(tmp_path, algorithm, guidance=guidance, candidate_solver=solver)
+    trainer = trainer_of(tmp_path, algorithm, guidance=guidance, candidate_solver=solver, candidate_steps=4)
     seen, velocity = [], trainer.policy.velocity
     monkeypatch.setattr(
         trainer.policy, "velocity", lambda latents, *rest: (seen.append(latents), velocity(latents, *rest))[1]
     )
     batch, metrics = trainer.collect(0)
     monkeypatch.undo()
-    seeds, noise, scores = candidates_of(trainer, 2, solver)
+    seeds, noise, scores = candidates_of(trainer, 4, solver)
     order = scores.argsort()
     kept = torch.cat([order[:, : SIZE // 2], order[:, -SIZE // 2 :]], 1).sort().values
     rows = (torch.arange(GROUPS)[:, None], kept)
     assert torch.equal(batch.trajectory.seeds.view(-1, SIZE), seeds[rows])
     # two groups of candidates, one group of candidates, then all groups at once
     passes, branches = [len(latents) for latents in seen], 1 if guidance == 1 else 2
-    assert passes == [2 * CANDIDATES] * 2 * branches + [CANDIDATES] * 2 * branches + [GROUPS * SIZE] * 5 * branches
-    assert torch.equal(seen[4 * branches].unflatten(0, (GROUPS, SIZE)), noise[rows])
+    assert passes == [2 * CANDIDATES] * 4 * branches + [CANDIDATES] * 4 * branches + [GROUPS * SIZE] * 5 * branches
+    assert torch.equal(seen[8 * branches].unflatten(0, (GROUPS, SIZE)), noise[rows])
     assert metrics["candidates/reward"] == pytest.approx(float(scores.mean()))
     assert metrics["candidates/missing"] == 0 and metrics["images"] == GROUPS * SIZE
     assert trainer.learner.update(batch)["trained_pairs"] > 0
