@@ -1,6 +1,7 @@
 """Links of the documentation lead somewhere, and what is made from the code is current. `mkdocs build --strict`, in
 .ci/run, checks the site."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -9,6 +10,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import fastflowgrpo
+from benchmarks import learning_report
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -36,3 +38,13 @@ def test_the_page_of_the_rooms_names_each():
 def test_the_api_has_every_public_name():
     documented = re.findall(r"^::: \S*?(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
     assert set(fastflowgrpo.__all__) <= set(documented)
+
+
+@pytest.mark.parametrize(
+    "page, written", [("README.md", learning_report.summary), ("docs/learning.md", learning_report.tables)]
+)
+def test_the_tables_of_the_learning_benchmark_are_current(page, written):
+    text, results = (ROOT / page).read_text(), ROOT / "benchmarks/results" / learning_report.RESULTS
+    begin, end = text.index(learning_report.BEGIN) + len(learning_report.BEGIN), text.index(learning_report.END)
+    expected = written(json.loads(results.read_text())) if results.is_file() else ""
+    assert text[begin:end].strip() == expected.strip(), "run python -m benchmarks.learning --report --publish"
