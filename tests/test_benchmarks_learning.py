@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,12 @@ def test_runs_with_other_settings_or_of_another_machine_are_refused(tmp_path):
 def test_a_signal_ends_the_run_and_the_benchmark(monkeypatch, signum, command):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(learning, "COMMAND", command)
-    install = signal.signal
+    install, processes = signal.signal, []
+
+    class Recorded(subprocess.Popen):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            processes.append(self)
 
     def install_and_send(number, handler):
         previous = install(number, handler)
@@ -162,8 +168,10 @@ def test_a_signal_ends_the_run_and_the_benchmark(monkeypatch, signum, command):
             os.kill(os.getpid(), signum)
         return previous
 
+    monkeypatch.setattr(learning.subprocess, "Popen", Recorded)
     monkeypatch.setattr(learning.signal, "signal", install_and_send)
     assert learning.train([]) == 128 + signum
+    assert processes[0].returncode == (0 if command == ["true"] else -signum)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
