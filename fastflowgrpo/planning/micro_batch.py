@@ -33,15 +33,16 @@ def with_largest_micro_batch(config: Config, processes: int, memory: float) -> C
     def with_pairs(pairs: int) -> Config:
         return replace(config, update=replace(config.update, batch_size=pairs * samples_per_pair))
 
-    smallest = estimate(with_pairs(1), processes)
+    with torch.random.fork_rng(devices=[]):  # the run's random numbers do not depend on who chose the size
+        smallest = estimate(with_pairs(1), processes)
+        all_pairs = smallest.plan.micro_batches
+        largest = estimate(with_pairs(all_pairs), processes)
     if smallest.total_memory(checkpointing) > memory:
         raise UserError(
             f"update.batch_size: one pair at a time already needs {smallest.total_memory(checkpointing) / 1e9:.3g} GB "
             f"of {memory / 1e9:.3g} GB: set policy.gradient_checkpointing to true, or lower rollout.batch_size and "
             "evaluation.batch_size"
         )
-    all_pairs = smallest.plan.micro_batches
-    largest = estimate(with_pairs(all_pairs), processes)
     # The peak is a maximum of sums that grow evenly with the batch, so between two sizes it is at most on their chord.
     growth = (largest.passes[update] - smallest.passes[update]) / max(1, all_pairs - 1)
     free = memory - sum(smallest.memory.values()) - smallest.passes[update]

@@ -332,7 +332,9 @@ def test_the_largest_micro_batch_fits_and_a_larger_one_would_not(algorithm, chec
     config.update.batch_size = 0
     validate(config)
     memory = 40e6
+    state = torch.get_rng_state()
     config = with_largest_micro_batch(config, 1, memory)
+    assert torch.equal(torch.get_rng_state(), state)
     found = estimate(config)
     plan = found.plan
     assert plan.micro_batches > 2
