@@ -54,7 +54,7 @@ RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 # What `lean` sets besides.
 LEAN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "paper": ({"keep_unconditional": True}, {"kl_share": 0.25}),
-    "window": ({"same_noise": True, "tail_steps": 2, "solver": "dpm_solver"}, {}),
+    "window": ({"same_noise": True, "tail_steps": 3, "solver": "dpm_solver"}, {}),
 }
 
 
