@@ -245,6 +245,7 @@ class Trainer:
             same_noise=rollout.same_noise,
             tail_steps=rollout.tail_steps,
             solver=rollout.solver,
+            possible_starts=range(*self._start_range()) if self.processes.sharded and not rollout.window_stride else (),
             log_prob=resolve_log_prob(rollout.log_prob, rollout.dynamics),
             keep_steps=self.objective.uses_log_probs,
             keep_velocities=self.objective.uses_velocities,
@@ -289,11 +290,15 @@ class Trainer:
 
     def window_starts(self, epoch: int, seeds: list[int]) -> list[int]:
         """The first stochastic step of each group, by the groups' seeds."""
-        rollout = self.config.rollout
-        low, high = rollout.window_start if rollout.window_size else (0, 1)
+        rollout, (low, high) = self.config.rollout, self._start_range()
         if rollout.window_stride:
             return [sliding_start(low, high, rollout.window_stride, rollout.window_epochs, epoch)] * len(seeds)
         return window_starts(low, high, seeds)
+
+    def _start_range(self) -> tuple[int, int]:
+        """The range [low, high) of the windows' first steps."""
+        rollout = self.config.rollout
+        return rollout.window_start if rollout.window_size else (0, 1)
 
     def _with_micro_batch(self, resumed: Checkpoint | None) -> Config:
         """The config with a size of the micro-batches: the one that a run began with, or the largest that fits."""

@@ -54,8 +54,7 @@ def sample_ode(
     Raises:
         ValueError: for another solver.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+    _check_solver(solver)
     sigmas = policy.sigmas(num_steps, tuple(noise.shape[1:]))
     sample, guidance = noise.to(policy.device, policy.dtype), (unconditional, guidance_scale)
     if solver == "dpm_solver":
@@ -110,6 +109,7 @@ def solve_rows(
     unconditional: Conditioning | None,
     guidance_scale: float,
     on_step: Callable[[], object] = lambda: None,
+    num_passes: int = 0,
 ) -> Tensor:
     """The sample (B, ...) after each row went through its own schedule, computed in float32.
 
@@ -119,9 +119,11 @@ def solve_rows(
         conditioning: one row per sample.
         schedules: sigmas (num_steps + 1,) each, which decrease strictly; for `dpm_solver` to 0.
         schedule_of: int64 (B,) on the CPU, the index of each sample's schedule.
-        solver, unconditional, guidance_scale: as in `sample_ode`.
+        solver, unconditional, guidance_scale: as in `sample_ode`, with its errors.
         on_step: called after each pass.
+        num_passes: passes to run at least; those beyond the longest schedule have one sample and change nothing.
     """
+    _check_solver(solver)
     # (num_steps, B, 5), padded with zeros: sigma and the factors of x, v, x0 and x0_previous
     table = pad_sequence([_solver_table(sigmas.double(), solver) for sigmas in schedules])
     table = table[:, schedule_of].to(policy.device, torch.float32, non_blocking=True)
@@ -142,7 +144,16 @@ def solve_rows(
             on_step()
         sample, previous_clean = sample.index_copy(0, rows, part), previous_clean.index_copy(0, rows, previous)
         begin = end
+    for _ in range(begin, num_passes):
+        one = sample[:1], torch.ones(1, device=policy.device), repeat_rows(conditioning, slice(1))
+        branch_velocities(policy, *one, expand_row(unconditional, 1))
+        on_step()
     return sample
+
+
+def _check_solver(solver: str) -> None:
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
 
 
 def _solver_table(sigmas: Tensor, solver: str) -> Tensor:

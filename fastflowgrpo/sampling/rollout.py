@@ -81,6 +81,7 @@ def sample_groups(
     same_noise: bool = False,
     tail_steps: int | None = None,
     solver: str = "euler",
+    possible_starts: Sequence[int] = (),
     log_prob: str = "normalised",
     keep_steps: bool = True,
     keep_velocities: bool = False,
@@ -108,6 +109,7 @@ def sample_groups(
             the window, so that this one's velocity, and all steps before it, are computed once per group.
         tail_steps: most steps after the window, see `tail_schedule`.
         solver: "euler" or "dpm_solver", of the steps after the window.
+        possible_starts: starts of other ranks' windows, if ranks must run equally many passes, as for a sharded model.
         log_prob: "normalised" or "unnormalised", see `sde_step`.
         keep_steps: keep the steps of the windows; otherwise the trajectory has only the clean latents and the seeds.
         keep_velocities: keep the velocities of these steps too.
@@ -125,20 +127,21 @@ def sample_groups(
     conditioning = repeat_rows(of_groups, schedule.group.to(policy.device, non_blocking=True))
     guidance = (unconditional, guidance_scale)
     if windows_together:
-        before, after = steps_outside(coefficients, starts, window_size, tail_steps)
-        passes = max(map(len, before)) - 1 + window_size + max(map(len, after)) - 1
-        on_step = _evenly(on_step, len(coefficients.sigma), passes)
+        before, after = steps_outside(coefficients, [*starts, *possible_starts], window_size, tail_steps)
+        most = max(map(len, before)) - 1, max(map(len, after)) - 1
+        on_step = _evenly(on_step, len(coefficients.sigma), most[0] + window_size + most[1])
         if same_noise:
             each = torch.arange(len(starts))
-            sample = solve_rows(policy, sample, of_groups, before, each, "euler", *guidance, on_step)
+            sample = solve_rows(policy, sample, of_groups, before, each, "euler", *guidance, on_step, most[0])
             sample = sample.repeat_interleave(group_size, 0)
         else:
-            sample = solve_rows(policy, sample, conditioning, before, schedule.group, "euler", *guidance, on_step)
+            rows = conditioning, before, schedule.group
+            sample = solve_rows(policy, sample, *rows, "euler", *guidance, on_step, most[0])
     guided = unconditional is not None
     kept = _KeptSteps(sample, schedule, window_size * keep_steps, keep_velocities, keep_unconditional, guided)
     sample = _take_steps(policy, sample, conditioning, schedule, noise_seeds, log_prob, kept, *guidance, on_step)
     if windows_together:
-        sample = solve_rows(policy, sample, conditioning, after, schedule.group, solver, *guidance, on_step)
+        sample = solve_rows(policy, sample, conditioning, after, schedule.group, solver, *guidance, on_step, most[1])
     return kept.trajectory(noise_seeds, sample)
 
 

@@ -52,7 +52,7 @@ def test_a_shorter_tail_converges_to_the_full_one(solver, lowest, highest):
     coefficients = step_coefficients(policy.sigmas(num_steps, (8,)), "flow_sde", 0.7)
 
     def rollout(**tail):
-        groups = policy, {}, coefficients, [0, 200], 200, 2, [5, 6], (8,)
+        groups = policy, {}, coefficients, [0, 200], 200, 2, sample_seeds([5, 6], 2), (8,)
         return sample_groups(*groups, keep_steps=False, **tail).final
 
     exact = rollout(solver="dpm_solver")

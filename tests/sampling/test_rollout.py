@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from support.no_sync import NoSynchronisation
@@ -249,6 +251,18 @@ def test_a_shorter_tail_leaves_prefix_and_window_as_they_are(dtype, guidance):
     assert torch.equal(sample(TinyPolicy(dtype), tail_steps=4, **settings).final, full.final)
     alone = sample(TinyPolicy(dtype), tail_steps=2, **settings | {"starts": (3,), "seeds": (1,)})
     assert torch.equal(alone.final, sample(TinyPolicy(dtype), tail_steps=2, **settings).final[:2])
+
+
+@pytest.mark.parametrize("settings", [{"same_noise": True}, {"tail_steps": 2}])
+def test_ranks_run_equally_many_passes_whatever_their_groups_windows(settings):
+    for starts in ((0, 0), (3, 1), (4, 4)):
+        policy, calls = TinyPolicy(), iter(range(NUM_STEPS))
+        expected = sample(TinyPolicy(), starts=starts, window_size=1, **settings)
+        on_step = partial(next, calls)
+        found = sample(policy, starts=starts, window_size=1, possible_starts=range(5), on_step=on_step, **settings)
+        assert torch.equal(found.final, expected.final)
+        assert len(policy.seen) == 4 + 1 + (2 if "tail_steps" in settings else 5)
+        assert next(calls, None) is None
 
 
 def test_the_steps_of_a_tail_divide_its_range_and_end_with_zero():
