@@ -4,7 +4,8 @@ The eager loop does what the existing Flow-GRPO code bases do: it encodes the pr
 up and computes the SDE step in several passes, runs both halves of the guidance batch through the backward pass, trains
 one step of one rollout batch at a time with a reference pass for each, and reads each loss. Both sample the same noise,
 so that their gradients can be compared: in float32 they differ by rounding, in bfloat16 by what a batch of another size
-rounds differently on the way to the images and their rewards.
+rounds differently on the way to the images and their rewards. `lean` is ours with the settings that leave out passes:
+in the paper's recipe the gradient differs by the share of the KL, in the window's the images are others.
 
 Settings are those of `fastflowgrpo.train`, by default for the bundled model. At SD3.5-M's size, with random weights:
 
@@ -21,13 +22,14 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -48,6 +50,11 @@ from fastflowgrpo.trainer import Trainer, group_seed
 RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "paper": ({"window_size": None, "guidance_scale": 4.5}, {"kl": "flow_grpo", "kl_weight": 0.04}),
     "window": ({"window_size": 3, "window_start": (2, 3), "guidance_scale": 1.0}, {"kl_weight": 0.0}),
+}
+# What `lean` sets besides.
+LEAN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "paper": ({"keep_unconditional": True}, {"kl_share": 0.25}),
+    "window": ({"same_noise": True, "tail_steps": 3, "solver": "dpm_solver"}, {}),
 }
 
 
@@ -220,6 +227,16 @@ def run_ours(trainer: Trainer, epoch: int) -> dict[str, float]:
     return dict(trainer.report.seconds)
 
 
+def run_lean(trainer: Trainer, recipe: str, epoch: int) -> dict[str, float]:
+    """`run_ours` with the settings of `LEAN`."""
+    changes = zip((trainer.config.rollout, trainer.config.update), LEAN[recipe], strict=True)
+    with ExitStack() as stack:
+        for settings, values in changes:
+            for name, value in values.items():
+                stack.enter_context(patch.object(settings, name, value))
+        return run_ours(trainer, epoch)
+
+
 def gradients(trainer: Trainer) -> Tensor:
     flat = torch.cat([p.grad.flatten().cpu() for p in trainer.learner.parameters if p.grad is not None])
     trainer.learner.optimizer.zero_grad()
@@ -269,7 +286,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def measure(recipe: str, config: Config, repeats: int) -> dict[str, Any]:
-    """Both loops on a recipe: medians over `repeats` epochs of each, alternating, after one of each to warm up."""
+    """The loops on a recipe: medians over `repeats` epochs of each, alternating, after one of each to warm up."""
     gc.collect()  # the model of the recipe before, which the trainer's cycles keep
     rollout, update = RECIPES[recipe]
     config = replace(config, rollout=replace(config.rollout, **rollout), update=replace(config.update, **update))
@@ -286,12 +303,14 @@ def measure(recipe: str, config: Config, repeats: int) -> dict[str, Any]:
         on_gpu = trainer.policy.device.type == "cuda"
         loops: dict[str, Callable[[int], dict[str, float]]] = {
             "ours": partial(run_ours, trainer),
+            "lean": partial(run_lean, trainer, recipe),
             "eager": EagerEpoch(trainer).run,
         }
         seconds: dict[str, list[float]] = defaultdict(list)
         phases: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in loops}
         results: dict[str, dict[str, Any]] = {name: {} for name in loops}
-        difference = 0.0
+        same_images = [name for name in loops if name == "ours" or (name == "lean" and recipe == "paper")]
+        differences = dict.fromkeys(same_images, 0.0)
         for repeat in range(repeats + 1):
             found = {}
             for name, loop in loops.items():
@@ -309,10 +328,13 @@ def measure(recipe: str, config: Config, repeats: int) -> dict[str, Any]:
                     seconds[name].append(total)
                     for part, value in parts.items():
                         phases[name][part].append(value)
-            difference = max(difference, float((found["ours"] - found["eager"]).norm() / found["eager"].norm()))
+            for name, largest in differences.items():
+                difference = float((found[name] - found["eager"]).norm() / found["eager"].norm())
+                differences[name] = max(largest, difference)
         trainer.accelerator.end_training()
     images = config.prompts.per_epoch * config.rollout.group_size
     for name, result in results.items():
+        result["speedup"] = statistics.median(e / o for e, o in zip(seconds["eager"], seconds[name], strict=True))
         result["images_per_s"] = images / statistics.median(seconds[name])
         result["seconds"] = {part: statistics.median(values) for part, values in phases[name].items()}
         done = sum(count * flops[kind] for kind, count in result["passes"].items())
@@ -322,8 +344,9 @@ def measure(recipe: str, config: Config, repeats: int) -> dict[str, Any]:
         "images": images,
         "flops_per_pass": flops,
         "loops": results,
-        "speedup": statistics.median(e / o for e, o in zip(seconds["eager"], seconds["ours"], strict=True)),
-        "relative_gradient_difference": difference,
+        "speedup": results["ours"]["speedup"],
+        "relative_gradient_difference": differences["ours"],
+        "lean_gradient_difference": differences.get("lean"),
         "config": asdict(config) | {"output_dir": None},
     }
 
@@ -353,6 +376,10 @@ def main(argv: list[str] | None = None) -> None:
         row = measure(recipe, config, arguments.repeats)
         result["recipes"].append(row)
         print(f"\n{recipe}: {row['speedup']:.2f}x, gradients differ by {row['relative_gradient_difference']:.1e}")
+        lean = f"  lean: {row['loops']['lean']['speedup']:.2f}x"
+        if row["lean_gradient_difference"] is not None:
+            lean += f", gradients differ by {row['lean_gradient_difference']:.1e}, which is the share of the KL"
+        print(lean)
         each = {kind: f"{count / 1e9:.4g}" for kind, count in row["flops_per_pass"].items()}
         print(f"  GFLOP of a sample's pass: forward {each['forward']}, forward and backward {each['forward_backward']}")
         for loop, of in row["loops"].items():

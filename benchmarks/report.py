@@ -105,7 +105,7 @@ def epoch_table(data: dict[str, Any]) -> str:
                     recipe["recipe"],
                     name,
                     number(loop["images_per_s"]),
-                    number(recipe["speedup"] if name == "ours" else 1.0),
+                    number(loop["speedup"]),
                     *seconds,
                     number(rate),
                     number(rate / data["matrix_tflop_per_s"], ".0%"),

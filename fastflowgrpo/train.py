@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from fastflowgrpo.config import parse
+from fastflowgrpo.config import Config, parse
 from fastflowgrpo.console import print_error, run_and_exit
 from fastflowgrpo.errors import UserError
 
@@ -23,10 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(argv)
         # Only now, so that --help and a wrong setting do not wait for torch.
         if config.dry_run:
-            from fastflowgrpo.planning.estimate import estimate
-            from fastflowgrpo.planning.plan import launched_processes
-
-            print(estimate(config, config.num_processes or launched_processes()))
+            _dry_run(config)
             return 0
         from fastflowgrpo.trainer import Trainer
 
@@ -42,6 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + getattr(interrupt, "signum", signal.SIGINT)
     return 0
+
+
+def _dry_run(config: Config) -> None:
+    """Prints what a run would do and cost."""
+    from fastflowgrpo.planning.estimate import estimate
+    from fastflowgrpo.planning.micro_batch import available_memory, with_largest_micro_batch
+    from fastflowgrpo.planning.plan import launched_processes
+
+    processes = config.num_processes or launched_processes()
+    if not config.update.batch_size:
+        memory = available_memory(config)
+        config = with_largest_micro_batch(config, processes, memory)
+        print(f"chosen   update.batch_size {config.update.batch_size}, by {memory / 1e9:.3g} GB of memory a process")
+    print(estimate(config, processes))
 
 
 if __name__ == "__main__":

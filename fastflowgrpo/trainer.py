@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastflowgrpo.evaluation.sampling import Samples, sample_and_score
 from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.learning import OBJECTIVES, Batch
 from fastflowgrpo.learning.learner import Learner
+from fastflowgrpo.planning.micro_batch import available_memory, with_largest_micro_batch
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
@@ -24,7 +26,7 @@ from fastflowgrpo.prompts import Prompt, epoch_prompts
 from fastflowgrpo.prompts.geneval import MIX
 from fastflowgrpo.prompts.sources import run_prompts
 from fastflowgrpo.rewards import Scores, build_rewards
-from fastflowgrpo.runs.checkpoints import last_checkpoint
+from fastflowgrpo.runs.checkpoints import Checkpoint, last_checkpoint
 from fastflowgrpo.runs.hub import check_push, push
 from fastflowgrpo.runs.model_card import CARD, write_card
 from fastflowgrpo.runs.report import Report
@@ -72,6 +74,8 @@ class Trainer:
         }
         if resumed:
             resumed.check_prompts(digests)
+        if not config.update.batch_size:
+            config = self.config = self._with_micro_batch(resumed)
         self.plan = batch_plan(config, self.processes.count)
         rollout = config.rollout
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
@@ -239,6 +243,9 @@ class Trainer:
             seeds,
             self.shape,
             same_noise=rollout.same_noise,
+            tail_steps=rollout.tail_steps,
+            solver=rollout.solver,
+            possible_starts=range(*self._start_range()) if self.processes.sharded and not rollout.window_stride else (),
             log_prob=resolve_log_prob(rollout.log_prob, rollout.dynamics),
             keep_steps=self.objective.uses_log_probs,
             keep_velocities=self.objective.uses_velocities,
@@ -283,11 +290,24 @@ class Trainer:
 
     def window_starts(self, epoch: int, seeds: list[int]) -> list[int]:
         """The first stochastic step of each group, by the groups' seeds."""
-        rollout = self.config.rollout
-        low, high = rollout.window_start if rollout.window_size else (0, 1)
+        rollout, (low, high) = self.config.rollout, self._start_range()
         if rollout.window_stride:
             return [sliding_start(low, high, rollout.window_stride, rollout.window_epochs, epoch)] * len(seeds)
         return window_starts(low, high, seeds)
+
+    def _start_range(self) -> tuple[int, int]:
+        """The range [low, high) of the windows' first steps."""
+        rollout = self.config.rollout
+        return rollout.window_start if rollout.window_size else (0, 1)
+
+    def _with_micro_batch(self, resumed: Checkpoint | None) -> Config:
+        """The config with a size of the micro-batches: the one that a run began with, or the largest that fits."""
+        config = self.config
+        if resumed:
+            size = resumed.manifest["config"]["update"]["batch_size"]
+            return replace(config, update=replace(config.update, batch_size=size))
+        memory = min(self.processes.gather(available_memory(config)))
+        return with_largest_micro_batch(config, self.processes.count, memory)
 
     def _load_prompts_and_rewards(self) -> None:
         self.train_prompts, self.eval_prompts = run_prompts(self.config)

@@ -37,8 +37,19 @@ def test_epoch_measures_two_loops_of_the_same_gradient(tmp_path, capsys):
         "forward": 2 * IMAGES * STEPS + 2 * pairs,
         "forward_backward": 2 * pairs,
     }
-    for loop in window["loops"].values():
-        assert loop["passes"] == {"forward": IMAGES * STEPS, "forward_backward": 3 * IMAGES}
+    # one pair of each micro-batch of 4 has a KL
+    assert paper["loops"]["lean"]["passes"] == {
+        "forward": 2 * IMAGES * STEPS + 2 * (pairs // 4),
+        "forward_backward": pairs,
+    }
+    assert 1e-3 < paper["lean_gradient_difference"] < 0.1 and window["lean_gradient_difference"] is None
+    for name in ("ours", "eager"):
+        assert window["loops"][name]["passes"] == {"forward": IMAGES * STEPS, "forward_backward": 3 * IMAGES}
+    # two steps before the window and its first step for one image of each group, and one step after it
+    assert window["loops"]["lean"]["passes"] == {
+        "forward": 3 * GROUPS + 3 * IMAGES,
+        "forward_backward": GROUPS + 2 * IMAGES,
+    }
     for recipe in (paper, window):
         assert recipe["images"] == IMAGES
         assert 0 < recipe["relative_gradient_difference"] < 1e-4

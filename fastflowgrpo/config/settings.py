@@ -71,7 +71,8 @@ class RolloutConfig:
     noise_level: float = 0.7
     """Noise level of the stochastic steps: a of flow_sde and flow_cps, eta of dance_sde."""
     solver: Literal["euler", "dpm_solver"] = "euler"
-    """Solver of the ode dynamics; dpm_solver is DPM-Solver++ of second order, which needs fewer steps."""
+    """Solver of the ode dynamics and of the steps after the window; dpm_solver is DPM-Solver++ of second order, which
+    needs fewer steps."""
     log_prob: Literal["auto", "normalised", "unnormalised"] = "auto"
     """Definition of the log-prob; auto means unnormalised for flow_cps and normalised for the others."""
     window_size: int | None = 3
@@ -82,12 +83,14 @@ class RolloutConfig:
     """Steps by which the window slides from low to high - 1, in all groups alike; 0 draws its first step instead."""
     window_epochs: int = 1
     """Epochs between two moves of a sliding window."""
+    tail_steps: int | None = None
+    """Most steps after the window, over the same range of noise levels. Default: all that num_steps has left."""
     guidance_scale: float = 1.0
     """Classifier-free guidance scale in training; 1 means no guidance, and only the conditional branch runs."""
     keep_unconditional: bool = False
     """Keep the unconditional velocities of the trained steps, so that an epoch's first update need not compute them."""
     same_noise: bool = False
-    """Start all images of a group from the same initial noise."""
+    """Start all images of a group from the same initial noise; the steps before its window are computed once."""
     height: int | None = None
     """Image height in pixels. Default: the model's own."""
     width: int | None = None
@@ -143,7 +146,9 @@ class UpdateConfig:
     per_epoch: int = 2
     """Optimiser updates per epoch; each uses an equal share of the groups."""
     batch_size: int = 288
-    """Size of a micro-batch: (image, step) or (image, noise level) pairs per forward and backward pass."""
+    """Size of a micro-batch: (image, step) or (image, noise level) pairs per forward and backward pass. 0: the largest
+    that fits in memory by the estimate of dry_run. Unless it equals rollout.batch_size, the ratio starts at 1 only up
+    to rounding."""
     learning_rate: float = 3e-4
     """AdamW learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -208,6 +213,8 @@ class Config:
     """Print the batches, memory and FLOPs of the run without loading weights, and stop."""
     num_processes: int | None = None
     """Number of processes that dry_run assumes. Default: the processes of this launch."""
+    memory_gb: float | None = None
+    """Memory that a process may fill in 10^9 bytes, for update.batch_size 0. Default: 90 % of what is free."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Experiment trackers by their names in accelerate: tensorboard, wandb, ..."""
     hub_model_id: str | None = None

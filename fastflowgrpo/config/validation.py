@@ -28,6 +28,7 @@ _MINIMUM = {
         "update.old_decay_max",
         "update.betas",
         "update.ema_decay",
+        "update.batch_size",
         "rollout.window_start",
         "rollout.window_stride",
         "evaluation.every",
@@ -44,13 +45,13 @@ _MINIMUM = {
         "rollout.candidate_steps",
         "rollout.window_size",
         "rollout.window_epochs",
+        "rollout.tail_steps",
         "rollout.height",
         "rollout.width",
         "rollout.num_frames",
         "rollout.batch_size",
         "update.per_epoch",
         "update.noise_draws",
-        "update.batch_size",
         "update.ema_every",
         "evaluation.num_steps",
         "evaluation.images_per_prompt",
@@ -59,6 +60,7 @@ _MINIMUM = {
     2: ("rollout.group_size", "rollout.candidates", "rollout.num_steps"),
 }
 _ABOVE_ZERO = (
+    "memory_gb",
     "update.replay_tolerance",
     "update.dpo_beta",
     "update.nft_beta",
@@ -104,12 +106,12 @@ _USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
     ("update.algorithm", ("awm",)): ("update.awm_clip_range", "update.old_weight"),
     ("update.algorithm", ("dpo",)): ("update.dpo_beta",),
     ("update.algorithm", ("rwr",)): ("update.rwr_temperature",),
-    ("rollout.dynamics", ("ode",)): ("rollout.solver",),
     ("rollout.dynamics", ("flow_sde", "flow_cps", "dance_sde")): (
         "rollout.noise_level",
         "rollout.window_size",
         "rollout.window_start",
         "rollout.window_stride",
+        "rollout.tail_steps",
         "rollout.same_noise",
     ),
 }
@@ -243,7 +245,12 @@ def _check_window(config: Config) -> None:
         raise UserError("rollout.window_epochs: the window does not move unless rollout.window_stride is above 0")
     if rollout.window_size is None and rollout.window_stride:
         raise UserError("rollout.window_stride: all steps but the last are the window; set rollout.window_size")
-    if rollout.window_size is None or rollout.dynamics == "ode":
+    if rollout.dynamics == "ode":
+        return
+    if rollout.window_size is None:
+        for name, is_set in (("tail_steps", rollout.tail_steps is not None), ("solver", rollout.solver != "euler")):
+            if is_set:
+                raise UserError(f"rollout.{name}: one step is left after the window; set rollout.window_size")
         return
     low, high = rollout.window_start
     if low >= high:

@@ -32,21 +32,23 @@ class GRPO(Objective):
         trajectory, device, update = batch.trajectory, self.policy.device, self.config.update
         step = self.coefficients.at(trajectory.steps[rows, slots], device)
         advantages = batch.advantages[rows].float().to(device, non_blocking=True)
+        distinct, repeated = self.distinct_pairs(rows, slots)
         rows, slots = rows.to(device, non_blocking=True), slots.to(device, non_blocking=True)
         sample = trajectory.latents[rows, slots]
         conditioning = repeat_rows(batch.conditioning, rows // self.group_size)
+        inputs = sample[distinct], step.sigma[distinct]
 
         velocity_uncond, velocity_ref, kl_scale = None, None, 1.0
         with torch.no_grad():
             if batch.has_rollout_weights and self.config.rollout.keep_unconditional:
                 velocity_uncond = trajectory.unconditional[rows, slots]
-            elif (unconditional := expand_row(batch.unconditional, len(rows))) is not None:
-                velocity_uncond = self.policy.velocity(sample, step.sigma, unconditional)
+            elif (unconditional := expand_row(batch.unconditional, len(inputs[0]))) is not None:
+                velocity_uncond = self.policy.velocity(*inputs, unconditional)[repeated]
             if update.kl_weight:
                 chosen = self.kl_pairs(trajectory.seeds[rows], slots)
                 conditionings = repeat_rows(conditioning, chosen), expand_row(batch.unconditional, len(chosen))
                 velocity_ref = self.reference_velocity(sample[chosen], step.sigma[chosen], *conditionings)
-        velocity = self.policy.velocity(sample, step.sigma, conditioning)
+        velocity = self.policy.velocity(*inputs, repeat_rows(conditioning, distinct))[repeated]
         if velocity_ref is not None and len(velocity_ref) < len(rows):
             kl_scale = len(rows) / len(velocity_ref)
             # The other pairs are their own reference: a KL of 0, without a gradient.
@@ -75,6 +77,26 @@ class GRPO(Objective):
         if kl_scale != 1:
             statistics["kl"] = kl_scale * statistics["kl"]
         return loss, statistics
+
+    def distinct_pairs(self, rows: Tensor, slots: Tensor) -> tuple[Tensor | slice, Tensor | slice]:
+        """The pairs of a micro-batch whose inputs differ, and for each pair the one among them that has its inputs.
+
+        With equal noise the samples of a group are equal at their first step, and so are their velocities.
+
+        Args:
+            rows, slots: int64 (N,) on the CPU.
+
+        Returns:
+            Indices int64 (n,) and (N,) on the policy's device; slices of all pairs where all inputs differ.
+        """
+        if not self.config.rollout.same_noise:
+            return slice(None), slice(None)
+        first_row = torch.where(slots == 0, rows - rows % self.group_size, rows)
+        inputs, repeated = torch.stack([slots, first_row]).unique(dim=1, return_inverse=True)
+        distinct = torch.empty(inputs.shape[1], dtype=torch.int64)
+        distinct[repeated] = torch.arange(len(rows))
+        device = self.policy.device
+        return distinct.to(device, non_blocking=True), repeated.to(device, non_blocking=True)
 
     def kl_pairs(self, seeds: Tensor, slots: Tensor) -> Tensor:
         """The pairs of a micro-batch that have a KL: a share `update.kl_share` of them, rounded up, drawn at random.

@@ -25,6 +25,7 @@ Reward networks on the same device come on top.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -35,6 +36,8 @@ from fastflowgrpo.learning import OBJECTIVES
 from fastflowgrpo.planning.passes import Passes, run_passes
 from fastflowgrpo.planning.plan import Plan, batch_plan
 from fastflowgrpo.policy.embeddings import CACHED_PROMPTS
+from fastflowgrpo.sampling.rollout import sliding_start
+from fastflowgrpo.sampling.window import rollout_passes
 
 FLOAT32 = 4  # bytes
 
@@ -150,24 +153,50 @@ def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     """Return `Estimate.flops`."""
     objective, branches = OBJECTIVES[config.update.algorithm], _branches(config)
     trained_images = plan.pairs * objective.samples_per_pair
+    distinct = _distinct_images(config, plan, trained_images)
     forward, train = passes.forward.flops_per_sample, passes.train.flops_per_sample
     reference = passes.reference.flops_per_sample if config.update.kl_weight or objective.uses_reference else 0
     trained_branches = branches if objective.uses_log_probs else 1  # the other losses have no guidance
-    unconditional = trained_images * (trained_branches - 1) * forward
+    unconditional = distinct * (trained_branches - 1) * forward
     if config.rollout.keep_unconditional:  # the first update of an epoch has them
         unconditional -= unconditional // plan.updates
     candidates = plan.groups * plan.candidates
     flops = {"candidates": candidates * config.rollout.candidate_steps * branches * forward} if candidates else {}
     flops |= {
-        "rollout": plan.images * config.rollout.num_steps * branches * forward,
-        "update": trained_images * train + unconditional,
+        "rollout": _sampled_images(config, plan) * branches * forward,
+        "update": distinct * train + unconditional,
         "reference": _images_with_kl(config, plan, trained_images) * trained_branches * reference,
         "decode": (plan.images + candidates) * passes.decode.flops_per_sample,
-        "checkpointing": trained_images * (passes.checkpointed.flops_per_sample - train),
+        "checkpointing": distinct * (passes.checkpointed.flops_per_sample - train),
     }
     if objective.uses_old_policy:
         flops["old policy"] = trained_images * forward
     return flops
+
+
+def _sampled_images(config: Config, plan: Plan) -> int:
+    """Return the images that pass through the model in an epoch's rollout, in the mean over the starts of windows."""
+    rollout = config.rollout
+    if rollout.dynamics == "ode":
+        return plan.images * rollout.num_steps
+    low, high = rollout.window_start if rollout.window_size else (0, 1)
+    starts: Sequence[int] = range(low, high)
+    if rollout.window_stride:
+        epochs = range(config.epochs)
+        starts = [sliding_start(low, high, rollout.window_stride, rollout.window_epochs, epoch) for epoch in epochs]
+    window_size = rollout.window_size or rollout.num_steps - 1
+    rest = window_size, rollout.num_steps, plan.group_size, rollout.same_noise, rollout.tail_steps
+    return plan.groups * sum(rollout_passes(start, *rest) for start in starts) // len(starts)
+
+
+def _distinct_images(config: Config, plan: Plan, trained_images: int) -> int:
+    """Return the trained images that an update passes through the model: a group's equal ones once per micro-batch."""
+    if not config.rollout.same_noise or not OBJECTIVES[config.update.algorithm].uses_log_probs:
+        return trained_images
+    groups, size = plan.update_groups_per_process[1], plan.group_size
+    cut_groups = sum(begin % size > 0 for begin in range(0, groups * size, plan.micro_batch_size))
+    distinct = groups + cut_groups + groups * size * (plan.pairs_per_image - 1)
+    return trained_images * distinct // (groups * size * plan.pairs_per_image)
 
 
 def _images_with_kl(config: Config, plan: Plan, trained_images: int) -> int:

@@ -31,6 +31,7 @@ NOT_IN_RECIPE = (
     "resume",
     "dry_run",
     "num_processes",
+    "memory_gb",
     "save_every",
     "checkpoints_total_limit",
     "trackers",

@@ -16,7 +16,16 @@ from fastflowgrpo.runs.checkpoints import Checkpoint, list_checkpoints, suggest_
 from fastflowgrpo.runs.files import CONFIG, WRITTEN
 
 # Settings that say how this start of the run goes, not what is trained: never compared.
-NOT_COMPARED = ("output_dir", "overwrite", "resume", "dry_run", "num_processes", "hub_model_id", "hub_private")
+NOT_COMPARED = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "dry_run",
+    "num_processes",
+    "memory_gb",
+    "hub_model_id",
+    "hub_private",
+)
 # Settings of a reward that say where and how fast it is scored, not what: never compared.
 REWARD_NOT_COMPARED = {"url", "base_url", "api_key_env", "device", "workers", "timeout", "required", "concurrency"}
 _ABSENT = object()
@@ -101,6 +110,8 @@ def changed_settings(before: Mapping[str, Any], config: Config) -> dict[str, tup
     A setting that the saved config does not have yet counts as its default.
     """
     old, now = _compared(config_as_json(Config())) | _compared(before), _compared(config_as_json(config))
+    if config.update.batch_size == 0:  # goes on with the size that was chosen
+        del now["update.batch_size"]
     return {name: (old[name], value) for name, value in now.items() if old[name] != value}
 
 

@@ -5,8 +5,8 @@ from torch import Tensor
 from fastflowgrpo.policy import Conditioning
 
 
-def repeat_rows(conditioning: Conditioning, rows: Tensor) -> Conditioning:
-    """The given rows, int64 (B,), of every tensor of a conditioning."""
+def repeat_rows(conditioning: Conditioning, rows: Tensor | slice) -> Conditioning:
+    """The given rows, int64 (B,) or a slice, of every tensor of a conditioning."""
     return {name: tensor[rows] for name, tensor in conditioning.items()}
 
 

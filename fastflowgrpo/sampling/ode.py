@@ -1,6 +1,6 @@
-"""Sampling with the ODE: evaluation images, rollouts without log-probs, and the steps before a window.
+"""Sampling with the ODE: evaluation images, rollouts without log-probs, and the steps outside a window.
 
-Two solvers go through the schedule of the model's pipeline:
+Two solvers go through the schedule of the model's pipeline, or through a part of it:
 
     euler       x_next = x + dt v
     dpm_solver  DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2) for flow matching, alpha = 1 - sigma:
@@ -12,15 +12,17 @@ The second needs one velocity per step, as the first, and its error falls with t
 which has no x0_previous, and the last one, to sigma = 0, are of first order.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fastflowgrpo.kernels.sde_step import guided_velocity, sde_step
 from fastflowgrpo.policy import Conditioning, Policy
 from fastflowgrpo.sampling.coefficients import StepCoefficients, step_coefficients
-from fastflowgrpo.sampling.conditioning import expand_row
+from fastflowgrpo.sampling.conditioning import expand_row, repeat_rows
 
 SOLVERS = ("euler", "dpm_solver")
 
@@ -52,15 +54,14 @@ def sample_ode(
     Raises:
         ValueError: for another solver.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+    _check_solver(solver)
     sigmas = policy.sigmas(num_steps, tuple(noise.shape[1:]))
+    sample, guidance = noise.to(policy.device, policy.dtype), (unconditional, guidance_scale)
     if solver == "dpm_solver":
-        sample = noise.to(policy.device, policy.dtype)
-        return dpm_solver_steps(policy, sample, conditioning, sigmas, unconditional, guidance_scale, on_step)
-    coefficients = step_coefficients(sigmas, "ode")
-    sample, steps = noise.to(policy.device, policy.dtype), range(num_steps)
-    return ode_steps(policy, sample, conditioning, coefficients, steps, unconditional, guidance_scale, on_step)
+        same = torch.zeros(len(sample), dtype=torch.int64)
+        return solve_rows(policy, sample, conditioning, [sigmas], same, solver, *guidance, on_step)
+    coefficients, steps = step_coefficients(sigmas, "ode"), range(num_steps)
+    return ode_steps(policy, sample, conditioning, coefficients, steps, *guidance, on_step)
 
 
 def ode_steps(
@@ -98,33 +99,71 @@ def ode_steps(
     return sample
 
 
-def dpm_solver_steps(
+def solve_rows(
     policy: Policy,
     sample: Tensor,
     conditioning: Conditioning,
-    sigmas: Tensor,
+    schedules: Sequence[Tensor],
+    schedule_of: Tensor,
+    solver: str,
     unconditional: Conditioning | None,
     guidance_scale: float,
     on_step: Callable[[], object] = lambda: None,
+    num_passes: int = 0,
 ) -> Tensor:
-    """The sample (B, ...) after all steps of a schedule by DPM-Solver++ 2M, computed in float32.
+    """The sample (B, ...) after each row went through its own schedule, computed in float32.
+
+    Every row begins with the first pass; a row whose schedule has ended takes no part in the further ones.
 
     Args:
-        sigmas: (num_steps + 1,), ends with 0.
-        conditioning, unconditional, guidance_scale, on_step: as in `ode_steps`.
+        conditioning: one row per sample.
+        schedules: sigmas (num_steps + 1,) each, which decrease strictly; for `dpm_solver` to 0.
+        schedule_of: int64 (B,) on the CPU, the index of each sample's schedule.
+        solver, unconditional, guidance_scale: as in `sample_ode`, with its errors.
+        on_step: called after each pass.
+        num_passes: passes to run at least; those beyond the longest schedule have one sample and change nothing.
     """
-    factors = dpm_solver_factors(sigmas).tolist()
-    unconditional = expand_row(unconditional, len(sample))
-    sigma = sigmas.to(policy.device, torch.float32, non_blocking=True)
+    _check_solver(solver)
+    # (num_steps, B, 5), padded with zeros: sigma and the factors of x, v, x0 and x0_previous
+    table = pad_sequence([_solver_table(sigmas.double(), solver) for sigmas in schedules])
+    table = table[:, schedule_of].to(policy.device, torch.float32, non_blocking=True)
+    num_steps = torch.tensor([len(sigmas) - 1 for sigmas in schedules])[schedule_of]
     previous_clean = torch.zeros_like(sample, dtype=torch.float32)
-    for i, (of_sample, of_clean, of_previous) in enumerate(factors):
-        branches = branch_velocities(policy, sample, sigma[i].expand(len(sample)), conditioning, unconditional)
-        velocity = guided_velocity(*branches, guidance_scale).float()
-        clean = sample.float() - sigma[i] * velocity
-        sample = (of_sample * sample + of_clean * clean + of_previous * previous_clean).to(policy.dtype)
-        previous_clean = clean
+    begin = 0
+    for end in num_steps[num_steps > 0].unique().tolist():
+        rows = torch.from_numpy(np.flatnonzero(num_steps > begin)).to(policy.device, non_blocking=True)
+        part, previous, of_rows = sample[rows], previous_clean[rows], repeat_rows(conditioning, rows)
+        uncond_of_rows = expand_row(unconditional, len(rows))
+        for step in table[begin:end, rows]:
+            sigma, of_x, of_v, of_clean, of_previous = (value.view(-1, *[1] * (sample.ndim - 1)) for value in step.T)
+            branches = branch_velocities(policy, part, sigma.flatten(), of_rows, uncond_of_rows)
+            velocity = guided_velocity(*branches, guidance_scale).float()
+            clean = part.float() - sigma * velocity
+            part = (of_x * part + of_v * velocity + of_clean * clean + of_previous * previous).to(policy.dtype)
+            previous = clean
+            on_step()
+        sample, previous_clean = sample.index_copy(0, rows, part), previous_clean.index_copy(0, rows, previous)
+        begin = end
+    for _ in range(begin, num_passes):
+        one = sample[:1], torch.ones(1, device=policy.device), repeat_rows(conditioning, slice(1))
+        branch_velocities(policy, *one, expand_row(unconditional, 1))
         on_step()
     return sample
+
+
+def _check_solver(solver: str) -> None:
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}: choose one of {', '.join(SOLVERS)}")
+
+
+def _solver_table(sigmas: Tensor, solver: str) -> Tensor:
+    """The rows of a schedule in `solve_rows`' table, (num_steps, 5)."""
+    sigma, dt = sigmas[:-1, None], sigmas.diff()[:, None]
+    zero = torch.zeros_like(dt)
+    if solver == "euler":
+        return torch.cat([sigma, zero + 1, dt, zero, zero], 1)
+    factors = dpm_solver_factors(sigmas)
+    return torch.cat([sigma, factors[:, :1], zero, factors[:, 1:]], 1)
 
 
 def dpm_solver_factors(sigmas: Tensor) -> Tensor:

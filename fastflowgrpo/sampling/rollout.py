@@ -12,7 +12,8 @@ from fastflowgrpo.kernels.sde_step import guided_velocity, sde_step
 from fastflowgrpo.policy import Conditioning, Policy
 from fastflowgrpo.sampling.coefficients import StepCoefficients
 from fastflowgrpo.sampling.conditioning import expand_row, repeat_rows
-from fastflowgrpo.sampling.ode import branch_velocities, ode_steps, sample_ode
+from fastflowgrpo.sampling.ode import branch_velocities, sample_ode, solve_rows
+from fastflowgrpo.sampling.window import WindowSchedule, steps_outside, window_schedule
 
 
 @dataclass
@@ -78,6 +79,9 @@ def sample_groups(
     unconditional: Conditioning | None = None,
     guidance_scale: float = 1.0,
     same_noise: bool = False,
+    tail_steps: int | None = None,
+    solver: str = "euler",
+    possible_starts: Sequence[int] = (),
     log_prob: str = "normalised",
     keep_steps: bool = True,
     keep_velocities: bool = False,
@@ -85,6 +89,10 @@ def sample_groups(
     on_step: Callable[[], object] = lambda: None,
 ) -> Trajectory:
     """Samples group_size images per prompt, by the SDE inside each group's window and by the ODE outside it.
+
+    All samples take the same step of the schedule at a time. With `same_noise`, `tail_steps` or another solver than
+    "euler", all windows begin with the same pass instead: each group comes to its window by its own number of steps,
+    and goes on from it by its own. So a step of the windows has the whole batch, as its replay in the update.
 
     The host does not wait for the device between the first step and the last.
 
@@ -97,31 +105,65 @@ def sample_groups(
         seeds: (B,) int64, group after group; all noise of a sample depends on its seed only, see `sample_seeds`.
         shape: shape of one latent sample.
         policy, unconditional, guidance_scale: as in `sample_ode`.
-        same_noise: start all samples of a group from the same initial noise.
+        same_noise: start all samples of a group from the same initial noise. They are equal up to the first step of
+            the window, so that this one's velocity, and all steps before it, are computed once per group.
+        tail_steps: most steps after the window, see `tail_schedule`.
+        solver: "euler" or "dpm_solver", of the steps after the window.
+        possible_starts: starts of other ranks' windows, if ranks must run equally many passes, as for a sharded model.
         log_prob: "normalised" or "unnormalised", see `sde_step`.
         keep_steps: keep the steps of the windows; otherwise the trajectory has only the clean latents and the seeds.
         keep_velocities: keep the velocities of these steps too.
         keep_unconditional: keep their unconditional velocities; needs `unconditional`.
-        on_step: called once per denoising step, for a progress bar.
+        on_step: called once per step of the schedule, for a progress bar.
     """
-    schedule = _window_schedule(coefficients, starts, window_size, group_size, policy.device)
     noise_seeds = seeds.to(policy.device, non_blocking=True)
     initial_seeds = noise_seeds[::group_size] if same_noise else noise_seeds
     sample = philox_normal(initial_seeds, 0, (len(initial_seeds), *shape)).to(policy.dtype)
-    begin = 0
-    if same_noise:
-        # until the first window the samples of a group are equal: compute them once per group
-        begin, guidance = min(starts), (unconditional, guidance_scale)
-        sample = ode_steps(policy, sample, conditioning, coefficients, range(begin), *guidance, on_step)
-        sample = sample.repeat_interleave(group_size, 0)
-    conditioning = repeat_rows(conditioning, schedule.group.to(policy.device, non_blocking=True))
-    unconditional = expand_row(unconditional, len(sample))
-    keep_velocities, keep_unconditional = keep_velocities and keep_steps, keep_unconditional and keep_steps
-    kept = _KeptSteps(
-        sample, schedule, window_size * keep_steps, keep_velocities, keep_unconditional, unconditional is not None
+    windows_together = same_noise or tail_steps is not None or solver != "euler"
+    schedule = window_schedule(
+        coefficients, starts, window_size, group_size, policy.device, windows_together, same_noise
     )
-    for i in range(begin, len(schedule.sigma)):
-        velocity, velocity_uncond = branch_velocities(policy, sample, schedule.sigma[i], conditioning, unconditional)
+    of_groups = conditioning
+    conditioning = repeat_rows(of_groups, schedule.group.to(policy.device, non_blocking=True))
+    guidance = (unconditional, guidance_scale)
+    if windows_together:
+        before, after = steps_outside(coefficients, [*starts, *possible_starts], window_size, tail_steps)
+        most = max(map(len, before)) - 1, max(map(len, after)) - 1
+        on_step = _evenly(on_step, len(coefficients.sigma), most[0] + window_size + most[1])
+        if same_noise:
+            each = torch.arange(len(starts))
+            sample = solve_rows(policy, sample, of_groups, before, each, "euler", *guidance, on_step, most[0])
+            sample = sample.repeat_interleave(group_size, 0)
+        else:
+            rows = conditioning, before, schedule.group
+            sample = solve_rows(policy, sample, *rows, "euler", *guidance, on_step, most[0])
+    guided = unconditional is not None
+    kept = _KeptSteps(sample, schedule, window_size * keep_steps, keep_velocities, keep_unconditional, guided)
+    sample = _take_steps(policy, sample, conditioning, schedule, noise_seeds, log_prob, kept, *guidance, on_step)
+    if windows_together:
+        sample = solve_rows(policy, sample, conditioning, after, schedule.group, solver, *guidance, on_step, most[1])
+    return kept.trajectory(noise_seeds, sample)
+
+
+def _take_steps(
+    policy: Policy,
+    sample: Tensor,
+    conditioning: Conditioning,
+    schedule: WindowSchedule,
+    noise_seeds: Tensor,
+    log_prob: str,
+    kept: "_KeptSteps",
+    unconditional: Conditioning | None,
+    guidance_scale: float,
+    on_step: Callable[[], object],
+) -> Tensor:
+    """The sample (B, ...) after the steps of a schedule; `kept` stores those inside the windows."""
+    for i in range(len(schedule.sigma)):
+        distinct, repeated = schedule.distinct if i == 0 else (slice(None), slice(None))
+        inputs = sample[distinct], schedule.sigma[i][distinct], repeat_rows(conditioning, distinct)
+        branches = branch_velocities(policy, *inputs, expand_row(unconditional, len(inputs[0])))
+        velocity = branches[0][repeated]
+        velocity_uncond = None if branches[1] is None else branches[1][repeated]
         next_sample, step_log_prob = sde_step(
             velocity,
             sample,
@@ -129,15 +171,15 @@ def sample_groups(
             velocity_uncond=velocity_uncond,
             guidance_scale=guidance_scale,
             seed=noise_seeds if schedule.draws_noise[i] else None,
-            offset=i + 1,
+            offset=schedule.offsets[i],
             log_prob=log_prob,
         )
-        if keep_velocities:
+        if kept.velocities.shape[1]:
             velocity = guided_velocity(velocity, velocity_uncond, guidance_scale)
         kept.store(i, sample, next_sample, step_log_prob, velocity, velocity_uncond)
         sample = next_sample
         on_step()
-    return kept.trajectory(noise_seeds, sample)
+    return sample
 
 
 @torch.no_grad()
@@ -178,40 +220,17 @@ def sample_clean_groups(
     return Trajectory(none, none, empty, steps, noise_seeds, clean, none)
 
 
-@dataclass
-class _WindowSchedule:
-    """The steps of B samples: stochastic inside the window of the sample's group, ODE outside it."""
+def _evenly(on_step: Callable[[], object], count: int, passes: int) -> Callable[[], None]:
+    """A function that is called after each of so many passes and calls `on_step` `count` times in all."""
+    done = 0
 
-    group: Tensor
-    """int64 (B,) on the CPU: the group of each sample."""
-    first_step: Tensor
-    """int64 (B,) on the CPU: the first step of each sample's window."""
-    in_window: Tensor
-    """bool (B, num_steps) on the CPU."""
-    draws_noise: list[bool]
-    """For each step, whether any sample draws noise."""
-    sigma: Tensor
-    """float32 (num_steps, B) on the device of the policy, like c_x, c_v and std."""
-    c_x: Tensor
-    c_v: Tensor
-    std: Tensor
+    def after_pass() -> None:
+        nonlocal done
+        done += 1
+        for _ in range(count * done // passes - count * (done - 1) // passes):
+            on_step()
 
-    def coefficients(self, step: int) -> tuple[Tensor, Tensor, Tensor | float]:
-        """c_x, c_v and std (B,) of a step; std is the number 0 if no sample draws noise."""
-        return self.c_x[step], self.c_v[step], self.std[step] if self.draws_noise[step] else 0.0
-
-
-def _window_schedule(
-    coefficients: StepCoefficients, starts: Sequence[int], window_size: int, group_size: int, device: torch.device
-) -> _WindowSchedule:
-    group = torch.arange(len(starts)).repeat_interleave(group_size)
-    first_step = torch.tensor(starts)[group]
-    step = torch.arange(len(coefficients.dt))
-    in_window = (step >= first_step[:, None]) & (step < first_step[:, None] + window_size)
-    rows = coefficients.ode_outside(in_window)
-    per_step = (rows.sigma.expand_as(in_window), rows.c_x, rows.c_v, rows.std)
-    on_device = (tensor.T.to(device, torch.float32, non_blocking=True) for tensor in per_step)
-    return _WindowSchedule(group, first_step, in_window, (rows.std > 0).any(0).tolist(), *on_device)
+    return after_pass
 
 
 class _KeptSteps:
@@ -228,7 +247,7 @@ class _KeptSteps:
     def __init__(
         self,
         sample: Tensor,
-        schedule: _WindowSchedule,
+        schedule: WindowSchedule,
         count: int,
         keep_velocities: bool,
         keep_unconditional: bool,
@@ -243,7 +262,8 @@ class _KeptSteps:
         self.log_probs = torch.empty(batch_size, count, device=sample.device)
         # for each step: the samples whose window contains it, and their slots
         rows = [torch.from_numpy(np.flatnonzero(samples)) for samples in schedule.in_window.T]
-        slots = [step - schedule.first_step[samples] for step, samples in enumerate(rows)]
+        first_step = schedule.first_step
+        slots = [step[samples] - first_step[samples] for step, samples in zip(schedule.steps.T, rows, strict=True)]
         self.rows, self.slots = (
             [index.to(sample.device, non_blocking=True) for index in indices] for indices in (rows, slots)
         )

@@ -84,6 +84,14 @@ WRONG = {
         ["--update.algorithm", "sft", "--rollout.dynamics", "ode", "--rollout.same_noise", "true"],
         "rollout.dynamics: ode does not use rollout.same_noise (default False)",
     ),
+    "no tail": (
+        ["--rollout.window_size", "null", "--rollout.tail_steps", "2"],
+        "rollout.tail_steps: one step is left after the window; set rollout.window_size",
+    ),
+    "no steps after the window": (
+        ["--rollout.window_size", "null", "--rollout.solver", "dpm_solver"],
+        "rollout.solver: one step is left after the window; set rollout.window_size",
+    ),
     "one reward": (["--advantage.mode", "gdpo"], "advantage.mode: gdpo normalises each of several rewards, and there"),
     "no choice": (
         ["--rollout.candidates", "24"],

@@ -13,15 +13,9 @@ from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, R
 SIZE = 8
 
 
-def trainer_of(output, *, batch_size=64, guidance=4.5, keep_unconditional=False, rank=4, **update):
-    rollout = RolloutConfig(
-        group_size=SIZE,
-        num_steps=4,
-        window_size=None,
-        batch_size=32,
-        guidance_scale=guidance,
-        keep_unconditional=keep_unconditional,
-    )
+def trainer_of(output, *, batch_size=64, guidance=4.5, rank=4, rollout=None, **update):
+    settings = {"num_steps": 4, "window_size": None, "batch_size": 32, "guidance_scale": guidance} | (rollout or {})
+    rollout = RolloutConfig(group_size=SIZE, **settings)
     config = Config(
         output_dir=str(output / "run"),
         trackers=[],
@@ -56,7 +50,7 @@ def count_passes(trainer):
 
 def test_kept_unconditional_velocities_give_the_same_gradient(tmp_path):
     """Of the first update, and with a forward pass less for each pair; the second update computes them again."""
-    plain, kept = (trainer_of(tmp_path / str(keep), keep_unconditional=keep) for keep in (False, True))
+    plain, kept = (trainer_of(tmp_path / str(keep), rollout={"keep_unconditional": keep}) for keep in (False, True))
     batch, kept_batch = plain.collect(0)[0], kept.collect(0)[0]
     assert kept_batch.trajectory.unconditional.shape == kept_batch.trajectory.latents[:, 1:].shape
     assert batch.trajectory.unconditional.shape[1] == 0
@@ -70,6 +64,32 @@ def test_kept_unconditional_velocities_give_the_same_gradient(tmp_path):
     perturb(kept.learner.parameters, 0.02, seed=1)
     gradient(kept, replace(kept_batch, has_rollout_weights=False))
     assert kept_passes[False] == pairs
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "grpo_guard"])
+@pytest.mark.parametrize("guidance", [1.0, 4.5])
+def test_equal_samples_share_the_passes_of_their_first_step(tmp_path, algorithm, guidance):
+    """Rollout and update pass one of each group through the model. The gradient is that of the single samples."""
+    window = {"num_steps": 7, "window_size": 2, "window_start": (0, 4), "tail_steps": 1, "solver": "dpm_solver"}
+    settings = {"same_noise": True, "keep_unconditional": guidance != 1} | window
+    trainer = trainer_of(tmp_path, guidance=guidance, rollout=settings, batch_size=32, algorithm=algorithm)
+    batch, _ = trainer.collect(0)
+    steps = batch.trajectory.steps[:, 0]
+    assert len(steps.unique()) > 1
+    batch.advantages[:] = torch.linspace(-1, 1, len(steps))  # none is left out
+    passes = count_passes(trainer)
+    shared, statistics = gradient(trainer, batch)
+    assert passes == {True: len(steps) // SIZE + len(steps), False: 0}
+    assert (statistics["ratio"] == 1).all()  # a micro-batch is a batch of the rollout
+
+    # the samples' own passes, in micro-batches that cut groups
+    trainer.config.update.batch_size = 12
+    cut, _ = gradient(trainer, batch)
+    trainer.config.rollout.same_noise = False
+    single, _ = gradient(trainer, batch)
+    for found in (shared, cut):
+        assert (found - single).norm() < 1e-5 * single.norm()
+    assert passes[True] == len(steps) // SIZE + len(steps) + 5 + len(steps) + 2 * len(steps)
 
 
 def test_only_the_first_update_of_an_epoch_has_the_rollouts_weights(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import accumulate
 from math import prod
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from fastflowgrpo.config import (
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.planning.estimate import estimate
 from fastflowgrpo.planning.meter import measure
+from fastflowgrpo.planning.micro_batch import available_memory, with_largest_micro_batch
 from fastflowgrpo.planning.passes import run_passes
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import load_policy
@@ -177,6 +179,30 @@ def test_flops_of_fewer_passes_are_those_of_a_real_epoch(tmp_path):
     assert found.memory["trajectory"] > plain.memory["trajectory"]
 
 
+@pytest.mark.parametrize("stride", [0, 1])
+def test_flops_of_shared_passes_and_a_short_tail_are_those_of_real_epochs(tmp_path, stride):
+    """Of as many epochs as give each first step of a window equally often, or of those of a sliding window."""
+    config = config_of(tmp_path / "run", kl_weight=0.0, epochs=2)
+    config.rollout.same_noise, config.rollout.tail_steps, config.rollout.num_steps = True, 1, 6
+    config.rollout.window_start, config.rollout.window_stride = (1, 3), stride
+    validate(config)
+    found = estimate(config)
+    trainer = Trainer(config)
+    starts = iter([1, 2, 2, 2, 1, 1, 1, 2])
+    if not stride:
+        trainer.window_starts = lambda epoch, seeds: [next(starts) for _ in seeds]
+    trainer.embed(["", *(prompt.text for epoch in range(2) for prompt in trainer.epoch_prompts(epoch))])
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as sampling:
+        for epoch in range(2):
+            batch, _ = trainer.collect(epoch)
+    batch.advantages[:] = 1.0  # none is left out
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as updating:
+        trainer.learner.update(batch)
+    trainer.accelerator.end_training()
+    assert found.flops["update"] == updating.get_total_flops()
+    assert 2 * (found.flops["rollout"] + found.flops["decode"]) == sampling.get_total_flops()
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize(
     ("build", "targets"),
@@ -295,6 +321,54 @@ def test_memory_adds_up():
     halves = estimate(config, processes=2)
     assert halves.memory["trajectory"] == memory["trajectory"] / 2
     assert halves.flops == found.flops
+
+
+@pytest.mark.parametrize(("algorithm", "checkpointing"), [("grpo", False), ("dpo", True)])
+def test_the_largest_micro_batch_fits_and_a_larger_one_would_not(algorithm, checkpointing):
+    config = config_of(kl_weight=0.0)
+    config.update.algorithm, config.policy.gradient_checkpointing = algorithm, checkpointing
+    config.prompts.per_epoch, config.update.noise_draws = 40, 1 if algorithm == "grpo" else 6
+    config.rollout.batch_size = config.evaluation.batch_size = 4
+    config.update.batch_size = 0
+    validate(config)
+    memory = 40e6
+    state = torch.get_rng_state()
+    config = with_largest_micro_batch(config, 1, memory)
+    assert torch.equal(torch.get_rng_state(), state)
+    found = estimate(config)
+    plan = found.plan
+    assert plan.micro_batches > 2
+    assert 0 <= plan.micro_batch_size * plan.micro_batches - plan.pairs / plan.updates < plan.micro_batches
+    assert found.total_memory(checkpointing) <= memory
+    config.update.batch_size = -(-plan.pairs // plan.updates // (plan.micro_batches - 1))
+    config.update.batch_size *= 2 if algorithm == "dpo" else 1
+    larger = estimate(config)
+    assert larger.plan.micro_batches == plan.micro_batches - 1
+    assert larger.total_memory(checkpointing) > memory
+    with pytest.raises(UserError, match=r"update.batch_size: one pair at a time already needs 0\.\d+ GB of 0.02 GB"):
+        with_largest_micro_batch(config, 1, 20e6)
+
+
+def test_memory_that_a_process_may_fill(monkeypatch):
+    config = config_of()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10e9))
+    assert available_memory(config) == 9e9
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert available_memory(config) == 4.5e9
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (70e9, 80e9))
+    assert available_memory(config) == 63e9
+    config.memory_gb = 2.5
+    assert available_memory(config) == 2.5e9
+
+
+def test_dry_run_says_which_micro_batch_it_chose(capsys):
+    assert train.main(["--dry_run", "--update.batch_size", "0", "--memory_gb", "0.2"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    size = int(re.fullmatch(r"chosen   update.batch_size (\d+), by 0.2 GB of memory a process", first)[1])
+    (line,) = [line for line in rest if line.startswith("update ")]
+    assert line.endswith(f"micro-batches of {size}") and 1 < size < 864
 
 
 def test_full_training_in_bfloat16_has_float32_weights_a_reference_and_a_copy():

@@ -3,6 +3,7 @@
 `python tests/planning/test_recipes.py` writes the costs into the files.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,23 @@ def test_the_papers_hyperparameters():
         assert (fast.rollout.guidance_scale, fast.evaluation.guidance_scale) == (1.0, None)
         assert (fast.update.clip_range, fast.update.kl_weight) == (1e-5, 0.0)
         assert (fast.rewards, fast.prompts, fast.policy) == (config.rewards, config.prompts, config.policy)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("", {"rollout": {"keep_unconditional": True}, "update": {"kl_share": 0.25}}),
+        ("_fast", {"rollout": {"same_noise": True, "tail_steps": 3, "solver": "dpm_solver"}}),
+    ],
+)
+def test_a_lean_recipe_is_its_model_with_fewer_passes(name, settings):
+    plain, lean = (
+        asdict(parse(["--config", str(ROOT / f"configs/sd35_ocr{stem}.yaml")])) for stem in (name, f"{name}_lean")
+    )
+    plain["output_dir"] += "_lean"
+    for group, changes in settings.items():
+        plain[group] |= changes
+    assert lean == plain
 
 
 def test_the_hyperparameters_of_diffusion_nft():

@@ -393,6 +393,20 @@ def test_what_may_change_is_told(model, whole):
     assert (found.epoch, found.step) == (6, 12)
 
 
+def test_a_chosen_micro_batch_stays_and_changes_nothing_else(model, tmp_path, capsys):
+    """With another memory on resuming; the run is the one with that size from the start, bit for bit."""
+    run, expected = tmp_path / "run", tmp_path / "expected"
+    settings = {"update.batch_size": 0, "policy.lora_rank": 0, "policy.decode_batch_size": 1}
+    settings |= {"evaluation.every": 2, "evaluation.batch_size": 4}
+    assert main(command(model, run, **settings, memory_gb=0.0053, epochs=2)) == 0
+    size = parse(["--config", str(run / "config.yaml")]).update.batch_size
+    assert 1 < size < 8
+    assert main(command(model, run, **settings, memory_gb=1, epochs=4)) == 0
+    assert "update.batch_size" not in capsys.readouterr().out
+    assert main(command(model, expected, **settings | {"update.batch_size": size}, epochs=4)) == 0
+    assert result(run) == result(expected)
+
+
 def test_other_prompts_and_other_weights_are_refused(model, whole, tmp_path, capsys):
     other = tmp_path / "model"
     shutil.copytree(model, other)

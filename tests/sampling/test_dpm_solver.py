@@ -45,6 +45,22 @@ def test_the_error_falls_with_the_square_of_the_step():
     assert error("dpm_solver", 20) < error("euler", 80)
 
 
+@pytest.mark.parametrize(("solver", "lowest", "highest"), [("euler", 0.9, 1.1), ("dpm_solver", 1.5, 2.1)])
+def test_a_shorter_tail_converges_to_the_full_one(solver, lowest, highest):
+    """With the order of its solver, for groups whose windows end at different noise levels."""
+    policy, num_steps = GaussianPolicy(), 1024
+    coefficients = step_coefficients(policy.sigmas(num_steps, (8,)), "flow_sde", 0.7)
+
+    def rollout(**tail):
+        groups = policy, {}, coefficients, [0, 200], 200, 2, sample_seeds([5, 6], 2), (8,)
+        return sample_groups(*groups, keep_steps=False, **tail).final
+
+    exact = rollout(solver="dpm_solver")
+    coarse, fine = ((rollout(tail_steps=n, solver=solver) - exact).norm(dim=1) for n in (40, 80))
+    orders = (coarse / fine).log2()
+    assert (lowest < orders).all() and (orders < highest).all()
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 @pytest.mark.parametrize("num_steps", [2, 3, 10])
 def test_steps_are_those_of_diffusers(num_steps):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from support.no_sync import NoSynchronisation
@@ -8,6 +10,7 @@ from fastflowgrpo.kernels.sde_step import gaussian_log_prob, guided_velocity, sd
 from fastflowgrpo.policy import load_policy
 from fastflowgrpo.sampling.coefficients import step_coefficients
 from fastflowgrpo.sampling.rollout import sample_groups, sample_seeds, sliding_start, window_starts
+from fastflowgrpo.sampling.window import rollout_passes, tail_schedule
 
 SHAPE = (2, 3, 3)
 NUM_STEPS = 6
@@ -112,13 +115,12 @@ def test_a_group_does_not_depend_on_its_batch():
 
 
 def test_initial_noise_is_shared_in_a_group_only_with_same_noise():
-    apart, together = TinyPolicy(), TinyPolicy()
-    sample(apart)
-    shared = sample(together, same_noise=True)
-    assert not torch.equal(apart.seen[0][0], apart.seen[0][1])
-    assert torch.equal(together.seen[0][0], together.seen[0][1])
-    assert not torch.equal(together.seen[0][0], together.seen[0][2])
-    assert not torch.equal(shared.final[0], shared.final[1])
+    apart = sample(TinyPolicy(), starts=(0, 0))
+    together = sample(TinyPolicy(), starts=(0, 0), same_noise=True)
+    assert not torch.equal(apart.latents[0, 0], apart.latents[1, 0])
+    assert torch.equal(together.latents[0, 0], together.latents[1, 0])
+    assert not torch.equal(together.latents[0, 0], together.latents[2, 0])
+    assert not torch.equal(together.final[0], together.final[1])
 
 
 def test_window_starts_are_drawn_once_per_group():
@@ -149,23 +151,27 @@ def test_every_step_has_its_own_noise():
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_sampling_never_waits_for_the_device(guidance):
+@pytest.mark.parametrize("settings", [{}, {"same_noise": True, "tail_steps": 2, "solver": "dpm_solver"}])
+def test_sampling_never_waits_for_the_device(guidance, settings):
     policy = TinyPolicy()
     policy.seen = None
     policy.velocity = lambda latents, sigma, conditioning: latents * conditioning["text"][:, 0, None, None, None]
     unconditional = {"text": torch.zeros(1, 1)} if guidance != 1 else None
     coefficients = step_coefficients(policy.sigmas(NUM_STEPS, SHAPE), "flow_sde", 0.7)
     with NoSynchronisation():
-        sample(policy, coefficients=coefficients, unconditional=unconditional, guidance_scale=guidance)
+        sample(policy, coefficients=coefficients, unconditional=unconditional, guidance_scale=guidance, **settings)
 
 
-def test_on_step_is_called_once_per_step():
+@pytest.mark.parametrize("settings", [{}, {"same_noise": True}, {"tail_steps": 1}])
+def test_on_step_is_called_once_per_step(settings):
     calls = []
-    sample(TinyPolicy(), on_step=lambda: calls.append(1))
+    sample(TinyPolicy(), on_step=lambda: calls.append(1), **settings)
     assert len(calls) == NUM_STEPS
 
 
-def plain_samples(policy, conditioning, coefficients, starts, window_size, group_size, seeds, shape):
+def plain_samples(
+    policy, conditioning, coefficients, starts, window_size, group_size, seeds, shape, unconditional=None, guidance=1.0
+):
     """The expected samples: each computed alone, step after step, from the initial noise of its group."""
     final = []
     for group, start in enumerate(starts):
@@ -175,27 +181,34 @@ def plain_samples(policy, conditioning, coefficients, starts, window_size, group
             x = philox_normal(noise_seeds[:1], 0, (1, *shape)).to(policy.dtype)
             for i, sigma in enumerate(coefficients.sigma):
                 velocity = policy.velocity(x, sigma.float()[None], row)
+                uncond = None if unconditional is None else policy.velocity(x, sigma.float()[None], unconditional)
+                guided = {"velocity_uncond": uncond, "guidance_scale": guidance}
                 if start <= i < start + window_size:
                     at = coefficients.at(torch.tensor([i]))
-                    x, _ = sde_step(velocity, x, at.c_x, at.c_v, at.std, seed=seed[None], offset=i + 1)
+                    x, _ = sde_step(velocity, x, at.c_x, at.c_v, at.std, seed=seed[None], offset=i + 1, **guided)
                 else:
-                    x, _ = sde_step(velocity, x, 1.0, float(coefficients.dt[i]), 0.0)
+                    x, _ = sde_step(velocity, x, 1.0, float(coefficients.dt[i]), 0.0, **guided)
             final.append(x)
     return torch.cat(final)
 
 
-@pytest.mark.parametrize("starts", [(2, 2), (3, 1), (0, 2)])
-def test_a_shared_prefix_is_computed_once_per_group(starts):
+@pytest.mark.parametrize(
+    ("starts", "prefix", "tail"),
+    [((2, 2), [2, 2], [6, 6]), ((3, 1), [2, 1, 1], [6, 3, 3]), ((0, 2), [1, 1], [6, 6, 3, 3])],
+)
+def test_equal_samples_are_computed_once_per_group(starts, prefix, tail):
+    """Those before each group's own window, and those of its first step."""
     policy = TinyPolicy()
     trajectory = sample(policy, starts=starts, window_size=2, group_size=3, same_noise=True)
     rows = [len(seen) for seen in policy.seen]
-    assert rows == [2] * min(starts) + [6] * (NUM_STEPS - min(starts))
+    assert rows == [*prefix, 2, 6, *tail]
+    assert sum(rows) == sum(rollout_passes(start, 2, NUM_STEPS, 3, True, None) for start in starts)
     conditioning = {"text": torch.arange(2.0)[:, None]}
     coefficients = step_coefficients(policy.sigmas(NUM_STEPS, SHAPE), "flow_sde", 0.7)
     expected = plain_samples(TinyPolicy(), conditioning, coefficients, starts, 2, 3, (1, 2), SHAPE)
-    torch.testing.assert_close(trajectory.final, expected)
+    assert torch.equal(trajectory.final, expected)
     assert len(trajectory.final.flatten(1).unique(dim=0)) == 6
-    # nothing is shared if each sample has its own noise, or if a window begins with the first step
+    # nothing is shared if each sample has its own noise
     apart = TinyPolicy()
     sample(apart, starts=(2, 2), window_size=2, group_size=3)
     assert [len(seen) for seen in apart.seen] == [6] * NUM_STEPS
@@ -212,12 +225,53 @@ def test_a_shared_prefix_changes_transformer_samples_only_by_rounding(guidance):
     settings = {"unconditional": unconditional, "guidance_scale": guidance, "same_noise": True}
     shared = sample_groups(policy, conditioning, coefficients, (3, 3), 2, 4, sample_seeds((1, 2), 4), shape, **settings)
     calls = 1 if guidance == 1 else 2
-    assert rows == [2] * 3 * calls + [8] * 3 * calls
-    # nothing is shared if another group's window begins with the first step
-    both = {name: tensor[[0, 1, 0]] for name, tensor in conditioning.items()}
-    apart = sample_groups(policy, both, coefficients, (3, 3, 0), 2, 4, sample_seeds((1, 2, 3), 4), shape, **settings)
-    torch.testing.assert_close(shared.final, apart.final[:8], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(shared.latents, apart.latents[:8], rtol=1e-3, atol=1e-4)
+    assert rows == [2] * 4 * calls + [8] * 2 * calls
+    expected = plain_samples(policy, conditioning, coefficients, (3, 3), 2, 4, (1, 2), shape, unconditional, guidance)
+    torch.testing.assert_close(shared.final, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_shorter_tail_leaves_prefix_and_window_as_they_are(dtype, guidance):
+    """Bit for bit, for groups with windows anywhere; the tail has at most so many passes and ends clean."""
+    starts, window_size = (3, 0, 1), 2
+    settings = {"starts": starts, "window_size": window_size, "seeds": (1, 2, 3), "keep_velocities": True}
+    settings |= {"guidance_scale": guidance, "unconditional": {"text": torch.ones(1, 1)} if guidance != 1 else None}
+    full = sample(TinyPolicy(dtype), **settings)
+    policy = TinyPolicy(dtype)
+    for solver, tail_steps in (("euler", 2), ("dpm_solver", 2), ("dpm_solver", None)):
+        policy.seen.clear()
+        shorter = sample(policy, tail_steps=tail_steps, solver=solver, **settings)
+        for name in ("latents", "velocities", "log_probs", "steps", "seeds"):
+            assert torch.equal(getattr(shorter, name), getattr(full, name))
+        assert not torch.equal(shorter.final, full.final)
+        passes = sum(rollout_passes(start, window_size, NUM_STEPS, 2, False, tail_steps) for start in starts)
+        assert sum(len(seen) for seen in policy.seen) == passes * (1 if guidance == 1 else 2)
+    # a tail that is not shorter is the same, and a group's does not depend on the others of its batch
+    assert torch.equal(sample(TinyPolicy(dtype), tail_steps=4, **settings).final, full.final)
+    alone = sample(TinyPolicy(dtype), tail_steps=2, **settings | {"starts": (3,), "seeds": (1,)})
+    assert torch.equal(alone.final, sample(TinyPolicy(dtype), tail_steps=2, **settings).final[:2])
+
+
+@pytest.mark.parametrize("settings", [{"same_noise": True}, {"tail_steps": 2}])
+def test_ranks_run_equally_many_passes_whatever_their_groups_windows(settings):
+    for starts in ((0, 0), (3, 1), (4, 4)):
+        policy, calls = TinyPolicy(), iter(range(NUM_STEPS))
+        expected = sample(TinyPolicy(), starts=starts, window_size=1, **settings)
+        on_step = partial(next, calls)
+        found = sample(policy, starts=starts, window_size=1, possible_starts=range(5), on_step=on_step, **settings)
+        assert torch.equal(found.final, expected.final)
+        assert len(policy.seen) == 4 + 1 + (2 if "tail_steps" in settings else 5)
+        assert next(calls, None) is None
+
+
+def test_the_steps_of_a_tail_divide_its_range_and_end_with_zero():
+    sigmas = torch.tensor([0.9, 0.8, 0.6, 0.3, 0.0], dtype=torch.float64)
+    assert tail_schedule(sigmas, 2).tolist() == [0.9, 0.6, 0.0]
+    assert tail_schedule(sigmas, 1).tolist() == [0.9, 0.0]
+    assert tail_schedule(sigmas, 3).tolist() == pytest.approx([0.9, 0.8 - 0.2 / 3, 0.6 - 0.6 / 3, 0.0])
+    for tail_steps in (None, 4, 9):
+        assert torch.equal(tail_schedule(sigmas, tail_steps), sigmas)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ def config_of(
         max_missing=0.05,  # one of 24 images is missing, but of 12 on one of two processes
         evaluation=EvaluationConfig(num_steps=3, images_per_prompt=2, batch_size=4),
     )
+    if rank == 0:
+        config.rollout.same_noise, config.rollout.tail_steps = True, 1
     if algorithm == "nft":
         explored = {"candidates": 9, "candidate_steps": 2}
         config.rollout = RolloutConfig(dynamics="ode", group_size=SIZE, num_steps=5, batch_size=2 * SIZE, **explored)
