@@ -16,6 +16,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.evaluation.sampling import Samples, sample_and_score
 from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.learning import OBJECTIVES, Batch
+from fastflowgrpo.learning.advantages import share_without_spread
 from fastflowgrpo.learning.learner import Learner
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
@@ -162,6 +163,8 @@ class Trainer:
             "reward": rewards.nanmean().item(),
             "missing": int(rewards.isnan().sum()),
             "images": len(rewards),
+            "latent_rms": self._latent_rms(trajectory.final, len(prompts)),
+            "groups_without_spread": share_without_spread(rewards, size),
             **{name: value.nanmean().item() for name, value in scores.details.items()},
             **{f"{name}/missing": int(scores.details[name].isnan().sum()) for name in self.rewards.rewards},
         }
@@ -170,6 +173,11 @@ class Trainer:
             check_missing(candidates, self.config.max_missing, f"candidates of epoch {epoch}")
             metrics |= exploration_metrics(candidates.values.view(-1, rollout.candidates), rewards.view(-1, size))
         return Batch(trajectory, conditioning, unconditional, advantages), metrics
+
+    def _latent_rms(self, latents: Tensor, groups: int) -> float:
+        """The mean RMS of the clean latents (B, ...) of all processes' groups. Collective."""
+        rms = latents.float().flatten(1).square().mean(1).sqrt().cpu().view(-1, self.config.rollout.group_size)
+        return self.processes.gather_rows({"rms": rms}, groups)["rms"].mean().item()
 
     def sample(self, epoch: int, prompts: list[Prompt]) -> Sampled:
         """Sample this process's groups of an epoch, and score each batch while the next one is sampled.
@@ -241,7 +249,7 @@ class Trainer:
             same_noise=rollout.same_noise,
             log_prob=resolve_log_prob(rollout.log_prob, rollout.dynamics),
             keep_steps=self.objective.uses_log_probs,
-            keep_velocities=self.objective.uses_velocities,
+            keep_velocities=self.objective.keeps_velocities(self.config),
             keep_unconditional=rollout.keep_unconditional,
             on_step=on_step,
             **guidance,
@@ -258,11 +266,12 @@ class Trainer:
             return
         self.report.replay(*replayed)
         update, largest = self.config.update, float(replayed[1].max())
-        if not largest <= update.replay_tolerance * update.clip_range:
+        limit = "clip_range" if update.trust_region == "clip" else "divergence_limit"
+        if not largest <= update.replay_tolerance * getattr(update, limit):
             raise mark_collective(
                 UserError(
                     f"replayed log-probs differ from the rollout's by up to {largest:.1e}, more than "
-                    f"update.replay_tolerance {update.replay_tolerance:g} x update.clip_range {update.clip_range:g}: "
+                    f"update.replay_tolerance {update.replay_tolerance:g} x update.{limit} {getattr(update, limit):g}: "
                     "set update.batch_size to rollout.batch_size, or policy.dtype to float32"
                 )
             )

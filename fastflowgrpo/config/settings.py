@@ -154,14 +154,22 @@ class UpdateConfig:
     """The gradient is clipped to this norm."""
     clip_range: float = 0.01
     """The probability ratio is clipped to [1 - clip_range, 1 + clip_range]."""
+    trust_region: Literal["clip", "divergence"] = "clip"
+    """How grpo keeps the policy near the one that sampled: it clips the ratio, or it leaves out the pairs that have
+    diverged by more than divergence_limit in the direction of their advantage."""
+    divergence_limit: float = 1e-5
+    """Limit of the divergence trust region: mean of (mean - mean_old)^2 / (2 std^2) of a step."""
     replay_tolerance: float = 0.5
-    """Largest difference between the log-probs of rollout and replay at the start, as a multiple of clip_range."""
+    """Largest difference between the log-probs of rollout and replay at the start, as a multiple of clip_range or
+    divergence_limit."""
     kl: Literal["flow_grpo", "exact", "velocity"] = "velocity"
     """KL to the reference: as in the code of Flow-GRPO (without dt), exact, or the squared difference of velocities."""
     kl_weight: float = 0.0
     """Weight of the KL; 0 skips the forward pass of the reference."""
     kl_share: float = 1.0
-    """Share of the pairs, drawn at random, that have a KL; it is scaled so that its mean is that of all pairs."""
+    """Share of the pairs, drawn at random, that have a KL and a norm guard, scaled to have the mean of all pairs."""
+    norm_guard_weight: float = 0.0
+    """Weight of relu(|v| / |v_ref| - 1)^2, which keeps the norm of the velocity at the reference's or below."""
     ema_decay: float = 0.9
     """Decay of the averaged weights (EMA), which are evaluated and saved; 0 uses the raw weights."""
     ema_every: int = 2

@@ -22,6 +22,7 @@ _MINIMUM = {
         "update.learning_rate",
         "update.weight_decay",
         "update.kl_weight",
+        "update.norm_guard_weight",
         "update.old_weight",
         "update.old_decay_slope",
         "update.old_decay_start",
@@ -69,6 +70,7 @@ _ABOVE_ZERO = (
     "update.kl_share",
     "update.max_grad_norm",
     "update.clip_range",
+    "update.divergence_limit",
 )
 _AT_MOST_ONE = ("max_missing", "update.kl_share")
 _BELOW_ONE = ("update.clip_range", "update.old_decay_max", "update.betas", "update.ema_decay")
@@ -84,6 +86,7 @@ _USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
         "advantage.std",
         "advantage.clip",
         "update.kl_weight",
+        "update.norm_guard_weight",
     ),
     ("update.algorithm", POLICY_GRADIENTS): (
         "rollout.log_prob",
@@ -93,6 +96,9 @@ _USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
         "update.kl_share",
         "rollout.keep_unconditional",
     ),
+    ("update.algorithm", ("grpo",)): ("update.trust_region",),
+    ("update.trust_region", ("clip",)): ("update.clip_range",),
+    ("update.trust_region", ("divergence",)): ("update.divergence_limit",),
     ("update.algorithm", ("dpo", "sft", "rwr")): ("update.data",),
     ("update.algorithm", ("dpo", "sft", "rwr", *FORWARD_PROCESS)): ("update.noise_draws", "update.noise_levels"),
     ("update.algorithm", FORWARD_PROCESS): (
@@ -215,7 +221,7 @@ def _check_sampling_and_updates(config: Config) -> None:
             f"rollout.dynamics: update.algorithm {update.algorithm} learns from log-probs, and ode has none; "
             "choose flow_sde, flow_cps or dance_sde, or update.algorithm nft, awm, dpo, sft or rwr"
         )
-    if update.kl_share != 1 and not update.kl_weight:
+    if update.kl_share != 1 and not (update.kl_weight or update.norm_guard_weight):
         raise UserError("update.kl_share: there is no KL unless update.kl_weight is above 0")
     if rollout.keep_unconditional and rollout.guidance_scale == 1:
         raise UserError("rollout.keep_unconditional: without guidance (rollout.guidance_scale 1) there is none to keep")

@@ -84,6 +84,18 @@ WRONG = {
         ["--update.algorithm", "sft", "--rollout.dynamics", "ode", "--rollout.same_noise", "true"],
         "rollout.dynamics: ode does not use rollout.same_noise (default False)",
     ),
+    "not of the divergence": (
+        ["--update.trust_region", "divergence", "--update.clip_range", "0.1"],
+        "update.trust_region: divergence does not use update.clip_range (default 0.01): leave at the default",
+    ),
+    "not of the clip": (
+        ["--update.divergence_limit", "0.1"],
+        "update.trust_region: clip does not use update.divergence_limit (default 1e-05)",
+    ),
+    "not of grpo_guard": (
+        ["--update.algorithm", "grpo_guard", "--update.trust_region", "divergence"],
+        "update.algorithm: grpo_guard does not use update.trust_region (default clip)",
+    ),
     "one reward": (["--advantage.mode", "gdpo"], "advantage.mode: gdpo normalises each of several rewards, and there"),
     "no choice": (
         ["--rollout.candidates", "24"],
