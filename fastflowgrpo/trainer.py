@@ -12,7 +12,8 @@ from torch import Tensor
 from fastflowgrpo.config import Config, validate
 from fastflowgrpo.console import progress
 from fastflowgrpo.distributed import Processes, make_accelerator, mark_collective
-from fastflowgrpo.errors import UserError
+from fastflowgrpo.errors import GuardStop, UserError
+from fastflowgrpo.evaluation.guard import with_guard
 from fastflowgrpo.evaluation.sampling import Samples, sample_and_score
 from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.learning import OBJECTIVES, Batch
@@ -26,6 +27,7 @@ from fastflowgrpo.prompts.geneval import MIX
 from fastflowgrpo.prompts.sources import run_prompts
 from fastflowgrpo.rewards import Scores, build_rewards
 from fastflowgrpo.runs.checkpoints import last_checkpoint
+from fastflowgrpo.runs.guard import best_checkpoint, guard_fall, is_best_by_guard
 from fastflowgrpo.runs.hub import check_push, push
 from fastflowgrpo.runs.model_card import CARD, write_card
 from fastflowgrpo.runs.report import Report
@@ -78,7 +80,10 @@ class Trainer:
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
         self.embed = self._embeddings()
-        self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device, config.reward_frames)
+        scoring = self.policy.decode, self.policy.device, config.reward_frames
+        self.scoring = self.evaluation_scoring = Scoring(self.rewards, *scoring)
+        if self.evaluation_rewards is not self.rewards:
+            self.evaluation_scoring = Scoring(self.evaluation_rewards, *scoring)
         sigmas = self.policy.sigmas(rollout.num_steps, self.shape)
         self.coefficients = step_coefficients(sigmas, rollout.dynamics, rollout.noise_level)
         # The last step is an ODE step and is never trained.
@@ -104,10 +109,11 @@ class Trainer:
 
         Raises:
             Interrupted: on SIGTERM or Ctrl+C, after an update under way is finished.
+            GuardStop: `evaluation.guard` has stopped the run; it is saved, with its summary and pictures.
         """
         with self.signals:
             try:
-                self._run_epochs()
+                stopped = self._run_epochs()
             except BaseException as error:
                 try:
                     if self.state.at_epoch_boundary and self.processes.is_collective(error):
@@ -115,10 +121,18 @@ class Trainer:
                 finally:
                     self.report.stopped()
                 raise
-            self.report.finish(self.eval_prompts)
-            self._publish()
+            run = self.config.output_dir
+            checkpoint = self.processes.on_main(lambda: best_checkpoint(run) if stopped else last_checkpoint(run))
+            self.report.finish(self.eval_prompts)  # ends the communication of the processes
+            self._publish(checkpoint)
+        if stopped:
+            raise GuardStop(
+                f"{stopped}; the best checkpoint is {checkpoint}; to go on from it: --resume best, from the last one: "
+                "--resume latest --evaluation.guard_action warn"
+            )
 
-    def _run_epochs(self) -> None:
+    def _run_epochs(self) -> str:
+        """Train, and return why the guard has stopped the run, "" if it has not."""
         config, state = self.config, self.state
         first = state.epoch
         while True:
@@ -128,10 +142,15 @@ class Trainer:
             if evaluation_due and state.evaluated_step != self.learner.step:
                 self.evaluate()
                 state.mark_epoch_boundary()
-            if last or (config.save_every and state.epoch % config.save_every == 0):
+            fall = guard_fall(state.rows, config.evaluation.guard_patience)
+            if fall and config.evaluation.guard_action == "warn":
+                self.report.warn(fall)
+                fall = ""
+            save_due = last or (config.save_every and state.epoch % config.save_every == 0)
+            if save_due or fall or is_best_by_guard(state.rows):
                 state.save()
-            if last:
-                return
+            if last or fall:
+                return fall
             batch, metrics = self.collect(state.epoch)
             if state.epoch == first and self.objective.uses_log_probs:
                 self.check_replay(batch)
@@ -309,6 +328,7 @@ class Trainer:
             self.rewards.check_prompts([*self.train_prompts, *self.eval_prompts])
         except ValueError as error:
             raise UserError(str(error)) from error
+        self.evaluation_rewards = with_guard(self.rewards, self.config.evaluation.guard, self.eval_prompts)
 
     def _embeddings(self) -> EmbeddingCache:
         """The prompt embeddings; with `policy.embeddings_dir` all of them are made now, by all processes together."""
@@ -327,7 +347,7 @@ class Trainer:
         return sample_and_score(
             self.policy,
             self.embed,
-            self.scoring,
+            self.evaluation_scoring,
             [(i, self.eval_prompts[i]) for i in self.processes.padded_rank_indices(len(self.eval_prompts))],
             self.shape,
             num_steps=config.num_steps,
@@ -336,15 +356,14 @@ class Trainer:
             guidance_scale=guidance,
         )
 
-    def _publish(self) -> None:
-        """Write a model card beside the last weights, and push both to the hub if `hub_model_id` is set.
+    def _publish(self, checkpoint: Path) -> None:
+        """Write a model card into a checkpoint, and push both to the hub if `hub_model_id` is set.
 
         The run is saved already: a push that fails is a warning that says how to push again.
         """
         if not self.processes.is_main:
             return
         run, repository = Path(self.config.output_dir), self.config.hub_model_id
-        checkpoint = last_checkpoint(run)
         card = checkpoint / CARD
         print(f"{'card':8} {card if card.is_file() else write_card(run, checkpoint)}")
         if repository is not None:

@@ -190,6 +190,18 @@ class EvaluationConfig:
     """Images per evaluation prompt."""
     batch_size: int = 288
     """Images sampled at once."""
+    guard: dict[str, Any] | str | None = None
+    """Reward that is evaluated and never trained on: its name, or an object as in rewards, with one entry. The best
+    checkpoint is the best by it. Default: none."""
+    guard_patience: int = 2
+    """Evaluations in a row in which the guard must have fallen, by more than its standard error from its best."""
+    guard_action: Literal["warn", "stop"] = "stop"
+    """What happens then: the run only warns, or it stops."""
+
+
+def guard_reward(guard: dict[str, Any] | str | None) -> dict[str, Any]:
+    """`evaluation.guard` in the form of `rewards`: its name and its weight or settings; {} if there is none."""
+    return {guard: 1.0} if isinstance(guard, str) else guard or {}
 
 
 @dataclass
@@ -203,7 +215,8 @@ class Config:
     overwrite: bool = False
     """Replace the run that output_dir already holds, unless it is resumed."""
     resume: str | None = None
-    """Continue the run in output_dir from this checkpoint folder, or from "latest" (starts anew if there is none)."""
+    """Continue the run in output_dir from this checkpoint folder, from "latest" (starts anew if there is none), or from
+    "best", the one with the best evaluation."""
     seed: int = 0
     """Seed of all random numbers."""
     epochs: int = 120
@@ -211,7 +224,7 @@ class Config:
     save_every: int = 20
     """Epochs between two checkpoints; 0 saves only when the run ends or is interrupted."""
     checkpoints_total_limit: int | None = None
-    """Number of checkpoints to keep, the newest. Default: all."""
+    """Number of checkpoints to keep, the newest; the best is kept besides. Default: all."""
     dry_run: bool = False
     """Print the batches, memory and FLOPs of the run without loading weights, and stop."""
     num_processes: int | None = None
@@ -245,7 +258,8 @@ class EvaluateConfig:
     model: str = "shapes"
     """Diffusers pipeline: a local folder, a hub id, or "shapes" for the bundled model."""
     checkpoint: str | None = None
-    """Folder of trained weights, a LoRA or a whole transformer, as the train command writes it."""
+    """Folder of trained weights, a LoRA or a whole transformer, as the train command writes it; or "best", the run's
+    checkpoint with the best evaluation."""
     weights: Literal["base", "trained", "both"] = "both"
     """Evaluate the model itself, the model with its checkpoint, or both. Without a checkpoint: the model itself."""
     output_dir: str = "runs/evaluation"

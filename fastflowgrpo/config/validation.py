@@ -3,7 +3,7 @@
 from operator import attrgetter
 from typing import Any
 
-from fastflowgrpo.config.settings import Config, EvaluateConfig
+from fastflowgrpo.config.settings import Config, EvaluateConfig, guard_reward
 from fastflowgrpo.errors import UserError
 
 POLICY_GRADIENTS = ("grpo", "grpo_guard")
@@ -56,6 +56,7 @@ _MINIMUM = {
         "evaluation.num_steps",
         "evaluation.images_per_prompt",
         "evaluation.batch_size",
+        "evaluation.guard_patience",
     ),
     2: ("rollout.group_size", "rollout.candidates", "rollout.num_steps"),
 }
@@ -139,6 +140,8 @@ MAY_CHANGE = (
     "update.replay_tolerance",
     "evaluation.every",
     "evaluation.batch_size",
+    "evaluation.guard_patience",
+    "evaluation.guard_action",
 )
 
 
@@ -169,6 +172,7 @@ def validate(config: Config) -> None:
         raise UserError("advantage.mode: gdpo normalises each of several rewards, and there is one")
     _check_window(config)
     _check_candidates(config)
+    _check_guard(config)
 
 
 def validate_evaluation(config: EvaluateConfig) -> None:
@@ -281,6 +285,21 @@ def _check_candidates(config: Config) -> None:
         )
     if rollout.same_noise:
         raise UserError("rollout.candidates: candidates differ by their initial noise; set rollout.same_noise to false")
+
+
+def _check_guard(config: Config) -> None:
+    guard = guard_reward(config.evaluation.guard)
+    if len(guard) > 1:
+        raise UserError(f"evaluation.guard: must be one reward, got {', '.join(guard)}")
+    for name, settings in guard.items():
+        trained = config.rewards.get(name, 0)
+        weight = trained.get("weight", 1) if isinstance(trained, dict) else trained
+        if weight and _reward_settings(trained) == _reward_settings(settings):
+            raise UserError(f"evaluation.guard: {name} is trained on; choose another reward, or set its weight to 0")
+
+
+def _reward_settings(value: Any) -> dict[str, Any]:
+    return {key: setting for key, setting in value.items() if key != "weight"} if isinstance(value, dict) else {}
 
 
 def _division(dividend: int, divisor: int) -> str:

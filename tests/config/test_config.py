@@ -96,6 +96,14 @@ WRONG = {
         ["--update.algorithm", "grpo_guard", "--update.trust_region", "divergence"],
         "update.algorithm: grpo_guard does not use update.trust_region (default clip)",
     ),
+    "trained guard": (
+        ["--evaluation.guard", "geneval", "--rewards", '{"geneval": 1}'],
+        "evaluation.guard: geneval is trained on; choose another reward, or set its weight to 0",
+    ),
+    "two guards": (
+        ["--evaluation.guard", '{"ocr": 1, "pickscore": 1}'],
+        "evaluation.guard: must be one reward, got ocr, pickscore",
+    ),
     "one reward": (["--advantage.mode", "gdpo"], "advantage.mode: gdpo normalises each of several rewards, and there"),
     "no choice": (
         ["--rollout.candidates", "24"],
