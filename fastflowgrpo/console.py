@@ -28,6 +28,13 @@ def print_error(error: Exception) -> int:
     return 2
 
 
+def print_stop(stop: Exception) -> int:
+    """Prints why a guard has stopped the run as one line on stderr, once for all ranks, and returns the exit code 3."""
+    if _rank() == "0":
+        print("stopped:", stop, file=sys.stderr)
+    return 3
+
+
 def run_and_exit(main: Callable[[], int]) -> NoReturn:
     """Runs `main` and ends the process with its exit code, or with a traceback and code 1.
 

@@ -12,6 +12,10 @@ class UserError(ValueError):
     """
 
 
+class GuardStop(Exception):
+    """`evaluation.guard` has stopped a run, which is saved. A command prints it as one line and exits with code 3."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The suggestion " (did you mean 'x'?)" with the known name that is most like `name`; "" if none is similar."""
     nearest = difflib.get_close_matches(name, list(known), n=1)

@@ -39,9 +39,12 @@ def trained_weights(config: EvaluateConfig) -> Path | None:
         UserError: weights is "trained" but neither a checkpoint nor a run is given, or the run has no checkpoint.
     """
     from fastflowgrpo.runs.checkpoints import last_checkpoint
+    from fastflowgrpo.runs.guard import best_checkpoint
 
     if config.weights == "base":
         return None
+    if config.checkpoint == "best" and config.run is not None:
+        return best_checkpoint(config.run)
     if config.checkpoint is not None:
         return Path(config.checkpoint)
     if config.run is not None:

@@ -23,16 +23,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument("repository", metavar="OWNER/NAME", help="repository on the hub; created if it does not exist")
-    parser.add_argument("--checkpoint", type=Path, help="folder of the checkpoint; by default the run's last")
+    parser.add_argument("--checkpoint", help='folder of the checkpoint, or "best"; by default the last')
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     arguments = parser.parse_args(argv)
     try:
         # Imported here, so that --help and a wrong argument do not wait for torch.
         from fastflowgrpo.runs.checkpoints import last_checkpoint
+        from fastflowgrpo.runs.guard import best_checkpoint
         from fastflowgrpo.runs.hub import check_push, push
 
         check_push(arguments.repository)
-        checkpoint = arguments.checkpoint or last_checkpoint(arguments.run)
+        if arguments.checkpoint == "best":
+            checkpoint = best_checkpoint(arguments.run)
+        else:
+            checkpoint = Path(arguments.checkpoint) if arguments.checkpoint else last_checkpoint(arguments.run)
         print(push(arguments.run, checkpoint, arguments.repository, arguments.private or None))
     except UserError as error:
         return print_error(error)

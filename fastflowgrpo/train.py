@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from fastflowgrpo.config import Config, parse
-from fastflowgrpo.console import print_error, run_and_exit
-from fastflowgrpo.errors import UserError
+from fastflowgrpo.console import print_error, print_stop, run_and_exit
+from fastflowgrpo.errors import GuardStop, UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command line without the program; by default the process's.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can put right, 130 after Ctrl+C, 143 after SIGTERM.
+        The exit code: 0, 2 after an error that the user can put right, 3 if `evaluation.guard` has stopped the run,
+        130 after Ctrl+C, 143 after SIGTERM.
     """
     try:
         config = parse(argv)
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Trainer(config).run()
     except UserError as error:
         return print_error(error)
+    except GuardStop as stop:
+        return print_stop(stop)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -13,10 +13,12 @@ from torch import Tensor
 from fastflowgrpo.config import Config, validate
 from fastflowgrpo.console import progress
 from fastflowgrpo.distributed import Processes, make_accelerator, mark_collective
-from fastflowgrpo.errors import UserError
+from fastflowgrpo.errors import GuardStop, UserError
+from fastflowgrpo.evaluation.guard import with_guard
 from fastflowgrpo.evaluation.sampling import Samples, sample_and_score
 from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.learning import OBJECTIVES, Batch
+from fastflowgrpo.learning.advantages import share_without_spread
 from fastflowgrpo.learning.learner import Learner
 from fastflowgrpo.planning.micro_batch import available_memory, with_largest_micro_batch
 from fastflowgrpo.planning.plan import batch_plan
@@ -27,6 +29,7 @@ from fastflowgrpo.prompts.geneval import MIX
 from fastflowgrpo.prompts.sources import run_prompts
 from fastflowgrpo.rewards import Scores, build_rewards
 from fastflowgrpo.runs.checkpoints import Checkpoint, last_checkpoint
+from fastflowgrpo.runs.guard import best_checkpoint, guard_fall, is_best_by_guard
 from fastflowgrpo.runs.hub import check_push, push
 from fastflowgrpo.runs.model_card import CARD, write_card
 from fastflowgrpo.runs.report import Report
@@ -81,7 +84,10 @@ class Trainer:
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
         self.embed = self._embeddings()
-        self.scoring = Scoring(self.rewards, self.policy.decode, self.policy.device, config.reward_frames)
+        scoring = self.policy.decode, self.policy.device, config.reward_frames
+        self.scoring = self.evaluation_scoring = Scoring(self.rewards, *scoring)
+        if self.evaluation_rewards is not self.rewards:
+            self.evaluation_scoring = Scoring(self.evaluation_rewards, *scoring)
         sigmas = self.policy.sigmas(rollout.num_steps, self.shape)
         self.coefficients = step_coefficients(sigmas, rollout.dynamics, rollout.noise_level)
         # The last step is an ODE step and is never trained.
@@ -107,10 +113,11 @@ class Trainer:
 
         Raises:
             Interrupted: on SIGTERM or Ctrl+C, after an update under way is finished.
+            GuardStop: `evaluation.guard` has stopped the run; it is saved, with its summary and pictures.
         """
         with self.signals:
             try:
-                self._run_epochs()
+                stopped = self._run_epochs()
             except BaseException as error:
                 try:
                     if self.state.at_epoch_boundary and self.processes.is_collective(error):
@@ -118,10 +125,18 @@ class Trainer:
                 finally:
                     self.report.stopped()
                 raise
-            self.report.finish(self.eval_prompts)
-            self._publish()
+            run = self.config.output_dir
+            checkpoint = self.processes.on_main(lambda: best_checkpoint(run) if stopped else last_checkpoint(run))
+            self.report.finish(self.eval_prompts)  # ends the communication of the processes
+            self._publish(checkpoint)
+        if stopped:
+            raise GuardStop(
+                f"{stopped}; the best checkpoint is {checkpoint}; to go on from it: --resume best, from the last one: "
+                "--resume latest --evaluation.guard_action warn"
+            )
 
-    def _run_epochs(self) -> None:
+    def _run_epochs(self) -> str:
+        """Train, and return why the guard has stopped the run, "" if it has not."""
         config, state = self.config, self.state
         first = state.epoch
         while True:
@@ -131,10 +146,15 @@ class Trainer:
             if evaluation_due and state.evaluated_step != self.learner.step:
                 self.evaluate()
                 state.mark_epoch_boundary()
-            if last or (config.save_every and state.epoch % config.save_every == 0):
+            fall = guard_fall(state.rows, config.evaluation.guard_patience)
+            if fall and config.evaluation.guard_action == "warn":
+                self.report.warn(fall)
+                fall = ""
+            save_due = last or (config.save_every and state.epoch % config.save_every == 0)
+            if save_due or fall or is_best_by_guard(state.rows):
                 state.save()
-            if last:
-                return
+            if last or fall:
+                return fall
             batch, metrics = self.collect(state.epoch)
             if state.epoch == first and self.objective.uses_log_probs:
                 self.check_replay(batch)
@@ -166,6 +186,8 @@ class Trainer:
             "reward": rewards.nanmean().item(),
             "missing": int(rewards.isnan().sum()),
             "images": len(rewards),
+            "latent_rms": self._latent_rms(trajectory.final, len(prompts)),
+            "groups_without_spread": share_without_spread(rewards, size),
             **{name: value.nanmean().item() for name, value in scores.details.items()},
             **{f"{name}/missing": int(scores.details[name].isnan().sum()) for name in self.rewards.rewards},
         }
@@ -174,6 +196,11 @@ class Trainer:
             check_missing(candidates, self.config.max_missing, f"candidates of epoch {epoch}")
             metrics |= exploration_metrics(candidates.values.view(-1, rollout.candidates), rewards.view(-1, size))
         return Batch(trajectory, conditioning, unconditional, advantages), metrics
+
+    def _latent_rms(self, latents: Tensor, groups: int) -> float:
+        """The mean RMS of the clean latents (B, ...) of all processes' groups. Collective."""
+        rms = latents.float().flatten(1).square().mean(1).sqrt().cpu().view(-1, self.config.rollout.group_size)
+        return self.processes.gather_rows({"rms": rms}, groups)["rms"].mean().item()
 
     def sample(self, epoch: int, prompts: list[Prompt]) -> Sampled:
         """Sample this process's groups of an epoch, and score each batch while the next one is sampled.
@@ -248,7 +275,7 @@ class Trainer:
             possible_starts=range(*self._start_range()) if self.processes.sharded and not rollout.window_stride else (),
             log_prob=resolve_log_prob(rollout.log_prob, rollout.dynamics),
             keep_steps=self.objective.uses_log_probs,
-            keep_velocities=self.objective.uses_velocities,
+            keep_velocities=self.objective.keeps_velocities(self.config),
             keep_unconditional=rollout.keep_unconditional,
             on_step=on_step,
             **guidance,
@@ -265,11 +292,12 @@ class Trainer:
             return
         self.report.replay(*replayed)
         update, largest = self.config.update, float(replayed[1].max())
-        if not largest <= update.replay_tolerance * update.clip_range:
+        limit = "clip_range" if update.trust_region == "clip" else "divergence_limit"
+        if not largest <= update.replay_tolerance * getattr(update, limit):
             raise mark_collective(
                 UserError(
                     f"replayed log-probs differ from the rollout's by up to {largest:.1e}, more than "
-                    f"update.replay_tolerance {update.replay_tolerance:g} x update.clip_range {update.clip_range:g}: "
+                    f"update.replay_tolerance {update.replay_tolerance:g} x update.{limit} {getattr(update, limit):g}: "
                     "set update.batch_size to rollout.batch_size, or policy.dtype to float32"
                 )
             )
@@ -320,6 +348,7 @@ class Trainer:
             self.rewards.check_prompts([*self.train_prompts, *self.eval_prompts])
         except ValueError as error:
             raise UserError(str(error)) from error
+        self.evaluation_rewards = with_guard(self.rewards, self.config.evaluation.guard, self.eval_prompts)
 
     def _embeddings(self) -> EmbeddingCache:
         """The prompt embeddings; with `policy.embeddings_dir` all of them are made now, by all processes together."""
@@ -338,7 +367,7 @@ class Trainer:
         return sample_and_score(
             self.policy,
             self.embed,
-            self.scoring,
+            self.evaluation_scoring,
             [(i, self.eval_prompts[i]) for i in self.processes.padded_rank_indices(len(self.eval_prompts))],
             self.shape,
             num_steps=config.num_steps,
@@ -347,15 +376,14 @@ class Trainer:
             guidance_scale=guidance,
         )
 
-    def _publish(self) -> None:
-        """Write a model card beside the last weights, and push both to the hub if `hub_model_id` is set.
+    def _publish(self, checkpoint: Path) -> None:
+        """Write a model card into a checkpoint, and push both to the hub if `hub_model_id` is set.
 
         The run is saved already: a push that fails is a warning that says how to push again.
         """
         if not self.processes.is_main:
             return
         run, repository = Path(self.config.output_dir), self.config.hub_model_id
-        checkpoint = last_checkpoint(run)
         card = checkpoint / CARD
         print(f"{'card':8} {card if card.is_file() else write_card(run, checkpoint)}")
         if repository is not None:

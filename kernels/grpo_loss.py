@@ -62,7 +62,7 @@ def grpo_loss(
         log_prob: (B,), under the policy.
         old_log_prob: (B,), under the policy that sampled the step.
         advantage: (B,).
-        clip_range: the ratio is clipped to [1 - clip_range, 1 + clip_range].
+        clip_range: the ratio is clipped to [1 - clip_range, 1 + clip_range]; math.inf turns this off.
         advantage_clip: advantages are clipped to [-advantage_clip, advantage_clip]; math.inf turns this off.
         backend: "auto", "reference" or "triton", see `choose_backend`. The reference computes float64 and second
             derivatives.
@@ -252,8 +252,11 @@ def _check_kl(kl: str, kl_weight: float, velocity_ref: torch.Tensor | None) -> N
 def _check_pairs(
     shape: torch.Size, old_log_prob: torch.Tensor, advantage: torch.Tensor, clip_range: float, advantage_clip: float
 ) -> None:
-    if not 0 < clip_range < 1:
-        raise ValueError(f"clip_range {clip_range} is out of range: it must lie between 0 and 1, for example 1e-4")
+    if not (0 < clip_range < 1 or clip_range == math.inf):
+        raise ValueError(
+            f"clip_range {clip_range} is out of range: it must lie between 0 and 1, for example 1e-4 "
+            "(math.inf: no clipping)"
+        )
     if not advantage_clip > 0:
         raise ValueError(
             f"advantage_clip {advantage_clip} is out of range: it must be positive (math.inf: no clipping)"

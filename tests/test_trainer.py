@@ -143,7 +143,7 @@ def test_a_missing_score_and_a_group_of_equal_rewards_are_left_out(folder, tmp_p
     assert torch.cat([slots for _, slots in pairs]).tolist() == [0, 0, 0, 1, 1, 1]
     before = [p.detach().clone() for p in trainer.learner.parameters]
     metrics = trainer.learner.update(replace(batch, advantages=torch.zeros(8)))
-    assert metrics == {"trained_pairs": 0}
+    assert metrics == {"trained_pairs": 0, "effective_pairs": 0}
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.learner.parameters, strict=True))
 
 

@@ -14,6 +14,7 @@ from fastflowgrpo.config.settings import (
     RolloutConfig,
     ServerConfig,
     UpdateConfig,
+    guard_reward,
 )
 from fastflowgrpo.config.validation import MAY_CHANGE, POLICY_GRADIENTS, validate
 
@@ -30,6 +31,7 @@ __all__ = [
     "RolloutConfig",
     "ServerConfig",
     "UpdateConfig",
+    "guard_reward",
     "parse",
     "parse_evaluation",
     "parse_settings",

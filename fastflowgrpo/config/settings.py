@@ -159,14 +159,22 @@ class UpdateConfig:
     """The gradient is clipped to this norm."""
     clip_range: float = 0.01
     """The probability ratio is clipped to [1 - clip_range, 1 + clip_range]."""
+    trust_region: Literal["clip", "divergence"] = "clip"
+    """How grpo keeps the policy near the one that sampled: it clips the ratio, or it leaves out the pairs that have
+    diverged by more than divergence_limit in the direction of their advantage."""
+    divergence_limit: float = 1e-5
+    """Limit of the divergence trust region: mean of (mean - mean_old)^2 / (2 std^2) of a step."""
     replay_tolerance: float = 0.5
-    """Largest difference between the log-probs of rollout and replay at the start, as a multiple of clip_range."""
+    """Largest difference between the log-probs of rollout and replay at the start, as a multiple of clip_range or
+    divergence_limit."""
     kl: Literal["flow_grpo", "exact", "velocity"] = "velocity"
     """KL to the reference: as in the code of Flow-GRPO (without dt), exact, or the squared difference of velocities."""
     kl_weight: float = 0.0
     """Weight of the KL; 0 skips the forward pass of the reference."""
     kl_share: float = 1.0
-    """Share of the pairs, drawn at random, that have a KL; it is scaled so that its mean is that of all pairs."""
+    """Share of the pairs, drawn at random, that have a KL and a norm guard, scaled to have the mean of all pairs."""
+    norm_guard_weight: float = 0.0
+    """Weight of relu(|v| / |v_ref| - 1)^2, which keeps the norm of the velocity at the reference's or below."""
     ema_decay: float = 0.9
     """Decay of the averaged weights (EMA), which are evaluated and saved; 0 uses the raw weights."""
     ema_every: int = 2
@@ -187,6 +195,18 @@ class EvaluationConfig:
     """Images per evaluation prompt."""
     batch_size: int = 288
     """Images sampled at once."""
+    guard: dict[str, Any] | str | None = None
+    """Reward that is evaluated and never trained on: its name, or an object as in rewards, with one entry. The best
+    checkpoint is the best by it. Default: none."""
+    guard_patience: int = 2
+    """Evaluations in a row in which the guard must have fallen, by more than its standard error from its best."""
+    guard_action: Literal["warn", "stop"] = "stop"
+    """What happens then: the run only warns, or it stops."""
+
+
+def guard_reward(guard: dict[str, Any] | str | None) -> dict[str, Any]:
+    """`evaluation.guard` in the form of `rewards`: its name and its weight or settings; {} if there is none."""
+    return {guard: 1.0} if isinstance(guard, str) else guard or {}
 
 
 @dataclass
@@ -200,7 +220,8 @@ class Config:
     overwrite: bool = False
     """Replace the run that output_dir already holds, unless it is resumed."""
     resume: str | None = None
-    """Continue the run in output_dir from this checkpoint folder, or from "latest" (starts anew if there is none)."""
+    """Continue the run in output_dir from this checkpoint folder, from "latest" (starts anew if there is none), or from
+    "best", the one with the best evaluation."""
     seed: int = 0
     """Seed of all random numbers."""
     epochs: int = 120
@@ -208,7 +229,7 @@ class Config:
     save_every: int = 20
     """Epochs between two checkpoints; 0 saves only when the run ends or is interrupted."""
     checkpoints_total_limit: int | None = None
-    """Number of checkpoints to keep, the newest. Default: all."""
+    """Number of checkpoints to keep, the newest; the best is kept besides. Default: all."""
     dry_run: bool = False
     """Print the batches, memory and FLOPs of the run without loading weights, and stop."""
     num_processes: int | None = None
@@ -244,7 +265,8 @@ class EvaluateConfig:
     model: str = "shapes"
     """Diffusers pipeline: a local folder, a hub id, or "shapes" for the bundled model."""
     checkpoint: str | None = None
-    """Folder of trained weights, a LoRA or a whole transformer, as the train command writes it."""
+    """Folder of trained weights, a LoRA or a whole transformer, as the train command writes it; or "best", the run's
+    checkpoint with the best evaluation."""
     weights: Literal["base", "trained", "both"] = "both"
     """Evaluate the model itself, the model with its checkpoint, or both. Without a checkpoint: the model itself."""
     output_dir: str = "runs/evaluation"

@@ -3,7 +3,7 @@
 from operator import attrgetter
 from typing import Any
 
-from fastflowgrpo.config.settings import Config, EvaluateConfig
+from fastflowgrpo.config.settings import Config, EvaluateConfig, guard_reward
 from fastflowgrpo.errors import UserError
 
 POLICY_GRADIENTS = ("grpo", "grpo_guard")
@@ -22,6 +22,7 @@ _MINIMUM = {
         "update.learning_rate",
         "update.weight_decay",
         "update.kl_weight",
+        "update.norm_guard_weight",
         "update.old_weight",
         "update.old_decay_slope",
         "update.old_decay_start",
@@ -56,6 +57,7 @@ _MINIMUM = {
         "evaluation.num_steps",
         "evaluation.images_per_prompt",
         "evaluation.batch_size",
+        "evaluation.guard_patience",
     ),
     2: ("rollout.group_size", "rollout.candidates", "rollout.num_steps"),
 }
@@ -71,6 +73,7 @@ _ABOVE_ZERO = (
     "update.kl_share",
     "update.max_grad_norm",
     "update.clip_range",
+    "update.divergence_limit",
 )
 _AT_MOST_ONE = ("max_missing", "update.kl_share")
 _BELOW_ONE = ("update.clip_range", "update.old_decay_max", "update.betas", "update.ema_decay")
@@ -86,6 +89,7 @@ _USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
         "advantage.std",
         "advantage.clip",
         "update.kl_weight",
+        "update.norm_guard_weight",
     ),
     ("update.algorithm", POLICY_GRADIENTS): (
         "rollout.log_prob",
@@ -95,6 +99,9 @@ _USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
         "update.kl_share",
         "rollout.keep_unconditional",
     ),
+    ("update.algorithm", ("grpo",)): ("update.trust_region",),
+    ("update.trust_region", ("clip",)): ("update.clip_range",),
+    ("update.trust_region", ("divergence",)): ("update.divergence_limit",),
     ("update.algorithm", ("dpo", "sft", "rwr")): ("update.data",),
     ("update.algorithm", ("dpo", "sft", "rwr", *FORWARD_PROCESS)): ("update.noise_draws", "update.noise_levels"),
     ("update.algorithm", FORWARD_PROCESS): (
@@ -135,6 +142,8 @@ MAY_CHANGE = (
     "update.replay_tolerance",
     "evaluation.every",
     "evaluation.batch_size",
+    "evaluation.guard_patience",
+    "evaluation.guard_action",
 )
 
 
@@ -165,6 +174,7 @@ def validate(config: Config) -> None:
         raise UserError("advantage.mode: gdpo normalises each of several rewards, and there is one")
     _check_window(config)
     _check_candidates(config)
+    _check_guard(config)
 
 
 def validate_evaluation(config: EvaluateConfig) -> None:
@@ -217,7 +227,7 @@ def _check_sampling_and_updates(config: Config) -> None:
             f"rollout.dynamics: update.algorithm {update.algorithm} learns from log-probs, and ode has none; "
             "choose flow_sde, flow_cps or dance_sde, or update.algorithm nft, awm, dpo, sft or rwr"
         )
-    if update.kl_share != 1 and not update.kl_weight:
+    if update.kl_share != 1 and not (update.kl_weight or update.norm_guard_weight):
         raise UserError("update.kl_share: there is no KL unless update.kl_weight is above 0")
     if rollout.keep_unconditional and rollout.guidance_scale == 1:
         raise UserError("rollout.keep_unconditional: without guidance (rollout.guidance_scale 1) there is none to keep")
@@ -282,6 +292,21 @@ def _check_candidates(config: Config) -> None:
         )
     if rollout.same_noise:
         raise UserError("rollout.candidates: candidates differ by their initial noise; set rollout.same_noise to false")
+
+
+def _check_guard(config: Config) -> None:
+    guard = guard_reward(config.evaluation.guard)
+    if len(guard) > 1:
+        raise UserError(f"evaluation.guard: must be one reward, got {', '.join(guard)}")
+    for name, settings in guard.items():
+        trained = config.rewards.get(name, 0)
+        weight = trained.get("weight", 1) if isinstance(trained, dict) else trained
+        if weight and _reward_settings(trained) == _reward_settings(settings):
+            raise UserError(f"evaluation.guard: {name} is trained on; choose another reward, or set its weight to 0")
+
+
+def _reward_settings(value: Any) -> dict[str, Any]:
+    return {key: setting for key, setting in value.items() if key != "weight"} if isinstance(value, dict) else {}
 
 
 def _division(dividend: int, divisor: int) -> str:

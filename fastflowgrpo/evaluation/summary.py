@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fastflowgrpo.distributed import Processes
 from fastflowgrpo.evaluation.diversity import diversity
+from fastflowgrpo.evaluation.guard import GUARD
 from fastflowgrpo.evaluation.sampling import Samples
 from fastflowgrpo.evaluation.shown import ShownImages, gather_shown
-from fastflowgrpo.evaluation.statistics import STRICT, Measures, measures
+from fastflowgrpo.evaluation.statistics import STRICT, Measures, Statistic, measures
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.scoring.gather import gather_scores
 
@@ -32,6 +33,8 @@ class Evaluation:
     images: int
     missing: int
     """Number of images without a score."""
+    guard_standard_error: float | None
+    """Standard error of the guard's mean; None without a guard."""
     shown: ShownImages
 
     @classmethod
@@ -68,6 +71,7 @@ class Evaluation:
             diversity=pixel_diversity,
             images=len(scores.values),
             missing=int(scores.values.isnan().sum()),
+            guard_standard_error=Statistic.of(measured["Scores"][GUARD]).standard_error if GUARD in means else None,
             shown=gather_shown(prompts, samples, measured["Scores"].get("geneval/strict"), processes),
         )
 
@@ -80,4 +84,5 @@ class Evaluation:
             "images": self.images,
             "missing": self.missing,
             "scores": self.scores,
+            **({} if self.guard_standard_error is None else {"guard_standard_error": self.guard_standard_error}),
         }

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastflowgrpo.kernels.backend import choose_backend
-from fastflowgrpo.kernels.group_advantage import group_advantage_reference, group_advantage_triton
+from fastflowgrpo.kernels.group_advantage import EPSILON, group_advantage_reference, group_advantage_triton
 
 BACKENDS = ("auto", "reference", "native", "triton")
 _native: Any
@@ -66,6 +66,18 @@ def group_advantages(
     # torch.compile needs the registered operator to avoid a graph break; an eager call is faster without it.
     compute = _operator if torch.compiler.is_compiling() else _compute
     return compute(columns, group_ids.long(), weights, std, mode, backend)
+
+
+def share_without_spread(rewards: Tensor, group_size: int) -> float:
+    """The share of groups whose rewards have a standard deviation below 1e-4, the summand in the advantage.
+
+    Args:
+        rewards: (N,), group after group; NaN is a missing score. A group without a score counts.
+        group_size: samples per group.
+    """
+    groups = rewards.double().view(-1, group_size)
+    std = (groups - groups.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
+    return 1 - (std >= EPSILON).double().mean().item()
 
 
 def _check_tensors(rewards: Tensor, group_ids: Tensor) -> None:

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from fastflowgrpo.learning.flow_matching import NoisedObjective, NoisyLatents, mean_square
+from fastflowgrpo.learning.guards import norm_guard, norm_ratio
 from fastflowgrpo.learning.objective import Batch, Statistics
 
 POWER = 0.25
@@ -51,16 +52,18 @@ class _ForwardProcess(NoisedObjective):
         with torch.no_grad():
             with self.old_policy.active():
                 velocity_old = noisy.velocity(self.policy)
-            if update.kl_weight:
+            if update.kl_weight or update.norm_guard_weight:
                 with self.policy.reference():
                     velocity_ref = noisy.velocity(self.policy)
         velocity = noisy.velocity(self.policy)
         loss, statistics = self.policy_loss(noisy, velocity, velocity_old, advantages)
         statistics |= {"policy_loss": loss, "old_distance": mean_square(velocity - velocity_old)}
-        if update.kl_weight:
-            kl = mean_square(velocity - velocity_ref)
+        if update.kl_weight or update.norm_guard_weight:
+            kl, ratio = mean_square(velocity - velocity_ref), norm_ratio(velocity, velocity_ref)
             loss = loss + update.kl_weight * kl
-            statistics["kl"] = kl
+            if update.norm_guard_weight:
+                loss = loss + update.norm_guard_weight * norm_guard(ratio)
+            statistics |= {"kl": kl, "norm_ratio": ratio}
         return loss, {name: value.detach() for name, value in statistics.items()}
 
     @abstractmethod
@@ -110,7 +113,12 @@ class AWM(_ForwardProcess):
         ratio = log_ratio.exp()
         clipped = ratio.clamp(1 - update.awm_clip_range, 1 + update.awm_clip_range)
         loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-        return loss + update.old_weight * mean_square(velocity - velocity_old), {"awm_ratio": ratio}
+        statistics = {
+            "awm_ratio": ratio,
+            "clipped_above": ((ratio > clipped) & (advantages > 0)).to(ratio.dtype),
+            "clipped_below": ((ratio < clipped) & (advantages < 0)).to(ratio.dtype),
+        }
+        return loss + update.old_weight * mean_square(velocity - velocity_old), statistics
 
     @staticmethod
     def log_likelihood(noisy: NoisyLatents, velocity: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ class Learner:
             grown = update.old_decay_slope * max(self.step - update.old_decay_start, 0)
             self.old_policy.follow(min(grown, update.old_decay_max))
         on_cpu = {name: tensor.cpu() for name, tensor in concatenate(statistics).items()}
-        return mean_statistics(self.processes.gather(on_cpu))
+        means = mean_statistics(self.processes.gather(on_cpu))
+        return means | {"effective_pairs": self._effective_share(means)}
 
     def accumulate(self, batch: Batch, micro_batches: MicroBatches) -> list[Statistics]:
         """Leave the gradient of the mean loss over all processes' pairs on the parameters. Collective.
@@ -168,6 +169,13 @@ class Learner:
         module = self.processes.unwrap(self.policy.transformer)
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         return {names[id(parameter)]: parameter for parameter in self.parameters}
+
+    def _effective_share(self, means: dict[str, float]) -> float:
+        """The share of the epoch's pairs that have an advantage and that no trust region stopped."""
+        per_group = 1 if self.objective.one_pair_per_group else self.config.rollout.group_size
+        pairs = self.config.prompts.per_epoch * per_group * self.objective.slots
+        stopped = means.get("clipped_above", 0) + means.get("clipped_below", 0)
+        return means["trained_pairs"] * (1 - stopped) / pairs
 
     def _clip_gradient(self) -> Tensor:
         """Clip the gradient to `update.max_grad_norm`; its norm before that."""

@@ -54,8 +54,6 @@ class Objective(ABC):
 
     uses_log_probs: ClassVar[bool] = False
     """Whether it trains on sampled steps, which the rollout then keeps with their log-probs."""
-    uses_velocities: ClassVar[bool] = False
-    """Whether the rollout also keeps the velocities of these steps."""
     one_pair_per_group: ClassVar[bool] = False
     """Whether it has one pair per group and slot instead of one per sample and slot."""
     samples_per_pair: ClassVar[int] = 1
@@ -71,6 +69,11 @@ class Objective(ABC):
         self.config, self.policy, self.coefficients = config, policy, coefficients
         self.group_size = config.rollout.group_size
         self.slots = window_size if self.uses_log_probs else config.update.noise_draws
+
+    @classmethod
+    def keeps_velocities(cls, config: Config) -> bool:
+        """Whether the rollout also keeps the velocities of the sampled steps."""
+        return False
 
     def advantages(self, scores: Scores, reward_weights: Mapping[str, float]) -> Tensor:
         """The weight of each sample in the loss; by default its group-relative advantage, as `config.advantage` says.

@@ -5,13 +5,16 @@ grpo_guard  GRPO-Guard, arXiv 2510.22319, with the velocities that the rollout k
 """
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from fastflowgrpo.config import Config
 from fastflowgrpo.kernels.grpo_loss import grpo_step_loss
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import guided_velocity
+from fastflowgrpo.learning.guards import mask_by_divergence, norm_guard, norm_ratio
 from fastflowgrpo.learning.objective import Batch, Objective, Statistics
 from fastflowgrpo.policy import Conditioning
 from fastflowgrpo.sampling.coefficients import resolve_log_prob
@@ -19,12 +22,21 @@ from fastflowgrpo.sampling.conditioning import expand_row, repeat_rows
 
 
 class GRPO(Objective):
-    """The clipped policy gradient of Flow-GRPO on the window's steps, with a KL to the reference."""
+    """The clipped policy gradient of Flow-GRPO on the window's steps, with a KL to the reference.
+
+    `update.trust_region: divergence` replaces the clip by the mask of `guards`.
+    """
 
     uses_log_probs = True
+    uses_guard_ratio: ClassVar[bool] = False
+    """Whether the ratio is GRPO-Guard's."""
+
+    @classmethod
+    def keeps_velocities(cls, config: Config) -> bool:
+        return cls.uses_guard_ratio or config.update.trust_region == "divergence"
 
     def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, Statistics]:
-        """The loss of `grpo_step_loss` of each pair (sample, step).
+        """The loss of `grpo_step_loss` of each pair (sample, step), and the norm guard.
 
         Only the policy's conditional velocity carries a gradient; its unconditional velocity and the reference's are
         computed without one.
@@ -34,49 +46,70 @@ class GRPO(Objective):
         advantages = batch.advantages[rows].float().to(device, non_blocking=True)
         distinct, repeated = self.distinct_pairs(rows, slots)
         rows, slots = rows.to(device, non_blocking=True), slots.to(device, non_blocking=True)
-        sample = trajectory.latents[rows, slots]
+        sample, prev_sample = trajectory.latents[rows, slots], trajectory.latents[rows, slots + 1]
         conditioning = repeat_rows(batch.conditioning, rows // self.group_size)
         inputs = sample[distinct], step.sigma[distinct]
-
-        velocity_uncond, velocity_ref, kl_scale = None, None, 1.0
-        with torch.no_grad():
-            if batch.has_rollout_weights and self.config.rollout.keep_unconditional:
-                velocity_uncond = trajectory.unconditional[rows, slots]
-            elif (unconditional := expand_row(batch.unconditional, len(inputs[0]))) is not None:
-                velocity_uncond = self.policy.velocity(*inputs, unconditional)[repeated]
-            if update.kl_weight:
-                chosen = self.kl_pairs(trajectory.seeds[rows], slots)
-                conditionings = repeat_rows(conditioning, chosen), expand_row(batch.unconditional, len(chosen))
-                velocity_ref = self.reference_velocity(sample[chosen], step.sigma[chosen], *conditionings)
+        velocity_uncond = self.unconditional_velocity(batch, rows, slots, *inputs, repeated)
+        guidance = velocity_uncond, self.config.rollout.guidance_scale
+        velocity_ref, kl_scale, own_statistics = None, 1.0, Statistics()
+        if update.kl_weight or update.norm_guard_weight:
+            chosen = self.kl_pairs(trajectory.seeds[rows], slots)
+            conditionings = repeat_rows(conditioning, chosen), expand_row(batch.unconditional, len(chosen))
+            velocity_ref = self.reference_velocity(sample[chosen], step.sigma[chosen], *conditionings)
         velocity = self.policy.velocity(*inputs, repeat_rows(conditioning, distinct))[repeated]
         if velocity_ref is not None and len(velocity_ref) < len(rows):
             kl_scale = len(rows) / len(velocity_ref)
-            # The other pairs are their own reference: a KL of 0, without a gradient.
-            guided = guided_velocity(velocity.detach(), velocity_uncond, self.config.rollout.guidance_scale)
+            # The other pairs are their own reference: a KL and a norm guard of 0, without a gradient.
+            guided = guided_velocity(velocity.detach(), *guidance)
             velocity_ref = guided.index_copy(0, chosen, velocity_ref.to(guided.dtype))
+        if update.trust_region == "divergence":
+            velocities = guided_velocity(velocity.detach(), *guidance), trajectory.velocities[rows, slots]
+            advantages, own_statistics = mask_by_divergence(
+                *velocities, sample, prev_sample, step, advantages, update.divergence_limit
+            )
         loss, statistics = grpo_step_loss(
             velocity,
             sample,
-            trajectory.latents[rows, slots + 1],
+            prev_sample,
             step.c_x,
             step.c_v,
             step.std,
             step.dt,
             trajectory.log_probs[rows, slots],
             advantages,
-            clip_range=update.clip_range,
+            clip_range=update.clip_range if update.trust_region == "clip" else math.inf,
             advantage_clip=self.config.advantage.clip,
             velocity_ref=velocity_ref,
-            velocity_old=trajectory.velocities[rows, slots] if self.uses_velocities else None,
+            velocity_old=trajectory.velocities[rows, slots] if self.uses_guard_ratio else None,
             velocity_uncond=velocity_uncond,
-            guidance_scale=self.config.rollout.guidance_scale,
+            guidance_scale=guidance[1],
             kl=update.kl,
             kl_weight=kl_scale * update.kl_weight,
             log_prob=resolve_log_prob(self.config.rollout.log_prob, self.config.rollout.dynamics),
         )
-        if kl_scale != 1:
-            statistics["kl"] = kl_scale * statistics["kl"]
-        return loss, statistics
+        if velocity_ref is not None:
+            ratio = norm_ratio(guided_velocity(velocity, *guidance), velocity_ref)
+            if update.norm_guard_weight:
+                loss = loss + kl_scale * update.norm_guard_weight * norm_guard(ratio)
+            # Their means over the micro-batch are those of the pairs with a reference.
+            own_statistics |= {"kl": kl_scale * statistics["kl"], "norm_ratio": 1 + kl_scale * (ratio.detach() - 1)}
+        return loss, statistics | own_statistics
+
+    @torch.no_grad()
+    def unconditional_velocity(
+        self,
+        batch: Batch,
+        rows: Tensor,
+        slots: Tensor,
+        sample: Tensor,
+        sigma: Tensor,
+        repeated: Tensor | slice,
+    ) -> Tensor | None:
+        """The unconditional velocity of each pair, kept or computed at the distinct inputs; None without guidance."""
+        if batch.has_rollout_weights and self.config.rollout.keep_unconditional:
+            return batch.trajectory.unconditional[rows, slots]
+        unconditional = expand_row(batch.unconditional, len(sample))
+        return None if unconditional is None else self.policy.velocity(sample, sigma, unconditional)[repeated]
 
     def distinct_pairs(self, rows: Tensor, slots: Tensor) -> tuple[Tensor | slice, Tensor | slice]:
         """The pairs of a micro-batch whose inputs differ, and for each pair the one among them that has its inputs.
@@ -99,7 +132,7 @@ class GRPO(Objective):
         return distinct.to(device, non_blocking=True), repeated.to(device, non_blocking=True)
 
     def kl_pairs(self, seeds: Tensor, slots: Tensor) -> Tensor:
-        """The pairs of a micro-batch that have a KL: a share `update.kl_share` of them, rounded up, drawn at random.
+        """The pairs of a micro-batch that have a KL and a norm guard: a share `update.kl_share`, rounded up, at random.
 
         Args:
             seeds, slots: int64 (N,), which the draw is a function of.
@@ -113,6 +146,7 @@ class GRPO(Objective):
         offset = self.config.rollout.num_steps + 1 + slots  # beyond those of the rollout's noise
         return philox_normal(seeds, offset, (len(seeds), 1))[:, 0].topk(count).indices.sort().values
 
+    @torch.no_grad()
     def reference_velocity(
         self, sample: Tensor, sigma: Tensor, conditioning: Conditioning, unconditional: Conditioning | None
     ) -> Tensor:
@@ -128,4 +162,4 @@ class GRPO(Objective):
 class GRPOGuard(GRPO):
     """The policy gradient with GRPO-Guard's ratio, which needs the velocities that sampled the steps."""
 
-    uses_velocities = True
+    uses_guard_ratio = True

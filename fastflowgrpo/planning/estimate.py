@@ -13,8 +13,8 @@ Memory of a process, in bytes:
   frozen copy of the transformer, the reference.
 - gradients, optimiser, average: 4, 8 and 4 for each trained parameter.
 - trajectory: for each of the process's images (trained steps + 2) latents in policy.dtype and 4 bytes per log-prob;
-  grpo_guard also keeps each step's velocity, and rollout.keep_unconditional its unconditional one; algorithms without
-  log-probs keep only the last latents.
+  grpo_guard and update.trust_region divergence also keep each step's velocity, and rollout.keep_unconditional its
+  unconditional one; algorithms without log-probs keep only the last latents.
 - old policy: 4 for each trained parameter, for nft and awm.
 - embeddings: those of the process's groups, and the 512 in the cache.
 - passes: the larger of two sums, since the two phases do not overlap: the forward pass of a rollout (or evaluation)
@@ -134,7 +134,7 @@ def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
         kept += plan.pairs_per_image * (latent * size + FLOAT32) + latent * size
     if config.rollout.keep_unconditional:
         kept += plan.pairs_per_image * latent * size
-    if objective.uses_velocities:
+    if objective.keeps_velocities(config):
         kept += plan.pairs_per_image * latent * (FLOAT32 if _branches(config) == 2 else size)
     memory = {
         "weights": passes.trained * FLOAT32 + sum(passes.frozen.values()) * size,
@@ -155,7 +155,8 @@ def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     trained_images = plan.pairs * objective.samples_per_pair
     distinct = _distinct_images(config, plan, trained_images)
     forward, train = passes.forward.flops_per_sample, passes.train.flops_per_sample
-    reference = passes.reference.flops_per_sample if config.update.kl_weight or objective.uses_reference else 0
+    uses_reference = objective.uses_reference or config.update.kl_weight or config.update.norm_guard_weight
+    reference = passes.reference.flops_per_sample if uses_reference else 0
     trained_branches = branches if objective.uses_log_probs else 1  # the other losses have no guidance
     unconditional = distinct * (trained_branches - 1) * forward
     if config.rollout.keep_unconditional:  # the first update of an epoch has them
@@ -165,7 +166,7 @@ def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     flops |= {
         "rollout": _sampled_images(config, plan) * branches * forward,
         "update": distinct * train + unconditional,
-        "reference": _images_with_kl(config, plan, trained_images) * trained_branches * reference,
+        "reference": _images_with_reference(config, plan, trained_images) * trained_branches * reference,
         "decode": (plan.images + candidates) * passes.decode.flops_per_sample,
         "checkpointing": distinct * (passes.checkpointed.flops_per_sample - train),
     }
@@ -199,8 +200,8 @@ def _distinct_images(config: Config, plan: Plan, trained_images: int) -> int:
     return trained_images * distinct // (groups * size * plan.pairs_per_image)
 
 
-def _images_with_kl(config: Config, plan: Plan, trained_images: int) -> int:
-    """Return the trained images that have a KL: `update.kl_share` of each micro-batch, rounded up."""
+def _images_with_reference(config: Config, plan: Plan, trained_images: int) -> int:
+    """Return the trained images whose reference runs: `update.kl_share` of each micro-batch, rounded up."""
     pairs = plan.update_groups_per_process[1] * plan.trained_per_group * plan.pairs_per_image
     full, rest = divmod(pairs, plan.micro_batch_size)
     share = config.update.kl_share

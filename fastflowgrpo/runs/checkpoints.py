@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +70,14 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    output_dir: str | Path, limit: int | None, write: Callable[[Path], None], manifest: dict[str, Any], step: int
+    output_dir: str | Path,
+    limit: int | None,
+    write: Callable[[Path], None],
+    manifest: dict[str, Any],
+    step: int,
+    best: Callable[[Sequence[int]], int | None] = lambda steps: None,
 ) -> Path:
-    """Write `checkpoints/checkpoint-<step>`, then delete the oldest ones beyond `limit`.
+    """Write `checkpoints/checkpoint-<step>`, then delete the oldest ones beyond `limit`, but for the best.
 
     Everything is written under another name, synced to the disk, and renamed.
 
@@ -82,6 +87,7 @@ def write_checkpoint(
         write: writes the files into the folder that it is given.
         manifest: of the keys in `MANIFEST_KEYS` all but format, step and files.
         step: optimiser updates done.
+        best: which of the given steps has the checkpoint that is kept besides; None if none has.
 
     Raises:
         UserError: the disk is full or cannot be written; the earlier checkpoints are untouched.
@@ -107,16 +113,24 @@ def write_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in list_checkpoints(output_dir)[: -limit if limit else 0]:
-        # Renamed first, so that a folder that is deleted in part is no checkpoint any more.
-        shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
+    known = list_checkpoints(output_dir)
+    kept = best([checkpoint_step(path) for path in known])
+    for old in known[: -limit if limit else 0]:
+        if checkpoint_step(old) != kept:
+            # Renamed first, so that a folder that is deleted in part is no checkpoint any more.
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
     return folder
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
-    found = [(re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in Path(output_dir).glob(f"{CHECKPOINTS}/*")]
-    return [path for _, path in sorted((int(match[1]), path) for match, path in found if match)]
+    folders = Path(output_dir).glob(f"{CHECKPOINTS}/*")
+    return sorted((path for path in folders if re.fullmatch(r"checkpoint-\d+", path.name)), key=checkpoint_step)
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The optimiser updates that a checkpoint's name says."""
+    return int(folder.name.removeprefix("checkpoint-"))
 
 
 def last_checkpoint(run: str | Path) -> Path:

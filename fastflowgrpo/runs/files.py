@@ -16,8 +16,9 @@ WRITTEN = (METRICS, SUMMARY, IMAGES, CHECKPOINTS, TRACKER, BEFORE_AFTER, CURVE, 
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON lines file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The objects of a JSON lines file. A last line without its end, of a process that was killed, is left out."""
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def json_lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastflowgrpo.config import Config, save
+from fastflowgrpo.evaluation.guard import GUARD
 from fastflowgrpo.evaluation.pictures import draw_curve, image_grid, side_by_side
 from fastflowgrpo.evaluation.shown import shown_prompts
 from fastflowgrpo.evaluation.summary import Evaluation
@@ -23,7 +24,7 @@ from fastflowgrpo.evaluation.tables import before_after_table
 from fastflowgrpo.planning.plan import Plan
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.results import finite, versions
-from fastflowgrpo.runs.checkpoints import Checkpoint, list_checkpoints, set_aside_later
+from fastflowgrpo.runs.checkpoints import Checkpoint, checkpoint_step, list_checkpoints, set_aside_later
 from fastflowgrpo.runs.files import (
     BEFORE_AFTER,
     CONFIG,
@@ -36,6 +37,7 @@ from fastflowgrpo.runs.files import (
     atomic_write,
     json_lines,
 )
+from fastflowgrpo.runs.guard import best_step
 from fastflowgrpo.runs.state import RunState
 
 
@@ -126,8 +128,14 @@ class Report:
             image_grid([evaluation.shown]).save(self._grid_path(step))
         self._log({"step": step, "eval": evaluation.row()})
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
+        guard = f"guard {evaluation.scores[GUARD]:.3f}  " if GUARD in evaluation.scores else ""
         missing = f"missing {evaluation.missing}" if evaluation.missing else ""
-        self._print(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {missing}".rstrip())
+        self._print(f"evaluation at step {step}: overall {evaluation.overall:.3f}  {tags}  {guard}{missing}".rstrip())
+
+    def warn(self, text: str) -> None:
+        """Print a warning."""
+        if self.main:
+            print(f"warning: {text}", file=sys.stderr)
 
     def stopped(self) -> None:
         """Print where a run that does not reach its end can be resumed, and close the trackers."""
@@ -156,7 +164,11 @@ class Report:
         self.accelerator.end_training()
         print(f"\n{images} images in {wall:.0f} s, {images / seconds:.0f} images/s while training")
         print(before_after_table(first, last))
-        paths: dict[str, Path | str] = {"metrics": self.folder / METRICS, "weights": list_checkpoints(self.folder)[-1]}
+        checkpoints = {checkpoint_step(path): path for path in list_checkpoints(self.folder)}
+        paths: dict[str, Path | str] = {"metrics": self.folder / METRICS, "weights": checkpoints[max(checkpoints)]}
+        best = best_step(self.state.rows, checkpoints)
+        if best is not None:
+            paths["best"] = checkpoints[best]
         if "tensorboard" in self.config.trackers:
             paths["curves"] = f"tensorboard --logdir {self.folder / TRACKER}"
         before, after = (self._grid_path(row["step"]) for row in (evaluated[0], evaluated[-1]))

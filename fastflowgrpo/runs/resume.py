@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
-from fastflowgrpo.config import MAY_CHANGE, Config, setting_types
+from fastflowgrpo.config import MAY_CHANGE, Config, guard_reward, setting_types
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.runs.checkpoints import Checkpoint, list_checkpoints, suggest_good_checkpoint, verified_manifest
 from fastflowgrpo.runs.files import CONFIG, WRITTEN
+from fastflowgrpo.runs.guard import best_checkpoint
 
 # Settings that say how this start of the run goes, not what is trained: never compared.
 NOT_COMPARED = (
@@ -59,6 +60,8 @@ def find_checkpoint(config: Config) -> Checkpoint | None:
         if not known:
             return None
         folder = known[-1]
+    elif config.resume == "best":
+        folder = best_checkpoint(config.output_dir)
     else:
         wanted = Path(config.resume).resolve()
         matches = [path for path in known if path.resolve() == wanted]
@@ -152,8 +155,9 @@ def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
             value = value.get(key, _ABSENT) if isinstance(value, Mapping) else _ABSENT
         if value is not _ABSENT and not is_dataclass(hint) and name not in NOT_COMPARED:
             values[name] = value
-    if "rewards" in values:
-        values["rewards"] = {name: _compared_reward(value) for name, value in values["rewards"].items()}
+    values["evaluation.guard"] = guard_reward(values.get("evaluation.guard"))
+    for group in {"rewards", "evaluation.guard"} & values.keys():
+        values[group] = {name: _compared_reward(value) for name, value in values[group].items()}
     return values
 
 

@@ -1,6 +1,7 @@
 """The state of a run between epochs, and its checkpoint."""
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -9,6 +10,7 @@ from fastflowgrpo.config import Config
 from fastflowgrpo.distributed import Processes, override_state_dict
 from fastflowgrpo.learning.learner import Learner
 from fastflowgrpo.runs.checkpoints import TRAINING, Checkpoint, write_checkpoint
+from fastflowgrpo.runs.guard import best_step
 from fastflowgrpo.runs.resume import config_as_json
 from fastflowgrpo.runs.training_state import load_rng, load_training, rng_state, save_training, training_state
 
@@ -104,5 +106,6 @@ class RunState:
             "prompts": self.prompt_digests,
         }
         output_dir, limit = self.config.output_dir, self.config.checkpoints_total_limit
-        processes.on_main(lambda: write_checkpoint(output_dir, limit, write, manifest, learner.step))
+        best = partial(best_step, self.rows)
+        processes.on_main(lambda: write_checkpoint(output_dir, limit, write, manifest, learner.step, best))
         self.saved_step = learner.step

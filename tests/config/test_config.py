@@ -92,6 +92,26 @@ WRONG = {
         ["--rollout.window_size", "null", "--rollout.solver", "dpm_solver"],
         "rollout.solver: one step is left after the window; set rollout.window_size",
     ),
+    "not of the divergence": (
+        ["--update.trust_region", "divergence", "--update.clip_range", "0.1"],
+        "update.trust_region: divergence does not use update.clip_range (default 0.01): leave at the default",
+    ),
+    "not of the clip": (
+        ["--update.divergence_limit", "0.1"],
+        "update.trust_region: clip does not use update.divergence_limit (default 1e-05)",
+    ),
+    "not of grpo_guard": (
+        ["--update.algorithm", "grpo_guard", "--update.trust_region", "divergence"],
+        "update.algorithm: grpo_guard does not use update.trust_region (default clip)",
+    ),
+    "trained guard": (
+        ["--evaluation.guard", "geneval", "--rewards", '{"geneval": 1}'],
+        "evaluation.guard: geneval is trained on; choose another reward, or set its weight to 0",
+    ),
+    "two guards": (
+        ["--evaluation.guard", '{"ocr": 1, "pickscore": 1}'],
+        "evaluation.guard: must be one reward, got ocr, pickscore",
+    ),
     "one reward": (["--advantage.mode", "gdpo"], "advantage.mode: gdpo normalises each of several rewards, and there"),
     "no choice": (
         ["--rollout.candidates", "24"],

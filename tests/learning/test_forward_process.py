@@ -124,7 +124,7 @@ def test_samples_without_an_advantage_are_not_trained(tmp_path, algorithm):
     batch, _ = trainer.collect(0)
     advantages = torch.zeros_like(batch.advantages)
     advantages[1] = math.nan
-    assert trainer.learner.update(replace(batch, advantages=advantages)) == {"trained_pairs": 0}
+    assert trainer.learner.update(replace(batch, advantages=advantages)) == {"trained_pairs": 0, "effective_pairs": 0}
     assert trainer.objective.micro_batches(replace(batch, advantages=advantages), 0, len(advantages)) == []
     # Nor has one a gradient: at the old policy the two halves of nft cancel.
     rows, draws = torch.arange(4), torch.zeros(4, dtype=torch.int64)

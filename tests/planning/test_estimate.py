@@ -160,10 +160,14 @@ def test_flops_of_candidates_are_those_of_a_real_epoch(candidates, groups, large
 
 
 def test_flops_of_fewer_passes_are_those_of_a_real_epoch(tmp_path):
-    """Unconditional velocities kept for the first of two updates, and a KL on a third of the pairs."""
-    config = config_of(tmp_path / "run", rank=4, guidance=4.5, kl_weight=0.1)
+    """Unconditional velocities kept for the first of two updates, and the reference on a third of the pairs, for a norm
+    guard as for a KL."""
+    config = config_of(tmp_path / "run", rank=4, guidance=4.5, kl_weight=0.0)
     config.rollout.keep_unconditional, config.update.kl_share = True, 1 / 3
+    config.update.norm_guard_weight = 0.1
     validate(config)
+    with_kl = replace(config, update=replace(config.update, norm_guard_weight=0.0, kl_weight=0.1))
+    assert estimate(with_kl).flops == estimate(config).flops
     found, plain = (
         estimate(config),
         estimate(replace(config, rollout=replace(config.rollout, keep_unconditional=False))),
@@ -318,6 +322,8 @@ def test_memory_adds_up():
     assert found.total_memory() == sum(memory.values()) + passes
     config.update.ema_decay = 0.0
     assert estimate(config).memory["average"] == 0
+    kept = estimate(replace(config, update=replace(config.update, trust_region="divergence"))).memory["trajectory"]
+    assert kept == memory["trajectory"] + 16 * 2 * latent  # a velocity for each trained step, in float32 with guidance
     halves = estimate(config, processes=2)
     assert halves.memory["trajectory"] == memory["trajectory"] / 2
     assert halves.flops == found.flops

@@ -319,10 +319,13 @@ def test_going_back_sets_the_later_checkpoints_aside(model, whole, tmp_path, cap
     assert f"a later checkpoint is now {run}/checkpoints/checkpoint-12.set_aside1" in capsys.readouterr().out
 
 
-def test_only_the_newest_checkpoints_are_kept(model, tmp_path):
+def test_only_the_newest_checkpoints_and_the_best_are_kept(model, tmp_path):
     assert main(command(model, tmp_path / "run", save_every=1, checkpoints_total_limit=2)) == 0
-    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == ["checkpoint-10", "checkpoint-12"]
-    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == {"checkpoint-10", "checkpoint-12"}
+    after_6, after_12 = (row["eval"]["overall"] for row in rows_of(tmp_path / "run") if "eval" in row and row["step"])
+    assert after_6 > after_12
+    expected = ["checkpoint-6", "checkpoint-10", "checkpoint-12"]
+    assert [path.name for path in checkpoints.list_checkpoints(tmp_path / "run")] == expected
+    assert {path.name for path in (tmp_path / "run/checkpoints").iterdir()} == set(expected)
 
 
 def cut(path):

@@ -37,6 +37,11 @@ def place_reward(batch: RewardBatch) -> Scores:
     return Scores(values, {"length": length})
 
 
+def redness(batch: RewardBatch) -> torch.Tensor:
+    """A guard that sees the images."""
+    return batch.images[:, 0].float().mean((1, 2)) / 255
+
+
 def deadly(batch: RewardBatch, mark: str, epoch: int) -> torch.Tensor:
     """Draws from all global random numbers, and kills rank 1 once, in a given epoch: it is called once for the first
     evaluation and twice an epoch."""
@@ -74,7 +79,9 @@ def config_of(
         ),
         rewards={"support.distributed_runs:place_reward": 1},
         max_missing=0.05,  # one of 24 images is missing, but of 12 on one of two processes
-        evaluation=EvaluationConfig(num_steps=3, images_per_prompt=2, batch_size=4),
+        evaluation=EvaluationConfig(
+            num_steps=3, images_per_prompt=2, batch_size=4, guard="support.distributed_runs:redness"
+        ),
     )
     if rank == 0:
         config.rollout.same_noise, config.rollout.tail_steps = True, 1
