@@ -4,13 +4,13 @@ import math
 import os
 from dataclasses import replace
 
-import psutil
 import torch
 
 from fastflowgrpo.config import Config
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.learning import OBJECTIVES
 from fastflowgrpo.planning.estimate import estimate
+from fastflowgrpo.planning.machine import free_memory
 
 SHARE = 0.9  # of the free memory: the estimate leaves out workspaces and what the allocator loses
 
@@ -57,4 +57,4 @@ def available_memory(config: Config) -> float:
         return config.memory_gb * 1e9
     if torch.cuda.is_available():
         return SHARE * torch.cuda.mem_get_info()[0]
-    return SHARE * psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return SHARE * free_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
