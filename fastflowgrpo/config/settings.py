@@ -182,6 +182,8 @@ class EvaluationConfig:
     """Images per evaluation prompt."""
     batch_size: int = 288
     """Images sampled at once."""
+    gallery: int = 48
+    """Images of each evaluation that the run's gallery keeps for `python -m fastflowgrpo.view`; 0 keeps no gallery."""
 
 
 @dataclass

@@ -32,6 +32,7 @@ _MINIMUM = {
         "rollout.window_stride",
         "evaluation.every",
         "evaluation.guidance_scale",
+        "evaluation.gallery",
     ),
     1: (
         "epochs",
@@ -133,6 +134,7 @@ MAY_CHANGE = (
     "update.replay_tolerance",
     "evaluation.every",
     "evaluation.batch_size",
+    "evaluation.gallery",
 )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastflowgrpo.distributed import Processes
 from fastflowgrpo.evaluation.diversity import diversity
 from fastflowgrpo.evaluation.sampling import Samples
-from fastflowgrpo.evaluation.shown import ShownImages, gather_shown
+from fastflowgrpo.evaluation.shown import GalleryImages, ShownImages, gather_gallery, gather_shown
 from fastflowgrpo.evaluation.statistics import STRICT, Measures, measures
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.scoring.gather import gather_scores
@@ -33,6 +33,7 @@ class Evaluation:
     missing: int
     """Number of images without a score."""
     shown: ShownImages
+    gallery: GalleryImages | None = None
 
     @classmethod
     def of(
@@ -41,6 +42,7 @@ class Evaluation:
         samples: Samples,
         processes: Processes,
         embed_images: Callable[[Tensor], Tensor] | None = None,
+        gallery: int = 0,
     ) -> "Evaluation":
         """Bring together what the ranks have sampled. Collective; only the images that are shown leave their rank.
 
@@ -48,6 +50,7 @@ class Evaluation:
             prompts: all prompts of the evaluation.
             samples: the images of this rank's prompts, `Processes.padded_rank_indices`.
             embed_images: as in `diversity`.
+            gallery: largest number of images in `gallery`; 0 for none.
         """
         n = samples.images_per_prompt
         scores = gather_scores(processes, samples.scores, len(prompts), n)
@@ -69,6 +72,7 @@ class Evaluation:
             images=len(scores.values),
             missing=int(scores.values.isnan().sum()),
             shown=gather_shown(prompts, samples, measured["Scores"].get("geneval/strict"), processes),
+            gallery=gather_gallery(prompts, samples, gallery, processes),
         )
 
     def row(self) -> dict[str, Any]:
