@@ -47,8 +47,8 @@ from fastflowgrpo.scoring.gather import check_missing, gather_scores
 from fastflowgrpo.scoring.pipeline import Scoring
 
 Sampled = tuple[Trajectory, Conditioning, Conditioning | None, Tensor, Scores, Scores | None]
-"""Trajectories, the conditioning of each group, the unconditional one with guidance, the images of the first GROUPS groups
-if the gallery keeps them, the scores of the samples, and those of the candidates if there are any."""
+"""Trajectories, the conditioning of each group, the unconditional one with guidance, the images of the first GROUPS
+groups if the gallery keeps them, the scores of the samples, and those of the candidates if there are any."""
 
 
 class Trainer:
