@@ -17,7 +17,10 @@ from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 from support.browser import NONE, emulate, find_browser, open_browser, requests_of
 
-pytestmark = pytest.mark.skipif(find_browser() is None, reason=NONE)
+pytestmark = [
+    pytest.mark.skipif(find_browser() is None, reason=NONE),
+    pytest.mark.xdist_group("browser"),  # one worker: the browser is started once
+]
 
 
 @pytest.fixture(scope="module")
