@@ -59,6 +59,7 @@ TEST = [
     "ruff",
     "mypy>=2",
     "import-linter>=2.17",
+    "selenium>=4.30",
 ]
 SERVE = [
     "fastapi>=0.115",
@@ -90,12 +91,18 @@ setup(
     ],
     python_requires=">=3.11",
     # Namespace packages, because kernels/ has no __init__.py: it is reached through the symlink fastflowgrpo/kernels.
-    packages=find_namespace_packages(include=["fastflowgrpo*"], exclude=["*.__pycache__", "fastflowgrpo.shapes.*"]),
+    packages=find_namespace_packages(
+        include=["fastflowgrpo*"], exclude=["*.__pycache__", "fastflowgrpo.shapes.*", "fastflowgrpo.viewing.*"]
+    ),
     ext_modules=[
         Extension("fastflowgrpo._native", ["csrc/group_advantages.cpp"], depends=["csrc/CMakeLists.txt"], optional=True)
     ],
     cmdclass={"build_ext": CMakeBuild},
-    package_data={"fastflowgrpo": ["py.typed"], "fastflowgrpo.shapes": ["pipeline/**/*"]},
+    package_data={
+        "fastflowgrpo": ["py.typed"],
+        "fastflowgrpo.shapes": ["pipeline/**/*"],
+        "fastflowgrpo.viewing": ["pages/*"],
+    },
     install_requires=[
         "torch>=2.11",
         "diffusers>=0.42",

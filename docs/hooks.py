@@ -2,17 +2,25 @@
 
 Links are written for GitHub, relative to the file that they stand in. `PAGES` become pages of the site; any other
 linked file is copied to `source/`. A link to a file that is not there is an error.
+
+`example/` of the site is the export of the run in example_run.zip by `python -m fastflowgrpo.view`.
 """
 
 import posixpath
 import re
+import tempfile
+import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
+from fastflowgrpo.viewing.contents import RunFolder
+from fastflowgrpo.viewing.export import export
+
 ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = Path(__file__).with_name("example_run.zip")
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
 LINK = re.compile(r"(?<=\]\()[^)\s]+(?=\))")
 
@@ -42,6 +50,14 @@ def on_page_markdown(markdown, page, config, files):
         return relative + (f"#{link.fragment}" if link.fragment else "")
 
     return LINK.sub(resolve, markdown)
+
+
+def on_post_build(config):
+    """Export the example run into the site."""
+    with tempfile.TemporaryDirectory() as folder:
+        zipfile.ZipFile(EXAMPLE).extractall(folder)
+        (run,) = Path(folder).iterdir()
+        export([RunFolder(run, run.name)], Path(config.site_dir) / "example")
 
 
 def site_uri(path, docs):

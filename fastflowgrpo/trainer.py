@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
@@ -29,6 +30,7 @@ from fastflowgrpo.prompts.geneval import MIX
 from fastflowgrpo.prompts.sources import run_prompts
 from fastflowgrpo.rewards import Scores, build_rewards
 from fastflowgrpo.runs.checkpoints import Checkpoint, last_checkpoint
+from fastflowgrpo.runs.gallery import GROUPS, Gallery
 from fastflowgrpo.runs.guard import best_checkpoint, guard_fall, is_best_by_guard
 from fastflowgrpo.runs.hub import check_push, push
 from fastflowgrpo.runs.model_card import CARD, write_card
@@ -49,9 +51,9 @@ from fastflowgrpo.scoring.exploration import exploration_metrics, explore
 from fastflowgrpo.scoring.gather import check_missing, gather_scores
 from fastflowgrpo.scoring.pipeline import Scoring
 
-Sampled = tuple[Trajectory, Conditioning, Conditioning | None, Scores, Scores | None]
-"""Trajectories, the conditioning of each group, the unconditional one with guidance, the scores of the samples, and
-those of the candidates if there are any."""
+Sampled = tuple[Trajectory, Conditioning, Conditioning | None, Tensor, Scores, Scores | None]
+"""Trajectories, the conditioning of each group, the unconditional one with guidance, the images of the first GROUPS
+groups if the gallery keeps them, the scores of the samples, and those of the candidates if there are any."""
 
 
 class Trainer:
@@ -103,6 +105,7 @@ class Trainer:
         if resumed:
             self.state.load(resumed)
         self.report = Report(config, self.accelerator, self.state)
+        self.gallery = Gallery(config, self.eval_prompts, self.rewards, self.accelerator)
         self.report.start(self.plan, sum(p.numel() for p in self.learner.parameters), resumed)
 
     def run(self) -> None:
@@ -176,11 +179,13 @@ class Trainer:
         rollout, size = self.config.rollout, self.config.rollout.group_size
         prompts = self.epoch_prompts(epoch)
         sampled = self.signals.interruptible(self.sample, epoch, prompts)
-        trajectory, conditioning, unconditional, scores, candidates = sampled
+        trajectory, conditioning, unconditional, shown, scores, candidates = sampled
         scores = gather_scores(self.processes, scores, len(prompts), size)
         check_missing(scores, self.config.max_missing, f"images of epoch {epoch}")
         rewards = scores.values
         advantages = self.objective.advantages(scores, self.rewards.weights)
+        if len(shown):
+            self._show_groups(epoch, prompts, shown, scores, advantages)
         advantages = advantages.view(-1, size)[self.processes.rank_indices(len(prompts))].flatten()
         metrics = {
             "reward": rewards.nanmean().item(),
@@ -224,6 +229,8 @@ class Trainer:
                     self.policy, self.scoring, rollout, prompts, seeds, self.shape, *embeddings, phase
                 )
         parts: list[Trajectory] = []
+        shown: list[Tensor] = [torch.empty(0, dtype=torch.uint8)]
+        num_shown = GROUPS if self.processes.is_main and self.gallery.keeps_epoch(epoch) else 0
         with progress("rollout", rollout.num_steps * -(-len(prompts) // groups_at_once)) as steps:
             for begin in range(0, len(prompts), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
@@ -232,11 +239,13 @@ class Trainer:
                     starts, noise = self.window_starts(epoch, seeds[groups]), noise_seeds[groups].flatten()
                     part = self._sample_groups(starts, noise, of_groups, unconditional, steps.update)
                 with self.report.phase("decode"):
-                    self.scoring.submit(part.final, prompts[groups], size)
+                    images = self.scoring.submit(part.final, prompts[groups], size)
                 parts.append(part)
+                if begin < num_shown:
+                    shown.append(images[: (num_shown - begin) * size])
             with self.report.phase("score"):
                 scores = self.scoring.finish(steps.set_postfix_str)
-        return Trajectory.cat(parts), conditioning, unconditional, scores, candidates
+        return Trajectory.cat(parts), conditioning, unconditional, torch.cat(shown), scores, candidates
 
     def _sample_groups(
         self,
@@ -306,7 +315,10 @@ class Trainer:
         """Score ODE samples of the evaluation prompts, made with the averaged weights."""
         with self.report.phase("evaluate"), self.learner.ema_weights():
             samples = self.signals.interruptible(self._sample_evaluation)
-        evaluation = Evaluation.of(self.eval_prompts, samples, self.processes)
+        shown = self.config.evaluation.gallery
+        evaluation = Evaluation.of(self.eval_prompts, samples, self.processes, gallery=shown)
+        if self.processes.is_main:
+            self.gallery.evaluation(evaluation, self.state.epoch, self.learner.step)
         self.report.evaluated(evaluation, self.learner.step)
 
     def epoch_prompts(self, epoch: int) -> list[Prompt]:
@@ -336,6 +348,23 @@ class Trainer:
             return replace(config, update=replace(config.update, batch_size=size))
         memory = min(self.processes.gather(available_memory(config)))
         return with_largest_micro_batch(config, self.processes.count, memory)
+
+    def _show_groups(
+        self, epoch: int, prompts: list[Prompt], images: Tensor, scores: Scores, advantages: Tensor
+    ) -> None:
+        """Keep the images of this process's first groups in the gallery; scores and advantages are of all groups."""
+        size = self.config.rollout.group_size
+        groups = self.processes.rank_indices(len(prompts))[: len(images) // size]
+        rows = [group * size + k for group in groups for k in range(size)]
+        self.gallery.rollout(
+            epoch,
+            self.learner.step,
+            [prompts[group] for group in groups],
+            [group_seed(self.config.seed, epoch, group) for group in groups],
+            images,
+            Scores(scores.values[rows], {name: values[rows] for name, values in scores.details.items()}),
+            advantages[rows],
+        )
 
     def _load_prompts_and_rewards(self) -> None:
         self.train_prompts, self.eval_prompts = run_prompts(self.config)

@@ -301,6 +301,17 @@ def test_the_command_trains_a_pipeline_folder_on_a_users_own_prompts(folder, tmp
     events = EventAccumulator(str(run / "fastflowgrpo"))
     events.Reload()
     assert len(events.Scalars("reward")) == 3
+    assert len(events.Tags()["images"]) == len(PROMPTS)
+    gallery = [json.loads(line) for line in (run / "gallery/index.jsonl").read_text().splitlines()]
+    assert [entry["folder"] for entry in gallery] == [
+        "step-000000",
+        *("epoch-000000", "epoch-000001", "step-000004"),
+        *("epoch-000002", "step-000006"),
+    ]
+    assert [len(entry.get("images") or entry["groups"]) for entry in gallery] == [12, 2, 2, 12, 2, 12]
+    reward = sum(sum(group["scores"]["reward"]) for group in gallery[1]["groups"]) / 8
+    assert reward == pytest.approx(rows[1]["reward"], rel=1e-4)
+    assert f"view     python -m fastflowgrpo.view {run}" in printed
 
     pipe = StableDiffusion3Pipeline.from_pretrained(folder)
     pipe.load_lora_weights(run / "checkpoints/checkpoint-6")

@@ -195,6 +195,8 @@ class EvaluationConfig:
     """Images per evaluation prompt."""
     batch_size: int = 288
     """Images sampled at once."""
+    gallery: int = 48
+    """Images of each evaluation that the run's gallery keeps for `python -m fastflowgrpo.view`; 0 keeps no gallery."""
     guard: dict[str, Any] | str | None = None
     """Reward that is evaluated and never trained on: its name, or an object as in rewards, with one entry. The best
     checkpoint is the best by it. Default: none."""

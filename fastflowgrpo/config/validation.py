@@ -34,6 +34,7 @@ _MINIMUM = {
         "rollout.window_stride",
         "evaluation.every",
         "evaluation.guidance_scale",
+        "evaluation.gallery",
     ),
     1: (
         "epochs",
@@ -144,6 +145,7 @@ MAY_CHANGE = (
     "evaluation.batch_size",
     "evaluation.guard_patience",
     "evaluation.guard_action",
+    "evaluation.gallery",
 )
 
 

@@ -1,5 +1,6 @@
 """Pictures of evaluations: grids of images, and the curve of a run."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from fastflowgrpo.evaluation.shown import ShownImages
 from fastflowgrpo.prompts import TAGS
 
 MIN_CELL, MAX_CELL = 96, 256  # pixels; smaller images are enlarged in grids, larger ones shrunk
+LINE, MAX_LINES = 17, 6  # height of a caption's line in pixels; lines of a caption
 GAP, FRAME = 16, 3  # pixels between two blocks of images, and around an image
 GREEN, RED = "#2a9d3a", "#d03030"
 
@@ -24,11 +26,7 @@ def image_grid(evaluations: Sequence[ShownImages], titles: Sequence[str] = ()) -
         titles: one for each evaluation, drawn above its block.
     """
     prompts, (_, n, _, height, width) = evaluations[0].prompts, evaluations[0].images.shape
-    if min(height, width) < MIN_CELL:
-        scale, resampling = float(-(-MIN_CELL // min(height, width))), Image.Resampling.NEAREST
-    else:
-        scale, resampling = min(1.0, MAX_CELL / max(height, width)), Image.Resampling.LANCZOS
-    height, width = round(height * scale), round(width * scale)
+    (width, height), resampling = _cell_size((width, height))
     left, top, block = _text_width(prompts), 24 if titles else 0, n * (width + 2 * FRAME)
     size = (left + len(evaluations) * (block + GAP), top + len(prompts) * (height + 2 * FRAME))
     canvas = Image.new("RGB", size, "white")
@@ -47,6 +45,17 @@ def image_grid(evaluations: Sequence[ShownImages], titles: Sequence[str] = ()) -
                 pixels = evaluation.images[row, column].permute(1, 2, 0).numpy()
                 image = Image.fromarray(pixels).resize((width, height), resampling)
                 canvas.paste(image, (x + FRAME, y + FRAME))
+    return canvas
+
+
+def captioned(image: Image.Image, caption: str) -> Image.Image:
+    """An image, enlarged or shrunk like those of a grid, above its caption in as many lines as it needs."""
+    picture, font = image.resize(*_cell_size(image.size)), _font()
+    per_line = max(1, int(picture.width / font.getlength("n")))
+    lines = textwrap.wrap(caption, per_line)[:MAX_LINES]
+    canvas = Image.new("RGB", (picture.width, picture.height + LINE * len(lines)), "white")
+    canvas.paste(picture)
+    ImageDraw.Draw(canvas).text((2, picture.height), "\n".join(lines), "black", font)
     return canvas
 
 
@@ -97,6 +106,15 @@ def draw_curve(
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, dpi=150)
     return path
+
+
+def _cell_size(size: tuple[int, int]) -> tuple[tuple[int, int], Image.Resampling]:
+    """The width and height in which an image of this size is drawn, and how it is resized."""
+    if min(size) < MIN_CELL:
+        scale, resampling = float(-(-MIN_CELL // min(size))), Image.Resampling.NEAREST
+    else:
+        scale, resampling = min(1.0, MAX_CELL / max(size)), Image.Resampling.LANCZOS
+    return (round(size[0] * scale), round(size[1] * scale)), resampling
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

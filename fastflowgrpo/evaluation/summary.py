@@ -10,7 +10,7 @@ from fastflowgrpo.distributed import Processes
 from fastflowgrpo.evaluation.diversity import diversity
 from fastflowgrpo.evaluation.guard import GUARD
 from fastflowgrpo.evaluation.sampling import Samples
-from fastflowgrpo.evaluation.shown import ShownImages, gather_shown
+from fastflowgrpo.evaluation.shown import GalleryImages, ShownImages, gather_gallery, gather_shown
 from fastflowgrpo.evaluation.statistics import STRICT, Measures, Statistic, measures
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.scoring.gather import gather_scores
@@ -36,6 +36,7 @@ class Evaluation:
     guard_standard_error: float | None
     """Standard error of the guard's mean; None without a guard."""
     shown: ShownImages
+    gallery: GalleryImages | None = None
 
     @classmethod
     def of(
@@ -44,6 +45,7 @@ class Evaluation:
         samples: Samples,
         processes: Processes,
         embed_images: Callable[[Tensor], Tensor] | None = None,
+        gallery: int = 0,
     ) -> "Evaluation":
         """Bring together what the ranks have sampled. Collective; only the images that are shown leave their rank.
 
@@ -51,6 +53,7 @@ class Evaluation:
             prompts: all prompts of the evaluation.
             samples: the images of this rank's prompts, `Processes.padded_rank_indices`.
             embed_images: as in `diversity`.
+            gallery: largest number of images in `gallery`; 0 for none.
         """
         n = samples.images_per_prompt
         scores = gather_scores(processes, samples.scores, len(prompts), n)
@@ -73,6 +76,7 @@ class Evaluation:
             missing=int(scores.values.isnan().sum()),
             guard_standard_error=Statistic.of(measured["Scores"][GUARD]).standard_error if GUARD in means else None,
             shown=gather_shown(prompts, samples, measured["Scores"].get("geneval/strict"), processes),
+            gallery=gather_gallery(prompts, samples, gallery, processes),
         )
 
     def row(self) -> dict[str, Any]:

@@ -192,8 +192,12 @@ class GenEval:
                         names = ", ".join(names)
                         raise ValueError(f"prompt {prompt.text!r}: the detector knows {names}, not {clause[key]!r}")
 
+    def detect(self, batch: RewardBatch) -> list[list[Detection]]:
+        """The detections of each image."""
+        return self.detector(batch.images, batch.metadata)
+
     def __call__(self, batch: RewardBatch) -> Scores:
-        detections = self.detector(batch.images, batch.metadata)
+        detections = self.detect(batch)
         results = [check(metadata, found) for metadata, found in zip(batch.metadata, detections, strict=True)]
         score, strict, correct = torch.tensor([(r.score, r.strict, r.correct) for r in results]).reshape(-1, 3).T
         values = (1 - self.strict) * score + self.strict * strict

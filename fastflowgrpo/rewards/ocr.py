@@ -10,12 +10,13 @@ import torch
 
 from fastflowgrpo.errors import did_you_mean
 from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.rewards.geneval import Detection
 from fastflowgrpo.scoring.contract import RewardBatch, Scores
 
 MIN_SCORE = 0.5  # lines that the reader is less sure of are ignored
 SIDES = (384, 576, 768, 960)  # longer sides, in pixels, of the shrunk copies in which RapidOCR looks for text
 
-Reader = Callable[[np.ndarray], str]  # from pixels uint8 (H, W, 3), BGR, to the text on them
+Reader = Callable[[np.ndarray], list[Detection]]  # from pixels uint8 (H, W, 3), BGR, to the lines of text on them
 
 
 class OCR:
@@ -42,7 +43,7 @@ class OCR:
         try:
             import rapidfuzz  # noqa: F401
 
-            self.read = READERS[backend](**settings)
+            self.lines = READERS[backend](**settings)
         except ImportError as error:
             raise ImportError(f'{error}; install it with: pip install "fastflowgrpo[{EXTRAS[backend]}]"') from error
 
@@ -51,11 +52,31 @@ class OCR:
         for prompt in prompts:
             quoted_text(prompt.text)
 
+    def read(self, pixels: np.ndarray) -> str:
+        """The text on an image, uint8 (H, W, 3) in BGR: its lines in reading order, joined."""
+        return "".join(line.label for line in self.lines(pixels))
+
+    def detect(self, batch: RewardBatch) -> list[list[Detection]]:
+        """The lines of text on each image."""
+        return [self.lines(pixels) for pixels in _bgr(batch)]
+
     def __call__(self, batch: RewardBatch) -> Scores:
-        arrays = batch.images.flip(1).permute(0, 2, 3, 1).cpu().numpy()
-        texts = map(self.read, arrays)
+        texts = map(self.read, _bgr(batch))
         pairs = zip(batch.prompts, texts, strict=True)
         return Scores(torch.tensor([text_score(quoted_text(prompt), text) for prompt, text in pairs]))
+
+
+def _bgr(batch: RewardBatch) -> np.ndarray:
+    """The pixels of the images, uint8 (B, H, W, 3)."""
+    return batch.images.flip(1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def _lines(texts: Sequence[str] | None, outlines: Any, scores: Any) -> list[Detection]:
+    """Lines of text from what a reader returns; outlines: a polygon of points (x, y) for each, in pixels."""
+    if texts is None:
+        return []
+    boxes = [np.concatenate([np.min(outline, 0), np.max(outline, 0)]).tolist() for outline in outlines]
+    return [Detection(*line, color=None) for line in zip(texts, boxes, map(float, scores), strict=True)]
 
 
 def quoted_text(prompt: str) -> str:
@@ -88,9 +109,10 @@ def _rapidocr(**settings: Any) -> Reader:
     for name in settings:
         raise ValueError(f"unknown setting {name!r}{did_you_mean(name, ['weight', 'backend'])}, known: weight, backend")
 
-    def read(pixels: np.ndarray) -> str:
+    def read(pixels: np.ndarray) -> list[Detection]:
         side = next((side for side in SIDES if side >= 0.75 * max(pixels.shape)), SIDES[-1])
-        return "".join(_engine(side)(pixels).txts or ())
+        found = _engine(side)(pixels)
+        return _lines(found.txts, found.boxes, found.scores)
 
     _engine(SIDES[0])
     return read
@@ -144,7 +166,12 @@ def _paddleocr(**settings: Any) -> Reader:
     except Exception as error:  # PaddleOCR raises many classes: no network, an unknown argument, a broken model
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"PaddleOCR cannot be made: {reason}") from error
-    return lambda pixels: "".join(engine.predict(pixels)[0]["rec_texts"])
+
+    def read(pixels: np.ndarray) -> list[Detection]:
+        found = engine.predict(pixels)[0]
+        return _lines(found["rec_texts"], found["rec_polys"], found["rec_scores"])
+
+    return read
 
 
 READERS: dict[str, Callable[..., Reader]] = {"rapidocr": _rapidocr, "paddleocr": _paddleocr}

@@ -9,10 +9,12 @@ from typing import Any
 
 CONFIG, METRICS, SUMMARY, IMAGES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "summary.json", "images", "checkpoints"
 BEFORE_AFTER, CURVE = "before_after.png", "curve.png"
+GALLERY, INDEX = "gallery", "index.jsonl"  # the folder, and the file in it
+LOG = "log.txt"  # what the run printed
 TRACKER = "fastflowgrpo"  # project name of the trackers, and TensorBoard's folder
 # Everything that a run writes into its folder and that --overwrite removes. The config is last: as long as it is there,
 # a run that was killed while it removed the others is recognised.
-WRITTEN = (METRICS, SUMMARY, IMAGES, CHECKPOINTS, TRACKER, BEFORE_AFTER, CURVE, CONFIG)
+WRITTEN = (METRICS, SUMMARY, IMAGES, GALLERY, CHECKPOINTS, TRACKER, BEFORE_AFTER, CURVE, CONFIG)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from fastflowgrpo.runs.files import (
     BEFORE_AFTER,
     CONFIG,
     CURVE,
+    GALLERY,
     IMAGES,
     METRICS,
     SUMMARY,
@@ -37,6 +38,7 @@ from fastflowgrpo.runs.files import (
     atomic_write,
     json_lines,
 )
+from fastflowgrpo.runs.gallery import cut_back
 from fastflowgrpo.runs.guard import best_step
 from fastflowgrpo.runs.state import RunState
 
@@ -177,6 +179,8 @@ class Report:
             shown = [prompts[i].text for i in shown_prompts(prompts)]
             side_by_side(before, after, shown).save(paths["images"])
         paths["curve"] = draw_curve(trained, evaluated, self.folder / CURVE)
+        if (self.folder / GALLERY).is_dir():
+            paths["view"] = f"python -m fastflowgrpo.view {self.folder}"
         for name, path in paths.items():
             print(f"{name:8} {path}")
 
@@ -210,6 +214,7 @@ class Report:
             print(f"  a later checkpoint is now {path}")
         with atomic_write(self.folder / METRICS) as path:
             path.write_text(json_lines(self.state.rows))
+        cut_back(self.folder, self.state.rows)
 
     def _print(self, text: str) -> None:
         if self.main:

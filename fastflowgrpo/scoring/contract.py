@@ -84,6 +84,8 @@ Reward = Callable[[RewardBatch], Scores]
   made on that device, the reward gets them there. Otherwise it gets them on the CPU and has to move them.
 - `videos`: true if the reward takes all frames of a video together, (B, F, 3, H, W). Other rewards are called once per
   frame.
+- `detect`: called with a RewardBatch; returns for each image a list of what the reward sees on it, to be drawn over the
+  image. Each has the attributes `label`, `box` (x0, y0, x1, y1, in pixels), `score`, and `color` (a name or None).
 - `check_prompts`: called with the run's prompts when the run starts; raises ValueError if one cannot be scored.
 """
 

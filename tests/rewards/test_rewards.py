@@ -305,7 +305,9 @@ def test_ocr_score_joins_the_boxes_and_reads_rgb(monkeypatch):
 
     def engine(pixels: np.ndarray) -> SimpleNamespace:
         seen.append(pixels)
-        return SimpleNamespace(txts=[("Hello", "World"), None, ("Help",)][len(seen) - 1])
+        texts = [("Hello", "World"), None, ("Help",)][len(seen) - 1]
+        outlines = texts and [[(4, 2), (9, 3), (9, 6), (4, 5)]] * len(texts)
+        return SimpleNamespace(txts=texts, boxes=outlines, scores=texts and [0.9] * len(texts))
 
     monkeypatch.setattr(ocr, "_engine", lambda side: engine)
     images = torch.zeros(3, 3, 20, 30, dtype=torch.uint8)
@@ -313,6 +315,10 @@ def test_ocr_score_joins_the_boxes_and_reads_rgb(monkeypatch):
     scores = OCR()(batch(images, ['"hello world"', '"a" b', 'the "hello" c']))
     assert scores.values.tolist() == pytest.approx([1, 0, 3 / 5])
     assert all(pixels.shape == (20, 30, 3) and pixels[0, 0].tolist() == [0, 0, 200] for pixels in seen)
+    seen.clear()
+    found = OCR().detect(batch(images, ["a", "b", "c"]))
+    assert [[line.label for line in lines] for lines in found] == [["Hello", "World"], [], ["Help"]]
+    assert found[2][0].box == [4, 2, 9, 6] and found[2][0].score == 0.9
 
 
 def test_ocr_data_errors(monkeypatch):
@@ -339,7 +345,7 @@ def test_ocr_looks_for_text_in_a_smaller_copy(monkeypatch, shape, side):
 
     def engine(side):
         sides.append(side)
-        return lambda pixels: SimpleNamespace(txts=("a",))
+        return lambda pixels: SimpleNamespace(txts=("a",), boxes=[[(0, 0), (1, 1)]], scores=[1.0])
 
     monkeypatch.setattr(ocr, "_engine", engine)
     assert OCR()(batch(torch.zeros(1, 3, *shape, dtype=torch.uint8), ['"a"'])).values.item() == 1
@@ -370,7 +376,14 @@ class PaddleStub:
     def predict(self, pixels):
         self.seen.append(pixels)
         texts = [["Hello", "World"], [], ["Help"]][len(self.seen) - 1]
-        return [{"rec_texts": texts, "rec_scores": [0.9] * len(texts), "rec_polys": [], "model_settings": {}}]
+        return [
+            {
+                "rec_texts": texts,
+                "rec_scores": [0.9] * len(texts),
+                "rec_polys": [[(0, 0), (1, 1)]] * len(texts),
+                "model_settings": {},
+            }
+        ]
 
 
 @pytest.fixture

@@ -102,13 +102,15 @@ def rows_of(run):
 
 
 def result(run):
-    """What two equal runs have in common: the rows, and the bits of every tensor of the last checkpoint."""
+    """What two equal runs have in common: the rows, the bits of the last checkpoint's tensors, and the gallery."""
     last = checkpoints.list_checkpoints(run)[-1]
-    return rows_of(run), {
+    tensors = {
         f"{path.relative_to(last)}: {name}": tensor.numpy().tobytes()
         for path in last.rglob("*.safetensors")
         for name, tensor in load_file(path).items()
     }
+    index = [json.loads(line) | {"time": 0} for line in (run / "gallery/index.jsonl").read_text().splitlines()]
+    return rows_of(run), tensors, index, {path.relative_to(run): path.read_bytes() for path in run.glob("gallery/*/*")}
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +302,7 @@ def test_a_finished_run_is_left_as_it_is_and_can_be_made_longer(model, whole, tm
     assert main(command(model, run, epochs=3)) == 2
     assert "epochs: " in capsys.readouterr().err
     assert main(command(model, run)) == 0
-    rows, weights = result(whole[4])
+    rows, weights, *_ = result(whole[4])
     assert "epochs was 4, is now 6" in capsys.readouterr().out
     # What the shorter run evaluated at its end drew random numbers, and its row stays.
     assert [row for row in rows_of(run) if "epoch" in row][:4] == [row for row in rows if "epoch" in row][:4]

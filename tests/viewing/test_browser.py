@@ -1,0 +1,199 @@
+"""The pages in a real browser, from the server and from an export."""
+
+import threading
+
+import pytest
+from support.gallery_runs import HOSTILE, add_evaluation, make_run
+
+from fastflowgrpo.view import main
+from fastflowgrpo.viewing.contents import named_runs
+from fastflowgrpo.viewing.server import ViewServer
+
+pytest.importorskip("selenium", reason="selenium, of the extra test, is not installed")
+
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
+from selenium.webdriver.support.wait import WebDriverWait
+from support.browser import NONE, emulate, find_browser, open_browser, requests_of
+
+pytestmark = [
+    pytest.mark.skipif(find_browser() is None, reason=NONE),
+    pytest.mark.xdist_group("browser"),  # one worker: the browser is started once
+]
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    browser = open_browser()
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def browser(chromium):
+    """The browser with a new page, whose console must stay empty and which must ask no other host."""
+    emulate(chromium)
+    chromium.get("about:blank")
+    chromium.get_log("browser")
+    requests_of(chromium)
+    yield chromium
+    errors = [entry["message"] for entry in chromium.get_log("browser")]
+    assert [text for text in errors if "404" not in text] == []
+    local = ("http://127.0.0.1:", "file:///", "about:", "data:")
+    assert [address for address in requests_of(chromium) if not address.startswith(local)] == []
+
+
+@pytest.fixture
+def serve(tmp_path):
+    servers = []
+
+    def start(*folders):
+        server = ViewServer(named_runs(list(folders)), 0)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}/"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def find(browser, selector):
+    """The elements of a selector, once there are some."""
+    return WebDriverWait(browser, 10, 0.02).until(lambda _: browser.find_elements(By.CSS_SELECTOR, selector))
+
+
+def wait_for(browser, condition):
+    WebDriverWait(browser, 10, 0.02).until(lambda _: condition())
+
+
+def trained_image(browser):
+    """The file that the first card shows beside the base."""
+    return find(browser, ".card .images > span:last-child img")[0].get_attribute("src").split("/")[-2]
+
+
+def texts(browser, selector):
+    return [element.text for element in find(browser, selector)]
+
+
+def test_the_slider_the_buttons_and_the_curve_move_the_images(browser, serve, tmp_path):
+    browser.get(serve(make_run(tmp_path / "run")))
+    slider = find(browser, "#step")[0]
+    assert trained_image(browser) == "step-000008" and "step 8 (3 of 3)" in texts(browser, ".player output")
+    assert find(browser, ".base img")[0].get_attribute("src").split("/")[-2] == "step-000000"
+    slider.send_keys(Keys.ARROW_LEFT)
+    assert trained_image(browser) == "step-000004" and slider.get_attribute("aria-valuetext") == "step 4"
+    mark = find(browser, ".mark")[0].get_attribute("x1")
+    slider.send_keys(Keys.HOME)
+    assert trained_image(browser) == "step-000000" and find(browser, ".mark")[0].get_attribute("x1") != mark
+    browser.execute_script("setInterval = (f) => { window.tick = f; return 1; }")  # a clock of the test's own
+    find(browser, "#play")[0].send_keys(Keys.SPACE)
+    assert trained_image(browser) == "step-000000" and "Pause" in find(browser, "#play")[0].text
+    browser.execute_script("tick(); tick()")
+    assert trained_image(browser) == "step-000008"
+    browser.execute_script("tick()")
+    assert trained_image(browser) == "step-000008" and "Play" in find(browser, "#play")[0].text
+    Select(find(browser, ".controls select")[0]).select_by_visible_text("counting")
+    assert len(find(browser, ".card")) == 2
+    find(browser, ".controls input[type=checkbox]")[0].click()
+    assert not find(browser, ".base")[0].is_displayed()
+
+
+def test_the_gallery_filters_sorts_and_opens_an_image_by_the_keyboard(browser, serve, tmp_path):
+    browser.get(serve(make_run(tmp_path / "run")) + "#gallery")
+    assert texts(browser, ".count") == ["3 of 3 images"]
+    tag, step, correct, _, sort = map(Select, find(browser, ".controls select"))
+    step.select_by_value("all")
+    assert texts(browser, ".count") == ["9 of 9 images"]
+    correct.select_by_value("wrong")
+    assert texts(browser, ".count") == ["2 of 9 images"] and not find(browser, ".card.wrong")[2:]
+    correct.select_by_value("")
+    find(browser, "input[type=search]")[0].send_keys("GREEN")
+    low, high = find(browser, "input[type=number]")
+    low.send_keys("0.3")
+    assert texts(browser, ".count") == ["2 of 9 images"]
+    high.send_keys("0.6")
+    assert texts(browser, ".count") == ["1 of 9 images"]
+    low.send_keys(3 * Keys.BACKSPACE)
+    high.send_keys(3 * Keys.BACKSPACE)
+    sort.select_by_value("low")
+    tag.select_by_value("colors")
+    assert [text.split()[0] for text in texts(browser, ".card .value")] == ["✗", "✓", "✓"]
+    find(browser, ".card button")[1].send_keys(Keys.ENTER)
+    assert texts(browser, "dialog h2") == ["a green square"] and texts(browser, ".bar span") == ["2 of 3"]
+    assert texts(browser, "dialog tbody tr")[0] == "reward 0.250 0.500 +0.250"
+    assert "1234567890123456789" in texts(browser, "dialog dl")[0]
+    assert find(browser, "dialog .box")[0].text == "<b>red</b> circle"
+    find(browser, "dialog input")[0].send_keys(Keys.SPACE)
+    assert not find(browser, "dialog .box")[0].is_displayed()
+    find(browser, "dialog [data-name=close]")[0].send_keys(Keys.ARROW_RIGHT)
+    assert texts(browser, ".bar span") == ["3 of 3"]
+    browser.switch_to.active_element.send_keys(Keys.ESCAPE)
+    assert not browser.execute_script("return document.querySelector('dialog').open")
+
+
+def test_runs_are_compared(browser, serve, tmp_path):
+    folders = [make_run(tmp_path / "one"), make_run(tmp_path / "two", clip=0.02)]
+    (folders[1] / "log.txt").write_text("warning: the guard has fallen\n")
+    browser.get(serve(*folders) + "#runs")
+    titles = texts(browser, ".chart figcaption > span:first-child")
+    assert {"Reward, training batches", "KL to the reference", "Seconds of rollout", "my_metric"} <= set(titles)
+    assert len(find(browser, ".chart")[0].find_elements(By.TAG_NAME, "path")) == 2
+    assert texts(browser, "section > .scroll tbody tr") == ["update.clip_range 0.01 0.02"]
+    assert texts(browser, ".notice li") == ["two: warning: the guard has fallen"]
+    chart = find(browser, ".chart svg")[1]
+    chart.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert "optimiser step 4: one 0.600, two 0.600" in texts(browser, ".readout")
+    find(browser, ".controls input")[1].click()
+    assert len(find(browser, ".chart")[0].find_elements(By.TAG_NAME, "path")) == 1
+    find(browser, "nav a")[3].click()
+    assert [text.split("\n")[0] for text in texts(browser, ".tiles li")] == ["+1.500", "+0.250", "−0.500", "–"]
+    find(browser, "#epoch")[0].send_keys(Keys.HOME)
+    assert texts(browser, ".group h3") == ["a group of epoch 0"]
+
+
+def test_a_live_run_is_followed(browser, serve, tmp_path):
+    folder = make_run(tmp_path / "run")
+    browser.get(serve(folder))
+    assert trained_image(browser) == "step-000008"
+    find(browser, "#play")[0].send_keys("")
+    add_evaluation(folder, 3, 12, ["three red circles"])
+    wait_for(browser, lambda: trained_image(browser) == "step-000012")
+    assert texts(browser, "#status") == ["live"]
+    assert browser.switch_to.active_element.get_attribute("id") == "play"
+    (folder / "gallery/step-000012/0-0.webp").unlink()
+    index = folder / "gallery/index.jsonl"
+    index.write_text(index.read_text()[:-40])
+    (folder / "summary.json").write_text("{}")
+    wait_for(browser, lambda: browser.find_elements(By.CSS_SELECTOR, "#problems li"))
+    assert "index.jsonl: line 6 cannot be read" in texts(browser, "#problems li")[0]
+    assert trained_image(browser) == "step-000008"
+    assert texts(browser, "#status") == ["finished"]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_an_export_of_hostile_prompts_opens_from_the_disk_on_a_phone(browser, tmp_path, dark):
+    run, site = make_run(tmp_path / "run", prompts=HOSTILE), tmp_path / "site"
+    (run / "gallery/step-000004/0-0.webp").unlink()
+    assert main([str(run), "--export", str(site)]) == 0
+    emulate(browser, dark=dark, width=375, height=800)
+    browser.get(f"{site.as_uri()}/index.html")
+    find(browser, "#step")[0].send_keys(Keys.ARROW_LEFT)
+    wait_for(browser, lambda: browser.find_elements(By.CSS_SELECTOR, ".picture.missing"))
+    assert find(browser, ".picture.missing img")[0].get_attribute("alt") == "Missing image: runs/0/step-000004/0-0.webp"
+    for page in ("gallery", "evolution", "runs", "groups"):
+        browser.get(f"{site.as_uri()}/index.html#{page}")
+        find(browser, "main h2")
+        if page in ("gallery", "evolution"):
+            shown = browser.execute_script(
+                "return [...document.querySelectorAll('.card .prompt')].map(e => e.textContent)"
+            )
+            assert shown == HOSTILE
+        width = browser.execute_script("return document.documentElement.scrollWidth")
+        assert width <= 375
+        assert browser.title == f"run – {page}"
+    background = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(18, 21, 28)") == dark
+    browser.get_log("browser")  # the missing file
