@@ -30,12 +30,16 @@ STYLE = """
 .images .thumbnail-item { aspect-ratio: auto; height: auto; }
 .images .caption-label { position: static; max-width: none; white-space: normal; border: 0; text-align: center; }
 .pixels img { image-rendering: pixelated; }
-.scores table, .scores tr > * { border: 0 !important; }
+.scores table, .scores tr, .scores tr > * { border: 0 !important; }
 .scores tr > * { padding: 2px 8px !important; text-align: right; font-variant-numeric: tabular-nums; }
-.scores tr > :first-child { padding-left: 0 !important; text-align: left; overflow-wrap: anywhere; }
-.scores tr + tr { border-top: 1px solid var(--border-color-primary) !important; }
+.scores tr > :first-child { padding-left: 0 !important; text-align: left; }
+.scores tr + tr > * { border-top: 1px solid var(--border-color-primary) !important; }
 .scores p { margin: 6px 0; overflow-wrap: anywhere; color: var(--body-text-color-subdued); }
 """
+
+
+class Cancelled(Exception):
+    """A visitor has ended a request."""
 
 
 class Jobs:
@@ -73,26 +77,29 @@ def build_page(demo: Demo, config: DemoConfig, examples: Mapping[str, Sequence[P
         gr.Markdown(f"## FastFlowGRPO: {'before and after training' if trained else 'a model without trained weights'}")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                inputs = _inputs(demo, config, next(iter(examples.values()))[0].text)
+                first = next(iter(examples.values()))[0].text
+                prompt = gr.Textbox(first, label="Prompt", lines=2, max_lines=4, max_length=MAX_PROMPT)
                 with gr.Row():
                     generate = gr.Button("Generate", variant="primary", min_width=120)
                     cancel = gr.Button("Cancel", min_width=120)
+                inputs = {"prompt": prompt, **_settings(demo, config)}
             with gr.Column(scale=5, min_width=280):
                 with gr.Row():
                     galleries = [_gallery("Base")] + ([_gallery("Trained")] if trained else [])
                 summary = gr.HTML(elem_classes="scores")
         for title, prompts in examples.items():
-            gr.Examples([[prompt.text] for prompt in prompts], [inputs["prompt"]], label=title, examples_per_page=12)
+            gr.Examples([[prompt.text] for prompt in prompts], [prompt], label=title, examples_per_page=12)
 
         answer = _answer(demo, jobs)
         drawing = gr.on(
-            [generate.click, inputs["prompt"].submit],
+            [generate.click, prompt.submit],
             answer,
             list(inputs.values()),
             [*galleries, summary],
             api_name="generate",
             trigger_mode="once",
             concurrency_limit=1,
+            show_progress_on=galleries,
         )
         cancel.click(_end(jobs), cancels=drawing, queue=False, api_name="cancel")
         page.unload(_end(jobs))
@@ -142,9 +149,8 @@ def launch(page: gr.Blocks, config: DemoConfig) -> tuple[str, str | None]:
     return url, public
 
 
-def _inputs(demo: Demo, config: DemoConfig, first: str) -> dict[str, Any]:
-    """The inputs, in the order of the arguments of `_answer`'s function; `first` is the prompt to begin with."""
-    prompt = gr.Textbox(first, label="Prompt", lines=2, max_lines=4, max_length=MAX_PROMPT)
+def _settings(demo: Demo, config: DemoConfig) -> dict[str, Any]:
+    """The inputs below the prompt, in the order of the arguments of `_answer`'s function."""
     checkpoint = _checkpoint_choices(demo)
     new_seed = gr.Button("New seed", size="sm")
     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, buttons=[new_seed])
@@ -158,7 +164,6 @@ def _inputs(demo: Demo, config: DemoConfig, first: str) -> dict[str, Any]:
         dynamics = gr.Dropdown(sorted(DYNAMICS, key="ode".__ne__), value="ode", label="Sampler")
         noise_level = gr.Slider(0, 1, config.noise_level, step=0.05, label="Noise level", interactive=False)
     return {
-        "prompt": prompt,
         "checkpoint": checkpoint,
         "seed": seed,
         "num_images": num_images,
@@ -219,17 +224,19 @@ def _answer(demo: Demo, jobs: Jobs) -> Callable[..., tuple[Any, ...]]:
 
             def on_step(done: int, total: int) -> None:
                 if ended.is_set():
-                    raise gr.Error("cancelled", print_exception=False)
+                    raise Cancelled
                 progress((done, total), unit="steps")
 
             try:
                 comparison = demo.generate(wanted, on_step)
+            except Cancelled:
+                return *(gr.skip() for _ in ("base", "trained")[: 1 + bool(checkpoint)]), "<p>Cancelled.</p>"
             except UserError as error:
                 raise gr.Error(escape(str(error)), print_exception=False) from error
         seconds = time.perf_counter() - begin
         galleries = [
-            gr.Gallery(
-                _captioned(images, rewards),
+            gr.update(
+                value=_captioned(images, rewards),
                 elem_classes=["images", "pixels"] if min(images.pixels.shape[-2:]) < SMALL else "images",
             )
             for images in comparison.columns.values()
@@ -273,7 +280,7 @@ def summary_table(comparison: Comparison, about: str) -> str:
     for name in names:
         means = [images.scores[name].nanmean().item() for images in columns.values()]
         cells = [_number(mean) for mean in means] + [_number(means[-1] - means[0], sign=True)] * (len(means) == 2)
-        rows.append(f"<td>{escape(name)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells))
+        rows.append(f"<td>{escape(name).replace('/', '/<wbr>')}</td>" + "".join(f"<td>{cell}</td>" for cell in cells))
     table = f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>" if rows else ""
     notes = [f"{name} gives no score: {reason}" for name, reason in comparison.not_scored.items()]
     return table + "".join(f"<p>{escape(text)}</p>" for text in [about, *notes])
