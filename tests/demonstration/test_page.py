@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import gradio_client
 import httpx
 import numpy as np
 import pytest
-from support.demo_runs import SHAPES, request, save_run
+from support.demo_runs import PROMPT, SHAPES, request, save_run
 
 from fastflowgrpo import demo as command
 from fastflowgrpo.config import Config, parse_demo
@@ -143,7 +142,8 @@ def test_a_cancelled_request_frees_the_model_for_the_next(page):
 def test_the_command_serves_the_page_and_nothing_else(run, tmp_path):
     """As a process of its own, asked by Gradio's client."""
     (tmp_path / "secret.txt").write_text("secret")
-    command = [sys.executable, "-m", "fastflowgrpo.demo", "--run", str(run), "--num_steps", "4", "--port", str(port())]
+    command = [sys.executable, "-m", "fastflowgrpo.demo", "--run", str(run), "--num_steps", "4", "--queue", "1"]
+    command += ["--port", str(port())]
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path / "gradio"), "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
@@ -152,10 +152,9 @@ def test_the_command_serves_the_page_and_nothing_else(run, tmp_path):
             assert re.fullmatch(r"open http://127.0.0.1:\d+/; Ctrl\+C ends the demo\n", line)
             url = line.split()[1].rstrip(";")
             client = gradio_client.Client(url, verbose=False, analytics_enabled=False, download_files=False)
-            answers = client.predict(*values(), api_name="/generate")
-            client.close()
-            assert [len(gallery) for gallery in answers[:2]] == [3, 3]
-            assert "3 images, seed 0" in answers[2]
+            answers = client.predict(prompt=PROMPT, checkpoint="checkpoint-2", api_name="/generate")
+            assert [len(gallery) for gallery in answers[:2]] == [4, 4]
+            assert "checkpoint-2, 4 images, seed 0" in answers[2]
             picture = answers[0][0]["image"]["url"]
             assert httpx.get(picture).content.startswith(b"\x89PNG")
             for path in ("/etc/passwd", run / "config.yaml", tmp_path / "secret.txt"):
@@ -167,9 +166,15 @@ def test_the_command_serves_the_page_and_nothing_else(run, tmp_path):
             assert client.config["analytics_enabled"] is False
             taken = subprocess.run([*command[:3], "--port", url.rstrip("/").rsplit(":", 1)[1]], **TAKEN)
             assert (taken.returncode, "error: port: cannot listen on 127.0.0.1:" in taken.stderr) == (2, True)
+            slow = {"prompt": PROMPT, "num_images": 8, "num_steps": 100, "api_name": "/generate"}
+            jobs = [client.submit(**slow) for _ in range(4)]  # at most one is computed, and one waits
+            refused = [job for job in jobs if isinstance(job.exception(60), gradio_client.utils.QueueError)]
+            assert len(refused) >= 2
+            client.close()
         finally:
-            process.send_signal(signal.SIGINT)
+            process.terminate()
         assert process.wait(30) == 0
+    assert not [*(tmp_path / "gradio").rglob("*.png")]
 
 
 def port():
