@@ -46,7 +46,7 @@ class Request:
     rewards: Sequence[str]
     """Names of the rewards that score the images."""
     checkpoint: str | None = None
-    """Name of the trained weights, a key of `Demo.checkpoints()`. None: the base model alone."""
+    """Name of the trained weights, one of `Demo.checkpoints()`; None if there are none."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,8 @@ class Demo:
             check_dynamics(request.dynamics, request.noise_level)
         except ValueError as error:
             raise UserError(str(error)) from error
+        if request.checkpoint is None and self.checkpoints():
+            raise UserError(f"checkpoint: choose one of {', '.join(self.checkpoints())}")
         if unknown := set(request.rewards) - self.scoring.keys():
             raise UserError(f"rewards: no {', '.join(sorted(unknown))}, there are {', '.join(self.scoring)}")
 

@@ -29,7 +29,7 @@ STYLE = """
     grid-auto-rows: auto; }
 .images .thumbnail-item { aspect-ratio: auto; height: auto; }
 .images .caption-label { position: static; max-width: none; white-space: normal; border: 0; text-align: center; }
-.pixels img { image-rendering: pixelated; }
+body:has(.pixels) .images img { image-rendering: pixelated; }
 .scores table, .scores tr, .scores tr > * { border: 0 !important; }
 .scores tr > * { padding: 2px 8px !important; text-align: right; font-variant-numeric: tabular-nums; }
 .scores tr > :first-child { padding-left: 0 !important; text-align: left; }
@@ -211,7 +211,7 @@ def _answer(demo: Demo, jobs: Jobs) -> Callable[..., tuple[Any, ...]]:
         begin = time.perf_counter()
         wanted = Request(
             prompt=prompt,
-            seed=int(seed),
+            seed=int(seed or 0),
             num_images=int(num_images),
             num_steps=int(num_steps),
             guidance_scale=guidance_scale,
@@ -234,14 +234,8 @@ def _answer(demo: Demo, jobs: Jobs) -> Callable[..., tuple[Any, ...]]:
             except UserError as error:
                 raise gr.Error(escape(str(error)), print_exception=False) from error
         seconds = time.perf_counter() - begin
-        galleries = [
-            gr.update(
-                value=_captioned(images, rewards),
-                elem_classes=["images", "pixels"] if min(images.pixels.shape[-2:]) < SMALL else "images",
-            )
-            for images in comparison.columns.values()
-        ]
         about = [f"{wanted.num_images} images", f"seed {wanted.seed}", f"{seconds:.1f} s"]
+        galleries = [_captioned(images, rewards) for images in comparison.columns.values()]
         return *galleries, summary_table(comparison, ", ".join([checkpoint, *about] if checkpoint else about))
 
     return answer
@@ -270,7 +264,10 @@ def _captioned(images: Images, rewards: Sequence[str]) -> list[tuple[Image.Image
 
 
 def summary_table(comparison: Comparison, about: str) -> str:
-    """HTML: the mean of each score in each column, the change, and why a reward gave no score. All text is escaped."""
+    """HTML: the mean of each score in each column, the change, and why a reward gave no score. All text is escaped.
+
+    The class of its outermost element tells the style sheet that the images are small.
+    """
     columns = comparison.columns
     names = list(next(iter(columns.values())).scores)
     rows = []
@@ -283,7 +280,9 @@ def summary_table(comparison: Comparison, about: str) -> str:
         rows.append(f"<td>{escape(name).replace('/', '/<wbr>')}</td>" + "".join(f"<td>{cell}</td>" for cell in cells))
     table = f"<table>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>" if rows else ""
     notes = [f"{name} gives no score: {reason}" for name, reason in comparison.not_scored.items()]
-    return table + "".join(f"<p>{escape(text)}</p>" for text in [about, *notes])
+    small = min(columns["base"].pixels.shape[-2:]) < SMALL
+    lines = "".join(f"<p>{escape(text)}</p>" for text in [about, *notes])
+    return f'<div class="{"pixels" if small else "smooth"}">{table}{lines}</div>'
 
 
 def _number(value: Any, sign: bool = False) -> str:

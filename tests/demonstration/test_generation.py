@@ -204,6 +204,7 @@ def test_a_request_can_be_ended_after_any_step(shapes_demo):
         ({"seed": -1}, "seed: must be from 0 to 4294967295, got -1"),
         ({"seed": 2**32}, "seed: must be from 0"),
         ({"guidance_scale": float("nan")}, "guidance: must be from 0 to 100, got nan"),
+        ({"checkpoint": None}, "checkpoint: choose one of checkpoint-2, checkpoint-10"),
         ({"prompt": " \n"}, "prompt: is empty"),
         ({"prompt": "x" * (MAX_PROMPT + 1)}, "prompt: has 1001 characters, at most 1000 are allowed"),
         ({"dynamics": "sde"}, "unknown dynamics 'sde'"),
