@@ -51,6 +51,7 @@ BUILD = ["cmake>=3.24", "ninja", "pybind11>=3"]  # as in pyproject.toml; the tes
 TRITON = ["triton>=3.6; sys_platform == 'linux'"]
 OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3"]
 PADDLE = ["paddleocr>=3", "paddlepaddle>=3", "rapidfuzz>=3"]
+GRADIO = ["gradio>=6.31"]
 TEST = [
     "pytest>=9",
     "pytest-xdist>=3.8",
@@ -121,7 +122,7 @@ setup(
         "tensorboard>=2.17",
     ],
     extras_require={
-        "test": [*TEST, *BUILD, *TRITON, *OCR, *SERVE],
+        "test": [*TEST, *BUILD, *TRITON, *OCR, *SERVE, *GRADIO],
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.8"],
         "gpu": [*TRITON, "xformers; sys_platform == 'linux'"],
         "ocr": OCR,
@@ -129,6 +130,7 @@ setup(
         "track": ["wandb>=0.20"],
         "serve": SERVE,
         "demo": ["matplotlib>=3.8"],
+        "gradio": GRADIO,
         "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1"],
     },
 )

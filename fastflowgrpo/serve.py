@@ -73,9 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastflowgrpo.scoring.server import create_app
         except ImportError as error:
             raise UserError(f'{error}; install it with: pip install "fastflowgrpo[serve]"') from error
-        named = config.rewards
         try:
-            rewards = build_rewards(dict.fromkeys(named.split(","), 1) if isinstance(named, str) else named).rewards
+            rewards = build_rewards(config.rewards).rewards
         except ValueError as error:
             raise UserError(str(error)) from error
         with listen(config, token) as listener:

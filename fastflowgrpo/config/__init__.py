@@ -2,11 +2,20 @@
 (`parsing`). Code that acts on a setting belongs elsewhere. Nothing here imports torch.
 """
 
-from fastflowgrpo.config.parsing import parse, parse_evaluation, parse_settings, read_run, save, setting_types
+from fastflowgrpo.config.parsing import (
+    parse,
+    parse_demo,
+    parse_evaluation,
+    parse_settings,
+    read_run,
+    save,
+    setting_types,
+)
 from fastflowgrpo.config.settings import (
     TOKEN,
     AdvantageConfig,
     Config,
+    DemoConfig,
     EvaluateConfig,
     EvaluationConfig,
     PolicyConfig,
@@ -24,6 +33,7 @@ __all__ = [
     "TOKEN",
     "AdvantageConfig",
     "Config",
+    "DemoConfig",
     "EvaluateConfig",
     "EvaluationConfig",
     "PolicyConfig",
@@ -33,6 +43,7 @@ __all__ = [
     "UpdateConfig",
     "guard_reward",
     "parse",
+    "parse_demo",
     "parse_evaluation",
     "parse_settings",
     "read_run",

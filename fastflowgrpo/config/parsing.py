@@ -15,8 +15,8 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_ty
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
 
-from fastflowgrpo.config.settings import Config, EvaluateConfig
-from fastflowgrpo.config.validation import validate, validate_evaluation
+from fastflowgrpo.config.settings import Config, DemoConfig, EvaluateConfig
+from fastflowgrpo.config.validation import validate, validate_demo, validate_evaluation
 from fastflowgrpo.errors import UserError, did_you_mean
 
 Settings = TypeVar("Settings")
@@ -49,6 +49,18 @@ def parse_evaluation(argv: Sequence[str] | None = None) -> EvaluateConfig:
     return config
 
 
+def parse_demo(argv: Sequence[str] | None = None) -> DemoConfig:
+    """Reads the settings of a demo like `parse`. With ``--run``, the run's settings are the defaults."""
+    config = parse_settings(DemoConfig, "demo", argv)
+    if config.run is not None:
+        known = setting_types(DemoConfig)
+        defaults = {name: value for name, value in _run_defaults(config.run).items() if name in known}
+        defaults["noise_level"] = read_run(config.run).rollout.noise_level
+        config = parse_settings(DemoConfig, "demo", argv, defaults)
+    validate_demo(config)
+    return config
+
+
 def read_run(run: str | Path) -> Config:
     """The settings of the run in a directory.
 
@@ -62,7 +74,7 @@ def read_run(run: str | Path) -> Config:
 
 
 def _run_defaults(run: str) -> dict[str, Any]:
-    """Defaults for an evaluation from the settings of a run, by dotted name."""
+    """Defaults for an evaluation or a demo from the settings of a run, by dotted name."""
     config = read_run(run)
     evaluation, rollout = config.evaluation, config.rollout
     return {

@@ -304,6 +304,52 @@ class EvaluateConfig:
 
 
 @dataclass
+class DemoConfig:
+    """A web page that shows a prompt's images before and after training: `python -m fastflowgrpo.demo`."""
+
+    run: str | None = None
+    """Run directory. Its config.yaml gives all settings that are not set here, and its checkpoints are the choices."""
+    model: str = "shapes"
+    """Diffusers pipeline: a local folder, a hub id, or "shapes" for the bundled model."""
+    checkpoint: str | None = None
+    """Folder of trained weights, a LoRA or a whole transformer, as the train command writes it. Default: the
+    checkpoints of the run, or policy.lora; without any of them the page shows the model alone."""
+    prompts: str | None = None
+    """Example prompts, as prompts.eval of train. Default: those of the run, and some for GenEval, OCR and PickScore."""
+    rewards: dict[str, Any] | str = field(default_factory=lambda: Config().rewards)
+    """Rewards that score the images: names separated by commas, or an object as in train."""
+    num_images: int = 4
+    """Images of each column, to begin with."""
+    num_steps: int = 40
+    """Denoising steps, to begin with."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance scale, to begin with; 1 means no guidance."""
+    noise_level: float = 0.7
+    """Noise level of the stochastic samplers, to begin with."""
+    height: int | None = None
+    """Image height in pixels. Default: the model's own."""
+    width: int | None = None
+    """Image width in pixels. Default: the model's own."""
+    num_frames: int | None = None
+    """Frames of a video, for video models only. Default: the model's own."""
+    reward_frames: int = 5
+    """Evenly spaced frames of a video that are scored, as in train; the page shows the middle one."""
+    max_images: int = 8
+    """Largest number of images that a visitor can ask for; they are sampled at once."""
+    max_steps: int = 100
+    """Largest number of denoising steps that a visitor can ask for."""
+    queue: int = 16
+    """Requests that wait at once, one is computed at a time; further ones are told to try again later."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Whoever can reach it can use the page."""
+    port: int | None = None
+    """Port to listen on. Default: the first free one from 7860."""
+    share: bool = False
+    """Make the page public through a tunnel of Gradio's, at an address that is printed."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+
+@dataclass
 class ServerConfig:
     """A reward server, `python -m fastflowgrpo.serve`."""
 

@@ -3,7 +3,7 @@
 from operator import attrgetter
 from typing import Any
 
-from fastflowgrpo.config.settings import Config, EvaluateConfig, guard_reward
+from fastflowgrpo.config.settings import Config, DemoConfig, EvaluateConfig, guard_reward
 from fastflowgrpo.errors import UserError
 
 POLICY_GRADIENTS = ("grpo", "grpo_guard")
@@ -81,6 +81,13 @@ _BELOW_ONE = ("update.clip_range", "update.old_decay_max", "update.betas", "upda
 _EVALUATE_MINIMUM = {
     1: ("num_steps", "images_per_prompt", "batch_size", "height", "width", "num_frames", "reward_frames"),
     0: ("guidance_scale", "seed"),
+}
+_DEMO_MINIMUM = {
+    1: (
+        *("num_images", "num_steps", "max_images", "max_steps", "queue", "port"),
+        *("height", "width", "num_frames", "reward_frames"),
+    ),
+    0: ("guidance_scale", "noise_level"),
 }
 
 # (setting, its values) -> settings that only these values use. With another value they must keep their default.
@@ -188,7 +195,20 @@ def validate_evaluation(config: EvaluateConfig) -> None:
     _check_minimum(config, _EVALUATE_MINIMUM)
 
 
-def _numbers(config: Config | EvaluateConfig, name: str) -> tuple[float, ...]:
+def validate_demo(config: DemoConfig) -> None:
+    """Checks that the settings of a demo are in range.
+
+    Raises:
+        UserError: names the first setting that is not.
+    """
+    _check_minimum(config, _DEMO_MINIMUM)
+    for name, limit in (("num_images", config.max_images), ("num_steps", config.max_steps), ("port", 65535)):
+        for value in _numbers(config, name):
+            if not value <= limit:
+                raise UserError(f"{name}: must be at most {limit}, got {value}")
+
+
+def _numbers(config: Any, name: str) -> tuple[float, ...]:
     """The values of a setting: several for a tuple, none for null."""
     value = attrgetter(name)(config)
     if value is None:
@@ -196,7 +216,7 @@ def _numbers(config: Config | EvaluateConfig, name: str) -> tuple[float, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _check_minimum(config: Config | EvaluateConfig, limits: dict[int, tuple[str, ...]]) -> None:
+def _check_minimum(config: Any, limits: dict[int, tuple[str, ...]]) -> None:
     for limit, names in limits.items():
         for name in names:
             for value in _numbers(config, name):

@@ -101,9 +101,8 @@ def _load(config: EvaluateConfig, checkpoint: Path | None) -> _Loaded:
         prompts = evaluation_prompts("prompts", config.prompts)
     else:
         prompts = run_prompts(Config() if config.run is None else read_run(config.run))[1]
-    names = config.rewards
     try:
-        rewards = build_rewards({name.strip(): 1.0 for name in names.split(",")} if isinstance(names, str) else names)
+        rewards = build_rewards(config.rewards)
         rewards.check_prompts(prompts)
     except ValueError as error:
         raise UserError(str(error)) from error

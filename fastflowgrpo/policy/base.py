@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.policy.lora import add_lora, load_lora, save_lora
+from fastflowgrpo.policy.lora import add_lora, load_lora, load_lora_weights, save_lora
 from fastflowgrpo.policy.protocol import Conditioning
 from fastflowgrpo.policy.weights import FULL
 
@@ -154,6 +154,17 @@ class DiffusersPolicy(ABC):
             save_lora(self.pipeline, folder)
         else:
             self.module.save_pretrained(folder / FULL)
+
+    def load(self, folder: Path) -> None:
+        try:
+            if self.uses_lora:
+                load_lora_weights(self.pipeline, folder)
+            else:
+                trained = type(self.module).from_pretrained(folder / FULL, dtype=torch.float32)
+                self.module.load_state_dict(trained.state_dict())
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"checkpoint {folder} does not fit the model: {reason}") from error
 
     def encoder_key(self) -> str:
         """Return a hash of the model, the encoders' weights, the sequence length and the dtype."""

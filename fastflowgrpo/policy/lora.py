@@ -1,6 +1,6 @@
 """LoRA adapters of a pipeline's transformer: adding, loading and saving them in diffusers' format."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -68,16 +68,34 @@ def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> Non
         raise UserError(f"{setting} cannot be loaded into a {type(module).__name__}: {reason}") from error
     # diffusers has loaded the adapter in the dtype of the layers that carry it: load it again in float32.
     _make_float32(module)
+    try:
+        _set_weights(module, weights)
+    except ValueError as error:
+        raise UserError(f"{setting} fits another model: {error}") from error
+    loaded = get_peft_model_state_dict(module, adapter_name=ADAPTER)
+    ranks = {weight.shape[0] for name, weight in loaded.items() if "lora_A" in name}
+    if rank is not None and ranks != {rank}:
+        found = ", ".join(map(str, sorted(ranks)))
+        raise UserError(f"{setting} has rank {found}, not policy.lora_rank {rank}: leave policy.lora_rank out")
+
+
+def load_lora_weights(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Replace the weights of the pipeline's adapter with those that `save_lora` wrote.
+
+    Raises:
+        ValueError, RuntimeError: the saved adapter has other layers, or another rank.
+        OSError: it cannot be read.
+    """
+    _set_weights(pipeline.transformer, pipeline.lora_state_dict(folder))
+
+
+def _set_weights(module: ModelMixin, weights: Mapping[str, Tensor]) -> None:
     given = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
     unexpected = set_peft_model_state_dict(module, given, ADAPTER).unexpected_keys
     loaded = get_peft_model_state_dict(module, adapter_name=ADAPTER)
     if unexpected or not loaded or loaded.keys() != given.keys():
         names = ", ".join(sorted({*unexpected, *(loaded.keys() ^ given.keys())})[:3])
-        raise UserError(f"{setting} fits another model: {type(module).__name__} has no place for {names}")
-    ranks = {weight.shape[0] for name, weight in loaded.items() if "lora_A" in name}
-    if rank is not None and ranks != {rank}:
-        found = ", ".join(map(str, sorted(ranks)))
-        raise UserError(f"{setting} has rank {found}, not policy.lora_rank {rank}: leave policy.lora_rank out")
+        raise ValueError(f"{type(module).__name__} has no place for {names}")
 
 
 def _make_float32(module: nn.Module) -> None:

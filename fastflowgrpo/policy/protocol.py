@@ -62,6 +62,13 @@ class Policy(Protocol):
     def save(self, folder: Path) -> None:
         """Write the trained weights so that the family's diffusers pipeline loads them."""
 
+    def load(self, folder: Path) -> None:
+        """Replace the trained weights with those that `save` of the same model wrote.
+
+        Raises:
+            UserError: the folder does not hold such weights.
+        """
+
     def encoder_key(self) -> str:
         """Return a hash of everything that `encode` depends on besides the prompt."""
 

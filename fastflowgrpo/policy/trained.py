@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -35,10 +34,5 @@ def load_trained(model: str, folder: Path, config: PolicyConfig, device: torch.d
         except UserError as error:
             raise UserError(str(error).replace("policy.lora: ", "checkpoint ", 1)) from error
     policy = load_policy(model, replace(config, lora=None, lora_rank=0), device)
-    module: Any = policy.transformer
-    try:
-        module.load_state_dict(type(module).from_pretrained(folder / FULL, dtype=torch.float32).state_dict())
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"checkpoint {folder} does not fit the model: {reason}") from error
+    policy.load(folder)
     return policy

@@ -44,7 +44,7 @@ REWARDS: dict[str, Callable[..., Reward]] = {
 """For each name a function that makes the reward from its settings."""
 
 
-def build_rewards(config: Mapping[str, Any]) -> WeightedRewards:
+def build_rewards(config: Mapping[str, Any] | str) -> WeightedRewards:
     """Make the weighted sum that a configuration describes.
 
     Args:
@@ -53,11 +53,13 @@ def build_rewards(config: Mapping[str, Any]) -> WeightedRewards:
             and returns Scores or a number per image. Your module may lie in the current directory, which is appended
             to sys.path. With the setting `url` the reward is scored by a server (`RemoteReward`), which then is the
             one that must know the name; with the setting `workers` it is scored in that many processes
-            (`WorkerReward`).
+            (`WorkerReward`). Names separated by commas have weight 1.
 
     Raises:
         ValueError: names the reward and what is wrong with it.
     """
+    if isinstance(config, str):
+        config = {name.strip(): 1.0 for name in config.split(",")}
     known = f"known: {', '.join(REWARDS)}, or my_module:my_reward for your own function"
     if not config:
         raise ValueError(f"rewards: name at least one; {known}")

@@ -98,6 +98,28 @@ def test_saved_weights_give_the_policys_own_velocity_in_a_fresh_pipeline(folder,
         torch.testing.assert_close(velocity, policy.velocity(latents, sigma, conditioning), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_saved_weights_replace_the_trained_ones(folder, tmp_path, rank, dtype):
+    policy = load(folder, lora_rank=rank, dtype=dtype)
+    perturb(policy.trainable_parameters())
+    policy.save(tmp_path)
+    saved = [parameter.clone() for parameter in policy.trainable_parameters()]
+    perturb(policy.trainable_parameters(), seed=2)
+    policy.load(tmp_path)
+    assert all(map(torch.equal, policy.trainable_parameters(), saved))
+    assert {parameter.dtype for parameter in policy.trainable_parameters()} == {torch.float32}
+
+
+def test_weights_of_another_adapter_do_not_replace_the_trained_ones(folder, tmp_path):
+    load(folder, lora_rank=2).save(tmp_path / "rank")
+    load(folder, lora_targets=["attn.to_q"]).save(tmp_path / "layers")
+    policy = load(folder)
+    for name, reason in (("rank", "size mismatch"), ("layers", "has no place for"), ("none", "")):
+        with pytest.raises(UserError, match=f"checkpoint {tmp_path / name} does not fit the model: .*{reason}"):
+            policy.load(tmp_path / name)
+
+
 def test_a_pipeline_without_t5_loads_and_gets_no_zero_tokens_unless_asked(folder_without_t5):
     policy = load_policy(str(folder_without_t5), PolicyConfig(lora_rank=4))
     clip_tokens = policy.pipeline.tokenizer.model_max_length
