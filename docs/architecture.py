@@ -15,6 +15,7 @@ PLACES = {  # (column, row)
     "train": (0, 0),
     "evaluate": (1, 0),
     "push": (2, 0),
+    "export": (3, 0),
     "serve": (4, 0),
     "trainer": (0, 1),
     "runs": (1, 2),
