@@ -134,6 +134,7 @@ def comfyui(family: str, lora: Lora) -> dict[str, Tensor]:
     Raises:
         UserError: the layout of the family is not known, or a layer has no place in it.
     """
+    layers: Lora
     if family == "WanPipeline":
         layers, prefix = _original_layers("comfyui", family, lora), "diffusion_model."
     elif family == "QwenImagePipeline":
