@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from peft.utils import get_pattern_key
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor, nn
 
