@@ -50,6 +50,7 @@ class CMakeBuild(build_ext):
 BUILD = ["cmake>=3.24", "ninja", "pybind11>=3"]  # as in pyproject.toml; the tests build a wheel without isolation
 TRITON = ["triton>=3.6; sys_platform == 'linux'"]
 OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3"]
+DATASETS = ["pyarrow>=21"]
 PADDLE = ["paddleocr>=3", "paddlepaddle>=3", "rapidfuzz>=3"]
 GRADIO = ["gradio>=6.31"]
 TEST = [
@@ -122,11 +123,12 @@ setup(
         "tensorboard>=2.17",
     ],
     extras_require={
-        "test": [*TEST, *BUILD, *TRITON, *OCR, *SERVE, *GRADIO],
+        "test": [*TEST, *BUILD, *TRITON, *OCR, *SERVE, *GRADIO, *DATASETS],
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.8"],
         "gpu": [*TRITON, "xformers; sys_platform == 'linux'"],
         "ocr": OCR,
         "paddle": PADDLE,
+        "datasets": DATASETS,
         "track": ["wandb>=0.20"],
         "serve": SERVE,
         "demo": ["matplotlib>=3.8"],

@@ -42,7 +42,8 @@ class PromptsConfig:
     """The prompts of training and evaluation."""
 
     train: str = "shapes"
-    """Training prompts: a .txt file (one prompt a line), a GenEval .jsonl file, or shapes, geneval, ocr or general."""
+    """Training prompts: a .txt file (one prompt a line), a GenEval .jsonl file, FILE.csv:COLUMN, FILE.parquet:COLUMN,
+    hf:OWNER/NAME:COLUMN[:SPLIT] (a dataset of the hub), or shapes, geneval, ocr or general."""
     eval: str | None = None
     """Evaluation prompts, as for train. Default: held-out ones if train is bundled, else 16 of the training prompts."""
     per_epoch: int = 24

@@ -1,4 +1,4 @@
-"""Prompt files, and the check of GenEval metadata."""
+"""Prompt files of lines, and the check of GenEval metadata."""
 
 import functools
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 from fastflowgrpo.errors import did_you_mean
 from fastflowgrpo.prompts.prompt import RELATIONS, TAGS, Prompt
+from fastflowgrpo.prompts.tables import is_table, load_table
 
 BUILT_IN = "shapes, geneval, ocr or general"  # prompts that need no file, see sources.py
 
@@ -17,15 +18,21 @@ def load_prompts(source: str) -> list[Prompt]:
 
     Args:
         source: a UTF-8 file: .txt with one prompt a line, or .jsonl with one GenEval metadata object a line (see
-            `check_metadata`) whose text is under "prompt". Blank lines are skipped.
+            `check_metadata`) whose text is under "prompt". Blank lines are skipped. Or a column of a table, as in
+            `load_table`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is of another kind, has no prompt, or has a wrong line; the message names line and field.
     """
+    if is_table(source):
+        return load_table(source)
     path = Path(source)
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{source}: expected a .txt file (one prompt a line), a GenEval .jsonl file, or {BUILT_IN}")
+        raise ValueError(
+            f"{source}: expected a .txt file (one prompt a line), a GenEval .jsonl file, FILE.csv:COLUMN, "
+            f"FILE.parquet:COLUMN, hf:OWNER/NAME:COLUMN, or {BUILT_IN}"
+        )
     if not path.is_file():
         hint = did_you_mean(path.name, (sibling.name for sibling in path.parent.glob("*")))
         raise FileNotFoundError(f"{source}: no such file{hint}")

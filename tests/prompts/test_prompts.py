@@ -46,10 +46,11 @@ def test_file_errors(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     with pytest.raises(FileNotFoundError, match=r"folder\.txt: no such file"):
         load_prompts(str(tmp_path / "folder.txt"))
-    for wrong in ("prompts.csv", "shape"):
+    for wrong in ("prompts.tsv", "shape"):
         with pytest.raises(
             ValueError,
-            match=wrong + r": expected a \.txt file .*GenEval \.jsonl file, or shapes, geneval, ocr or general",
+            match=wrong
+            + r": expected a \.txt file .*GenEval \.jsonl file, .*COLUMN, or shapes, geneval, ocr or general",
         ):
             load_prompts(wrong)
     for name in ("empty.txt", "empty.jsonl"):
