@@ -139,7 +139,7 @@ class EagerEpoch:
         prompts = trainer.epoch_prompts(epoch)
         groups_at_once = rollout.batch_size // size
         start = rollout.window_start[0] if rollout.window_size else 0
-        window = range(start, start + trainer.window_size)
+        window = range(start, start + trainer.sampler.window_size)
         scheduler = self.pipeline.scheduler
         scheduler.set_timesteps(rollout.num_steps, device=device)
         batches, rewards = [], []
@@ -187,7 +187,7 @@ class EagerEpoch:
             ids = torch.arange(len(prompts)).repeat_interleave(size)
             advantages = group_advantages(torch.cat(rewards), ids, config.advantage.std).to(device, torch.float32)
             kept = [advantage.nonzero()[:, 0] for advantage in advantages.split(rollout.batch_size)]
-            pairs = sum(len(rows) for rows in kept) * trainer.window_size
+            pairs = sum(len(rows) for rows in kept) * trainer.sampler.window_size
             limit = config.update.clip_range
             for number, (embeds, pooled, samples, next_samples, log_probs) in enumerate(batches):
                 rows = kept[number]

@@ -1,11 +1,5 @@
 """The Flow-GRPO loop (arXiv 2505.05470): rollout, score, normalise, update, report."""
 
-import sys
-from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import torch
 from accelerate.utils import set_seed
@@ -21,7 +15,7 @@ from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.learning import OBJECTIVES, Batch
 from fastflowgrpo.learning.advantages import share_without_spread
 from fastflowgrpo.learning.learner import Learner
-from fastflowgrpo.planning.micro_batch import available_memory, with_largest_micro_batch
+from fastflowgrpo.planning.micro_batch import with_micro_batch
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
@@ -29,24 +23,17 @@ from fastflowgrpo.prompts import Prompt, epoch_prompts
 from fastflowgrpo.prompts.geneval import MIX
 from fastflowgrpo.prompts.sources import run_prompts
 from fastflowgrpo.rewards import Scores, build_rewards
-from fastflowgrpo.runs.checkpoints import Checkpoint, last_checkpoint
+from fastflowgrpo.runs.checkpoints import last_checkpoint
 from fastflowgrpo.runs.gallery import GROUPS, Gallery
 from fastflowgrpo.runs.guard import best_checkpoint, guard_fall, is_best_by_guard
-from fastflowgrpo.runs.hub import check_push, push
-from fastflowgrpo.runs.model_card import CARD, write_card
+from fastflowgrpo.runs.hub import check_push, publish
 from fastflowgrpo.runs.report import Report
 from fastflowgrpo.runs.resume import checkpoint_to_resume, prompts_digest
 from fastflowgrpo.runs.signals import Signals
 from fastflowgrpo.runs.state import RunState
-from fastflowgrpo.sampling.coefficients import resolve_log_prob, step_coefficients
-from fastflowgrpo.sampling.rollout import (
-    Trajectory,
-    sample_clean_groups,
-    sample_groups,
-    sample_seeds,
-    sliding_start,
-    window_starts,
-)
+from fastflowgrpo.sampling.coefficients import step_coefficients
+from fastflowgrpo.sampling.groups import GroupSampler
+from fastflowgrpo.sampling.rollout import Trajectory, sample_seeds
 from fastflowgrpo.scoring.exploration import exploration_metrics, explore
 from fastflowgrpo.scoring.gather import check_missing, gather_scores
 from fastflowgrpo.scoring.pipeline import Scoring
@@ -80,7 +67,9 @@ class Trainer:
         if resumed:
             resumed.check_prompts(digests)
         if not config.update.batch_size:
-            config = self.config = self._with_micro_batch(resumed)
+            config = self.config = with_micro_batch(
+                config, self.processes, resumed.manifest["config"] if resumed else None
+            )
         self.plan = batch_plan(config, self.processes.count)
         rollout = config.rollout
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
@@ -92,10 +81,17 @@ class Trainer:
             self.evaluation_scoring = Scoring(self.evaluation_rewards, *scoring)
         sigmas = self.policy.sigmas(rollout.num_steps, self.shape)
         self.coefficients = step_coefficients(sigmas, rollout.dynamics, rollout.noise_level)
-        # The last step is an ODE step and is never trained.
-        self.window_size = rollout.window_size or rollout.num_steps - 1
         objective_class = OBJECTIVES[config.update.algorithm]
-        self.objective = objective_class(config, self.policy, self.coefficients, self.window_size)
+        self.sampler = GroupSampler(
+            rollout,
+            self.policy,
+            self.coefficients,
+            self.shape,
+            keep_steps=objective_class.uses_log_probs,
+            keep_velocities=objective_class.keeps_velocities(config),
+            equal_passes=self.processes.sharded,
+        )
+        self.objective = objective_class(config, self.policy, self.coefficients, self.sampler.window_size)
         self.learner = Learner(config, self.policy, self.objective, self.processes)
         if self.processes.rank:
             # For rewards that draw random numbers: the weights are initialised, and alike on all ranks.
@@ -131,7 +127,8 @@ class Trainer:
             run = self.config.output_dir
             checkpoint = self.processes.on_main(lambda: best_checkpoint(run) if stopped else last_checkpoint(run))
             self.report.finish(self.eval_prompts)  # ends the communication of the processes
-            self._publish(checkpoint)
+            if self.processes.is_main:
+                publish(self.config, checkpoint)
         if stopped:
             raise GuardStop(
                 f"{stopped}; the best checkpoint is {checkpoint}; to go on from it: --resume best, from the last one: "
@@ -185,7 +182,10 @@ class Trainer:
         rewards = scores.values
         advantages = self.objective.advantages(scores, self.rewards.weights)
         if len(shown):
-            self._show_groups(epoch, prompts, shown, scores, advantages)
+            groups = self.processes.rank_indices(len(prompts))[: len(shown) // size]
+            seeds = [group_seed(self.config.seed, epoch, group) for group in groups]
+            step = self.learner.step
+            self.gallery.rollout(epoch, step, [prompts[i] for i in groups], seeds, shown, scores, advantages, groups)
         advantages = advantages.view(-1, size)[self.processes.rank_indices(len(prompts))].flatten()
         metrics = {
             "reward": rewards.nanmean().item(),
@@ -236,8 +236,8 @@ class Trainer:
                 groups = slice(begin, begin + groups_at_once)
                 with self.report.phase("rollout"), self.learner.sampling_weights():
                     of_groups = {name: tensor[groups] for name, tensor in conditioning.items()}
-                    starts, noise = self.window_starts(epoch, seeds[groups]), noise_seeds[groups].flatten()
-                    part = self._sample_groups(starts, noise, of_groups, unconditional, steps.update)
+                    starts, noise = self.sampler.starts(epoch, seeds[groups]), noise_seeds[groups].flatten()
+                    part = self.sampler.sample(starts, noise, of_groups, unconditional, steps.update)
                 with self.report.phase("decode"):
                     images = self.scoring.submit(part.final, prompts[groups], size)
                 parts.append(part)
@@ -246,49 +246,6 @@ class Trainer:
             with self.report.phase("score"):
                 scores = self.scoring.finish(steps.set_postfix_str)
         return Trajectory.cat(parts), conditioning, unconditional, torch.cat(shown), scores, candidates
-
-    def _sample_groups(
-        self,
-        starts: list[int],
-        seeds: Tensor,
-        conditioning: Conditioning,
-        unconditional: Conditioning | None,
-        on_step: Callable[[], object],
-    ) -> Trajectory:
-        rollout = self.config.rollout
-        guidance: dict[str, Any] = {"unconditional": unconditional, "guidance_scale": rollout.guidance_scale}
-        if rollout.dynamics == "ode":
-            return sample_clean_groups(
-                self.policy,
-                conditioning,
-                rollout.num_steps,
-                rollout.group_size,
-                seeds,
-                self.shape,
-                solver=rollout.solver,
-                on_step=on_step,
-                **guidance,
-            )
-        return sample_groups(
-            self.policy,
-            conditioning,
-            self.coefficients,
-            starts,
-            self.window_size,
-            rollout.group_size,
-            seeds,
-            self.shape,
-            same_noise=rollout.same_noise,
-            tail_steps=rollout.tail_steps,
-            solver=rollout.solver,
-            possible_starts=range(*self._start_range()) if self.processes.sharded and not rollout.window_stride else (),
-            log_prob=resolve_log_prob(rollout.log_prob, rollout.dynamics),
-            keep_steps=self.objective.uses_log_probs,
-            keep_velocities=self.objective.keeps_velocities(self.config),
-            keep_unconditional=rollout.keep_unconditional,
-            on_step=on_step,
-            **guidance,
-        )
 
     def check_replay(self, batch: Batch) -> None:
         """Compute log-probs of the rollout's steps again, with the weights that sampled them, and compare.
@@ -328,44 +285,6 @@ class Trainer:
         count = self.config.prompts.per_epoch
         return [self.train_prompts[i] for i in epoch_prompts(self.train_prompts, count, self.config.seed, epoch, mix)]
 
-    def window_starts(self, epoch: int, seeds: list[int]) -> list[int]:
-        """The first stochastic step of each group, by the groups' seeds."""
-        rollout, (low, high) = self.config.rollout, self._start_range()
-        if rollout.window_stride:
-            return [sliding_start(low, high, rollout.window_stride, rollout.window_epochs, epoch)] * len(seeds)
-        return window_starts(low, high, seeds)
-
-    def _start_range(self) -> tuple[int, int]:
-        """The range [low, high) of the windows' first steps."""
-        rollout = self.config.rollout
-        return rollout.window_start if rollout.window_size else (0, 1)
-
-    def _with_micro_batch(self, resumed: Checkpoint | None) -> Config:
-        """The config with a size of the micro-batches: the one that a run began with, or the largest that fits."""
-        config = self.config
-        if resumed:
-            size = resumed.manifest["config"]["update"]["batch_size"]
-            return replace(config, update=replace(config.update, batch_size=size))
-        memory = min(self.processes.gather(available_memory(config)))
-        return with_largest_micro_batch(config, self.processes.count, memory)
-
-    def _show_groups(
-        self, epoch: int, prompts: list[Prompt], images: Tensor, scores: Scores, advantages: Tensor
-    ) -> None:
-        """Keep the images of this process's first groups in the gallery; scores and advantages are of all groups."""
-        size = self.config.rollout.group_size
-        groups = self.processes.rank_indices(len(prompts))[: len(images) // size]
-        rows = [group * size + k for group in groups for k in range(size)]
-        self.gallery.rollout(
-            epoch,
-            self.learner.step,
-            [prompts[group] for group in groups],
-            [group_seed(self.config.seed, epoch, group) for group in groups],
-            images,
-            Scores(scores.values[rows], {name: values[rows] for name, values in scores.details.items()}),
-            advantages[rows],
-        )
-
     def _load_prompts_and_rewards(self) -> None:
         self.train_prompts, self.eval_prompts = run_prompts(self.config)
         try:
@@ -404,22 +323,6 @@ class Trainer:
             batch_size=config.batch_size,
             guidance_scale=guidance,
         )
-
-    def _publish(self, checkpoint: Path) -> None:
-        """Write a model card into a checkpoint, and push both to the hub if `hub_model_id` is set.
-
-        The run is saved already: a push that fails is a warning that says how to push again.
-        """
-        if not self.processes.is_main:
-            return
-        run, repository = Path(self.config.output_dir), self.config.hub_model_id
-        card = checkpoint / CARD
-        print(f"{'card':8} {card if card.is_file() else write_card(run, checkpoint)}")
-        if repository is not None:
-            try:
-                print(f"{'hub':8} {push(run, checkpoint, repository, self.config.hub_private)}")
-            except UserError as error:
-                print(f"warning: {error}", file=sys.stderr)
 
 
 def group_seed(seed: int, epoch: int, group: int) -> int:

@@ -2,11 +2,14 @@
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from fastflowgrpo.config import Config
+from fastflowgrpo.distributed import Processes
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.learning import OBJECTIVES
 from fastflowgrpo.planning.estimate import estimate
@@ -49,6 +52,19 @@ def with_largest_micro_batch(config: Config, processes: int, memory: float) -> C
     fitting = min(all_pairs, 1 + int(free / growth)) if growth else all_pairs
     micro_batches = math.ceil(all_pairs / fitting)
     return with_pairs(math.ceil(all_pairs / micro_batches))
+
+
+def with_micro_batch(config: Config, processes: Processes, begun: Mapping[str, Any] | None) -> Config:
+    """The config with a size of the micro-batches: the one that a run has begun with, or the largest that fits.
+
+    Args:
+        config: validated, with `update.batch_size` 0.
+        processes: of the run. Collective.
+        begun: the config of the run that is resumed.
+    """
+    if begun:
+        return replace(config, update=replace(config.update, batch_size=begun["update"]["batch_size"]))
+    return with_largest_micro_batch(config, processes.count, min(processes.gather(available_memory(config))))
 
 
 def available_memory(config: Config) -> float:

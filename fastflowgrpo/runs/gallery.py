@@ -106,24 +106,25 @@ class Gallery:
         images: Tensor,
         scores: Scores,
         advantages: Tensor,
+        groups: Sequence[int],
     ) -> None:
         """Keep groups of an epoch's rollout.
 
         Args:
             epoch, step: epochs and optimiser updates done.
-            prompts, seeds: of each group.
-            images: uint8 (groups * size, 3, H, W) on the CPU.
-            scores: of all these images.
-            advantages: (groups * size,), NaN without a score.
+            prompts, seeds: of each group that is kept.
+            images: of these groups, uint8 (B, 3, H, W) on the CPU.
+            scores, advantages: of all images of the epoch, NaN without a score.
+            groups: the numbers of the kept groups among those of the epoch.
         """
         size = len(images) // len(prompts)
-        sheets, groups = {}, []
-        for g, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            own = slice(g * size, (g + 1) * size)
+        sheets, entries = {}, []
+        for g, (group, prompt, seed) in enumerate(zip(groups, prompts, seeds, strict=True)):
+            own = slice(group * size, (group + 1) * size)
             order = advantages[own].nan_to_num(-math.inf).argsort(descending=True, stable=True)
             values = {"reward": scores.values[own], **{name: value[own] for name, value in scores.details.items()}}
-            sheets[f"{g}.webp"], columns = _sheet(images[own][order])
-            groups.append(
+            sheets[f"{g}.webp"], columns = _sheet(images[g * size : (g + 1) * size][order])
+            entries.append(
                 {
                     "file": f"{g}.webp",
                     "columns": columns,
@@ -134,7 +135,7 @@ class Gallery:
                     "scores": {name: [_number(v) for v in value[order]] for name, value in values.items()},
                 }
             )
-        line = {"kind": "rollout", "step": step, "epoch": epoch, "groups": groups}
+        line = {"kind": "rollout", "step": step, "epoch": epoch, "groups": entries}
         self._write(f"epoch-{epoch:06d}", sheets, line, _is_small(images))
 
     def _detections(self, prompts: Sequence[Prompt], images: Tensor) -> list[list[dict[str, Any]]]:

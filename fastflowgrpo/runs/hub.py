@@ -1,10 +1,12 @@
 """Uploading a checkpoint and its model card to the Hugging Face Hub."""
 
+import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from fastflowgrpo.config import Config
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.weights import FULL, LORA
 from fastflowgrpo.runs.model_card import CARD, PICTURES, PLACE, write_card
@@ -48,6 +50,20 @@ def push(run: Path, checkpoint: Path, repository: str, private: bool | None = No
             f"the weights are safe in that folder, try again with: python -m fastflowgrpo.push {run} {repository}"
         ) from error
     return str(address)
+
+
+def publish(config: Config, checkpoint: Path) -> None:
+    """Write a model card into a checkpoint, and push both to the hub if `hub_model_id` is set.
+
+    The run is saved already: a push that fails is a warning that says how to push again.
+    """
+    run, card = Path(config.output_dir), checkpoint / CARD
+    print(f"{'card':8} {card if card.is_file() else write_card(run, checkpoint)}")
+    if config.hub_model_id is not None:
+        try:
+            print(f"{'hub':8} {push(run, checkpoint, config.hub_model_id, config.hub_private)}")
+        except UserError as error:
+            print(f"warning: {error}", file=sys.stderr)
 
 
 def check_push(repository: str) -> None:

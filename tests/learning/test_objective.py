@@ -292,7 +292,7 @@ def test_baselines_keep_no_steps_and_ode_samples_are_the_odes(tmp_path):
 
 def test_a_window_slides_over_the_epochs(tmp_path):
     trainer = trainer_of(tmp_path, "grpo", window_stride=1, window_epochs=2)
-    starts = [trainer.window_starts(epoch, [7, 8]) for epoch in range(8)]
+    starts = [trainer.sampler.starts(epoch, [7, 8]) for epoch in range(8)]
     assert starts == [[0, 0], [0, 0], [1, 1], [1, 1], [2, 2], [2, 2], [2, 2], [2, 2]]
     batch, _ = trainer.collect(3)
     assert batch.trajectory.steps.tolist() == [[1, 2]] * (4 * SIZE)

@@ -194,7 +194,7 @@ def test_flops_of_shared_passes_and_a_short_tail_are_those_of_real_epochs(tmp_pa
     trainer = Trainer(config)
     starts = iter([1, 2, 2, 2, 1, 1, 1, 2])
     if not stride:
-        trainer.window_starts = lambda epoch, seeds: [next(starts) for _ in seeds]
+        trainer.sampler.starts = lambda epoch, seeds: [next(starts) for _ in seeds]
     trainer.embed(["", *(prompt.text for epoch in range(2) for prompt in trainer.epoch_prompts(epoch))])
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as sampling:
         for epoch in range(2):

@@ -73,7 +73,7 @@ def test_a_group_is_kept_in_the_order_of_its_advantages(tmp_path):
     images = torch.arange(8, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8)
     advantages = torch.tensor([0.0, 2.0, torch.nan, -1.0, 1.0, 2.0, 3.0, 4.0])
     scores = Scores(torch.arange(8.0), {"mine": torch.arange(8.0) / 10})
-    gallery_of(tmp_path).rollout(3, 6, PROMPTS, [7, 2**40], images, scores, advantages)
+    gallery_of(tmp_path).rollout(3, 6, PROMPTS, [7, 2**40], images, scores, advantages, [0, 1])
     (line,) = index_of(tmp_path)
     first, second = line["groups"]
     assert first["advantages"] == [2.0, 0.0, -1.0, None] and first["scores"]["reward"] == [1.0, 0.0, 3.0, 2.0]
@@ -81,6 +81,8 @@ def test_a_group_is_kept_in_the_order_of_its_advantages(tmp_path):
     with Image.open(tmp_path / "gallery/epoch-000003/0.webp") as sheet:
         corners = [sheet.convert("RGB").getpixel(place)[0] for place in ((0, 0), (8, 0), (0, 8), (8, 8))]
     assert corners == [1, 0, 3, 2] and first["columns"] == 2
+    gallery_of(tmp_path).rollout(4, 8, PROMPTS[1:], [2**40], images[4:], scores, advantages, [1])
+    assert index_of(tmp_path)[1]["groups"] == [{**second, "file": "0.webp"}]
 
 
 def test_large_images_are_shrunk(tmp_path):
@@ -88,7 +90,7 @@ def test_large_images_are_shrunk(tmp_path):
     with Image.open(tmp_path / "gallery/step-000000/0-0.webp") as image:
         assert image.size == (512, 256)
     images = torch.zeros(2, 3, 600, 300, dtype=torch.uint8)
-    gallery_of(tmp_path).rollout(0, 0, PROMPTS[:1], [1], images, Scores(torch.zeros(2)), torch.zeros(2))
+    gallery_of(tmp_path).rollout(0, 0, PROMPTS[:1], [1], images, Scores(torch.zeros(2)), torch.zeros(2), [0])
     with Image.open(tmp_path / "gallery/epoch-000000/0.webp") as sheet:
         assert sheet.size == (2 * 96, 192)
 
@@ -118,8 +120,10 @@ def test_a_resumed_run_has_the_gallery_of_its_rows(tmp_path):
     gallery, images = gallery_of(tmp_path), torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     for epoch in range(3):
         gallery.evaluation(evaluation_of(), epoch, 2 * epoch)
-        gallery.rollout(epoch, 2 * epoch, PROMPTS[:1], [1], images, Scores(torch.zeros(2)), torch.zeros(2))
-    gallery.rollout(2, 4, PROMPTS[:1], [1], images, Scores(torch.ones(2)), torch.zeros(2))  # again: the last one holds
+        gallery.rollout(epoch, 2 * epoch, PROMPTS[:1], [1], images, Scores(torch.zeros(2)), torch.zeros(2), [0])
+    gallery.rollout(
+        2, 4, PROMPTS[:1], [1], images, Scores(torch.ones(2)), torch.zeros(2), [0]
+    )  # again: the last one holds
     (tmp_path / "gallery/.epoch-000003.tmp").mkdir()  # of a process that was killed
     with (tmp_path / "gallery/index.jsonl").open("a") as index:
         index.write('{"folder": "epoch-0000')
