@@ -116,7 +116,7 @@ setup(
         "scipy>=1.11",
         "pillow>=10",
         "tqdm>=4.66",
-        "psutil>=5.9",
+        "psutil>=6",
         "urllib3>=2.5",
         "jsonargparse[signatures]>=4.53",
         "pyyaml>=6",
