@@ -1,20 +1,21 @@
 """``python -m fastflowgrpo.train``: trains a flow-matching image model with Flow-GRPO."""
 
 import errno
-import signal
-import sys
+import os
 from collections.abc import Sequence
+from functools import partial
 
-from fastflowgrpo.config import parse
-from fastflowgrpo.console import print_error, run_and_exit
+from fastflowgrpo.config import Config, parse
+from fastflowgrpo.console import Ending, interrupted, print_ending, print_error, run_and_exit, user_error
 from fastflowgrpo.errors import UserError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, may_launch: bool = False) -> int:
     """Trains as the command line says.
 
     Args:
         argv: The command line without the program; by default the process's.
+        may_launch: Whether to start processes on a machine without a GPU, as the command does.
 
     Returns:
         The exit code: 0, 2 after an error that the user can put right, 130 after Ctrl+C, 143 after SIGTERM.
@@ -26,23 +27,81 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fastflowgrpo.planning.estimate import estimate
             from fastflowgrpo.planning.plan import launched_processes
 
-            print(estimate(config, config.num_processes or launched_processes()))
+            print(estimate(config, config.num_processes or launched_processes() or 1))
             return 0
-        from fastflowgrpo.trainer import Trainer
+        count = _processes_to_start(config) if may_launch else 1
+        if count == 1:
+            return print_ending(train(config))
+        from fastflowgrpo.runs.launcher import launch
 
-        Trainer(config).run()
+        return print_ending(launch(partial(train, config), count))
     except UserError as error:
         return print_error(error)
+    except KeyboardInterrupt as interrupt:
+        return print_ending(interrupted(interrupt))
+
+
+def train(config: Config) -> Ending:
+    """Trains in this process.
+
+    Raises:
+        Exception: one that the user cannot put right.
+        KeyboardInterrupt: a signal has ended the run.
+    """
+    from fastflowgrpo.distributed import FailedElsewhere
+    from fastflowgrpo.trainer import Trainer
+
+    try:
+        Trainer(config).run()
+    except UserError as error:
+        return user_error(error)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        print("error:", f"{config.output_dir}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + getattr(interrupt, "signum", signal.SIGINT)
-    return 0
+        return Ending(2, f"error: {config.output_dir}: {error.strerror}")
+    except FailedElsewhere:
+        return Ending(1)  # the process that has failed says why
+    return Ending(0)
+
+
+def _processes_to_start(config: Config) -> int:
+    """The number of processes; also sets how many threads each has, unless the environment says it.
+
+    Everything is imported here, while the load of the machine is measured.
+    """
+    # A thread that waits for others leaves its core to other processes. OpenMP reads this when it is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from fastflowgrpo.planning.machine import OtherLoad, core_count, free_memory
+
+    load = OtherLoad()
+    import torch
+
+    import fastflowgrpo.trainer  # noqa: F401
+    from fastflowgrpo.planning.plan import batch_plan, launched_processes
+    from fastflowgrpo.planning.processes import process_count
+
+    launched = launched_processes()
+    if launched is not None or torch.accelerator.is_available():
+        if config.num_processes not in (None, launched or 1):
+            raise UserError(
+                f"num_processes: is {config.num_processes}, but with GPUs or a launcher the launcher's number counts: "
+                "leave it out"
+            )
+        return 1
+    cores, others = core_count(), min(load.cores(), core_count())
+    if round(others):
+        print(f"other processes take {others:.1f} of {cores} cores")
+    free = max(1, round(cores - others))
+    set_threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    threads = int(set_threads) if set_threads.isdecimal() else 0
+    count = config.num_processes or process_count(config, free // max(1, threads), free_memory())
+    batch_plan(config, count)
+    if not threads:
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, free // count)))
+        if count > 1:
+            os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # accelerate sets another number otherwise
+    return count
 
 
 if __name__ == "__main__":
-    run_and_exit(main)
+    run_and_exit(partial(main, may_launch=True))

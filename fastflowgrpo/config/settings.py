@@ -207,7 +207,8 @@ class Config:
     dry_run: bool = False
     """Print the batches, memory and FLOPs of the run without loading weights, and stop."""
     num_processes: int | None = None
-    """Number of processes that dry_run assumes. Default: the processes of this launch."""
+    """Number of processes that share the work. Default: the launcher's; without one, 1 with a GPU, else one per free
+    physical core. A dry run assumes the launcher's number or 1 if this is not set."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Experiment trackers by their names in accelerate: tensorboard, wandb, ..."""
     hub_model_id: str | None = None

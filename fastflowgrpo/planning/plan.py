@@ -98,7 +98,7 @@ def batch_plan(config: Config, processes: int) -> Plan:
     """
     rollout, update = config.rollout, config.update
     groups, size = config.prompts.per_epoch, rollout.group_size
-    groups_per_update = groups // update.per_epoch
+    groups_per_update = most_processes(config)
     if processes > groups_per_update:
         raise UserError(
             f"prompts.per_epoch: {groups} groups in {_count(update.per_epoch, 'update')} are {groups_per_update} "
@@ -135,9 +135,17 @@ def batch_plan(config: Config, processes: int) -> Plan:
     )
 
 
-def launched_processes() -> int:
-    """Return the number of processes that torchrun or accelerate has launched, 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def most_processes(config: Config) -> int:
+    """Return the number of groups in an update, of which every process needs one."""
+    return config.prompts.per_epoch // config.update.per_epoch
+
+
+def launched_processes() -> int | None:
+    """Return the number of processes that torchrun, accelerate or MPI has launched; None without a launcher."""
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 1 if "ACCELERATE_MIXED_PRECISION" in os.environ else None  # set by accelerate launch for one process too
 
 
 def _range(fewest: int, most: int) -> str:

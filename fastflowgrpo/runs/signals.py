@@ -96,8 +96,9 @@ class Signals:
     def _receive(self, signum: int, frame: FrameType | None) -> None:
         if not self.signum:
             self.signum, self.received_at = signum, time.monotonic()
-            # Not print: the signal may have interrupted a print, which must not be called within itself.
-            os.write(2, f"\n{signal.Signals(signum).name}: saving, then ending\n".encode())
+            if self.processes.is_main:
+                # Not print: the signal may have interrupted a print, which must not be called within itself.
+                os.write(2, f"\n{signal.Signals(signum).name}: saving, then ending\n".encode())
             if self.may_interrupt:
                 raise Interrupted(signum)
         elif signum == signal.SIGINT and time.monotonic() - self.received_at > REPEAT_SECONDS:

@@ -1,0 +1,29 @@
+"""How many processes a run starts on a machine without a GPU."""
+
+from fastflowgrpo.config import Config
+from fastflowgrpo.errors import UserError
+from fastflowgrpo.planning.estimate import estimate
+from fastflowgrpo.planning.plan import most_processes
+
+# What a process needs beside the estimate: Python, PyTorch and its workspaces. Measured with the bundled model.
+PROCESS_BYTES = 2**29
+
+
+def process_count(config: Config, at_most: int, memory: int) -> int:
+    """Return the largest number of processes that the groups of an update and the memory allow, at least 1.
+
+    Args:
+        config: validated.
+        at_most: processes, as the cores allow.
+        memory: free bytes.
+    """
+    count = max(1, min(at_most, most_processes(config)))
+    while count > 1:
+        try:
+            needed = estimate(config, count).total_memory(config.policy.gradient_checkpointing) + PROCESS_BYTES
+        except UserError:
+            return 1  # the run itself will say what is wrong
+        if count * needed <= memory:
+            break
+        count = max(1, min(count - 1, memory // needed))
+    return count
