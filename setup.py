@@ -106,6 +106,7 @@ setup(
         "numpy>=1.26",
         "scipy>=1.11",
         "pillow>=10",
+        "psutil>=6",
         "tqdm>=4.66",
         "urllib3>=2.5",
         "jsonargparse[signatures]>=4.53",
