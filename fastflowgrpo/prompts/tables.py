@@ -95,7 +95,11 @@ def _known(column: str | None, columns: Sequence[str], where: str) -> str:
         raise ValueError(
             f"{where}: name the column of the prompts, as in {where}:COLUMN; columns: {', '.join(columns)}"
         )
-    raise ValueError(f"{where}: has no column {column!r}{did_you_mean(column, columns)}, columns: {', '.join(columns)}")
+    if column not in columns:
+        raise ValueError(
+            f"{where}: has no column {column!r}{did_you_mean(column, columns)}, columns: {', '.join(columns)}"
+        )
+    return column
 
 
 def _download(name: str, split: str) -> list[Path]:
