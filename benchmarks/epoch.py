@@ -166,9 +166,8 @@ class EagerEpoch:
                     latents = next_latents
             with self.phase("decode"), torch.no_grad():
                 vae = self.pipeline.vae
-                parts = (latents / vae.config.scaling_factor + vae.config.shift_factor).split(
-                    config.policy.decode_batch_size
-                )
+                scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+                parts = scaled.to(vae.dtype).split(config.policy.decode_batch_size)
                 decoded = torch.cat([vae.decode(part).sample for part in parts])
                 images = (decoded.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
             with self.phase("score"):

@@ -108,13 +108,17 @@ def _dry_run(config: Config) -> None:
     from fastflowgrpo.planning.estimate import estimate
     from fastflowgrpo.planning.micro_batch import available_memory, with_largest_micro_batch
     from fastflowgrpo.planning.plan import launched_processes
+    from fastflowgrpo.planning.roofline import roofline_table
 
     processes = config.num_processes or launched_processes() or 1
     if not config.update.batch_size:
         memory = available_memory(config)
         config = with_largest_micro_batch(config, processes, memory)
         print(f"chosen   update.batch_size {config.update.batch_size}, by {memory / 1e9:.3g} GB of memory a process")
-    print(estimate(config, processes))
+    found = estimate(config, processes)
+    print(found)
+    if config.gpu is not None:
+        print(roofline_table(found.work, found.plan.images, config.gpu))
 
 
 if __name__ == "__main__":

@@ -214,7 +214,8 @@ def _check_name(name: str, names: Collection[str]) -> None:
 
 def _value_message(name: str, hint: Any, value: str) -> str:
     """The message for a value that does not have the type of its setting."""
-    choices = get_args(hint) if get_origin(hint) is Literal else ()
+    literals = [option for option in (hint, *get_args(hint)) if get_origin(option) is Literal]
+    choices = get_args(literals[0]) if literals else ()
     if choices:
         expected = f"one of {', '.join(choices)}"
     elif isinstance(hint, type) and not get_args(hint):

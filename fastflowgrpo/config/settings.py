@@ -11,7 +11,11 @@ class PolicyConfig:
     """The model: how it is loaded, and which weights are trained."""
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of the frozen weights and of the computation; trained weights are always float32."""
+    """Dtype of the transformer's frozen weights and of its computation; trained weights are always float32."""
+    vae_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Dtype of the VAE, which decodes the images that are scored."""
+    text_encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the text encoders; their embeddings are rounded to dtype. Default: dtype."""
     lora_rank: int | None = None
     """Rank of the LoRA adapter; 0 trains the whole transformer. Default: 32, for the bundled model 0."""
     lora_alpha: int = 64
@@ -24,7 +28,8 @@ class PolicyConfig:
     gradient_checkpointing: bool = False
     """Save memory: keep only the inputs of the transformer blocks and recompute the rest in the backward pass."""
     attention: str | None = None
-    """Attention backend by its name in diffusers: native, flash, xformers, ... Default: chosen by diffusers."""
+    """Attention backend by its name in diffusers: native, flash, xformers, ...; SD3 takes only xformers. Default:
+    chosen by diffusers."""
     compile: bool = False
     """Compile the transformer blocks with torch.compile."""
     distilled_guidance: float = 3.5
@@ -240,6 +245,8 @@ class Config:
     physical core. A dry run assumes the launcher's number or 1 if this is not set."""
     memory_gb: float | None = None
     """Memory that a process may fill in 10^9 bytes, for update.batch_size 0. Default: 90 % of what is free."""
+    gpu: Literal["a800", "a100", "h100", "h200", "4090"] | None = None
+    """GPU on which dry_run says how many seconds an epoch takes at least. Default: it does not say."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Experiment trackers by their names in accelerate: tensorboard, wandb, ..."""
     hub_model_id: str | None = None

@@ -9,8 +9,8 @@ but a rollout's pass keeps its activations, which is not counted here.
 
 Memory of a process, in bytes:
 
-- weights: trained weights in float32, all others (text encoders and VAE too) in policy.dtype. Full training keeps a
-  frozen copy of the transformer, the reference.
+- weights: trained weights in float32, the transformer's others in policy.dtype, text encoders and VAE in dtypes of
+  their own. Full training keeps a frozen copy of the transformer, the reference.
 - gradients, optimiser, average: 4, 8 and 4 for each trained parameter.
 - trajectory: for each of the process's images (trained steps + 2) latents in policy.dtype and 4 bytes per log-prob;
   grpo_guard and update.trust_region divergence also keep each step's velocity, and rollout.keep_unconditional its
@@ -35,6 +35,8 @@ from fastflowgrpo.config import Config
 from fastflowgrpo.learning import OBJECTIVES
 from fastflowgrpo.planning.passes import Passes, run_passes
 from fastflowgrpo.planning.plan import Plan, batch_plan
+from fastflowgrpo.planning.roofline import Work
+from fastflowgrpo.policy import component_dtypes
 from fastflowgrpo.policy.embeddings import CACHED_PROMPTS
 from fastflowgrpo.sampling.rollout import sliding_start
 from fastflowgrpo.sampling.window import rollout_passes
@@ -59,6 +61,8 @@ class Estimate:
     flops: dict[str, int]
     """FLOPs of an epoch on all processes together: candidates (their passes, if there are any), rollout, update,
     reference, decode (candidates too), checkpointing (what gradient checkpointing would add to the update)."""
+    work: dict[str, Work]
+    """What the process with the most groups does in each phase, those of `flops` and encode, if `gpu` is set."""
 
     def total_memory(self, checkpointing: bool = False) -> int:
         """Return the peak bytes of a process."""
@@ -110,6 +114,7 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
     passes = run_passes(config, sampled, micro_batch, decoded)
     size = getattr(torch, config.policy.dtype).itemsize
     autocast = 0 if passes.uses_lora or size == FLOAT32 else passes.trained * size
+    flops = _flops(config, plan, passes)
     return Estimate(
         model=config.model,
         plan=plan,
@@ -121,7 +126,8 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
             "update": passes.train.peak + autocast,
             "update with gradient checkpointing": passes.checkpointed.peak + autocast,
         },
-        flops=_flops(config, plan, passes),
+        flops=flops,
+        work=_work(config, plan, passes, flops),
     )
 
 
@@ -137,7 +143,7 @@ def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     if objective.keeps_velocities(config):
         kept += plan.pairs_per_image * latent * (FLOAT32 if _branches(config) == 2 else size)
     memory = {
-        "weights": passes.trained * FLOAT32 + sum(passes.frozen.values()) * size,
+        "weights": passes.trained * FLOAT32 + _frozen_bytes(config, passes),
         "gradients": passes.trained * FLOAT32,
         "optimiser": 2 * passes.trained * FLOAT32,
         "average": passes.trained * FLOAT32 if config.update.ema_decay else 0,
@@ -147,6 +153,11 @@ def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     if objective.uses_old_policy:
         memory["old policy"] = passes.trained * FLOAT32
     return memory
+
+
+def _frozen_bytes(config: Config, passes: Passes) -> int:
+    dtypes = component_dtypes(config.policy)
+    return sum(count * dtypes.get(name, dtypes["default"]).itemsize for name, count in passes.frozen.items())
 
 
 def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
@@ -173,6 +184,37 @@ def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     if objective.uses_old_policy:
         flops["old policy"] = trained_images * forward
     return flops
+
+
+def _work(config: Config, plan: Plan, passes: Passes, flops: dict[str, int]) -> dict[str, Work]:
+    """Return `Estimate.work`: no embedding is cached in memory, and each phase has the fewest passes possible."""
+    rollout, policy, groups, branches = config.rollout, config.policy, plan.groups_per_process[1], _branches(config)
+    work: dict[str, Work] = {}
+    if passes.encode is None:
+        return work
+    if policy.embeddings_dir is None:
+        prompts, dtype = groups + branches - 1, policy.text_encoder_dtype or policy.dtype
+        work["encode"] = Work(prompts * passes.encode.flops, prompts, passes.encode.weights, dtype)
+    candidate_batches = -(-groups * plan.candidates // rollout.batch_size)
+    decoded_batches = -(-groups * (plan.group_size + plan.candidates) // policy.decode_batch_size)
+    steps = _sampled_images(config, plan) // plan.images  # those of equal images, which are sampled once, are left out
+    micro_batches = plan.updates * plan.micro_batches
+    sampling, updating = groups / plan.groups, 1 / (plan.processes * plan.utilization)  # shares of all FLOPs
+    phases = {
+        "candidates": (sampling, candidate_batches * rollout.candidate_steps * branches, passes.forward),
+        "rollout": (sampling, plan.rollout_batches * steps * branches, passes.forward),
+        "decode": (sampling, decoded_batches, passes.decode),
+        "update": (updating, micro_batches, passes.train),
+        "reference": (updating, micro_batches, passes.reference),
+        "old policy": (updating, micro_batches, passes.forward),
+    }
+    if policy.gradient_checkpointing:
+        flops = flops | {"update": flops["update"] + flops["checkpointing"]}
+    for phase, (share, number, cost) in phases.items():
+        if flops.get(phase):
+            dtype = policy.vae_dtype if phase == "decode" else policy.dtype
+            work[phase] = Work(flops[phase] * share, number, cost.weights, dtype)
+    return work
 
 
 def _sampled_images(config: Config, plan: Plan) -> int:

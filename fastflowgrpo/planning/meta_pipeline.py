@@ -16,13 +16,13 @@ from fastflowgrpo.policy import family_of
 from fastflowgrpo.shapes import PIPELINE
 
 
-def meta_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
+def meta_pipeline(model: str, dtypes: Mapping[str, torch.dtype]) -> DiffusionPipeline:
     """Build a model's pipeline without weights and tokenizers, and with a scheduler of default settings.
 
     Args:
         model: a local folder in diffusers' layout, a hub id, or "shapes". The configurations of a hub id that is not in
             `PUBLISHED` are fetched, a few kB.
-        dtype: of the parameters.
+        dtypes: of the parameters of each component, and of all others as "default".
 
     Raises:
         UserError: there is no such model, it can neither be found here nor fetched, or its family is not supported.
@@ -48,9 +48,9 @@ def meta_pipeline(model: str, dtype: torch.dtype) -> DiffusionPipeline:
                 f'model "{model}" is neither a diffusers folder nor a hub id that can be read ({reason}); '
                 f"known without a network: {', '.join(PUBLISHED)}"
             ) from error
-    for module in modules.values():
+    for key, module in modules.items():
         # Buffers made by numpy are on the CPU. diffusers' own `to` would warn.
-        nn.Module.to(module, "meta", dtype)
+        nn.Module.to(module, "meta", dtypes.get(key, dtypes["default"]))
     pipeline: Any = getattr(diffusers, name)
     required = [key for key, value in inspect.signature(pipeline).parameters.items() if value.default is value.empty]
     return pipeline(**{**dict.fromkeys(required), **modules, "scheduler": FlowMatchEulerDiscreteScheduler()})

@@ -7,7 +7,7 @@ from unittest.mock import patch
 from weakref import finalize
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,6 +23,8 @@ class Cost:
     flops: int
     peak: int
     """The most bytes that were alive at a time."""
+    weights: int
+    """Bytes of the parameters that were read, each once, without embedding tables, of which a few rows are read."""
 
 
 def measure(function: Callable[[], object]) -> Cost:
@@ -32,7 +34,7 @@ def measure(function: Callable[[], object]) -> Cost:
     """
     with patch.object(F, "scaled_dot_product_attention", _attention), _Meter() as meter:
         function()
-    return Cost(meter.flops, meter.peak)
+    return Cost(meter.flops, meter.peak, meter.weights)
 
 
 class _Meter(TorchDispatchMode):
@@ -44,13 +46,16 @@ class _Meter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops = self.live = self.peak = 0
+        self.flops = self.live = self.peak = self.weights = 0
         self.known: set[int] = set()
+        self.read: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # Note the arguments first: a result that is a view of them needs no new memory.
         self._note((args, kwargs), new=False)
+        if func.overloadpacket is not torch.ops.aten.embedding:
+            self._note_weights((args, kwargs))
         result = func(*args, **kwargs)
         self._note(result, new=True)
         self.peak = max(self.peak, self.live)
@@ -67,6 +72,12 @@ class _Meter(TorchDispatchMode):
                     self.known.add(key)
                     self.live += size
                     finalize(storage, self._forget, key, size)
+
+    def _note_weights(self, tree: Any) -> None:
+        for tensor in tree_leaves(tree):
+            if isinstance(tensor, nn.Parameter) and id(tensor) not in self.read:
+                self.read.add(id(tensor))
+                self.weights += tensor.nbytes
 
     def _forget(self, key: int, size: int) -> None:
         self.known.discard(key)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastflowgrpo.config import Config
 from fastflowgrpo.planning.meta_pipeline import meta_pipeline
 from fastflowgrpo.planning.meter import Cost, measure
-from fastflowgrpo.policy import Conditioning, family_of, with_default_rank
+from fastflowgrpo.policy import Conditioning, component_dtypes, family_of, with_default_rank
 from fastflowgrpo.policy.base import DiffusersPolicy
 
 
@@ -45,6 +45,8 @@ class Passes:
     checkpointed: BatchCost
     """Forward and backward with gradient checkpointing."""
     decode: BatchCost
+    encode: BatchCost | None
+    """All text encoders for one prompt of the embedding's length, if `gpu` is set."""
 
 
 def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> Passes:
@@ -75,8 +77,9 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
         forward = _measure_batch(lambda: policy.predict(*inputs), sampled)
         with policy.reference():
             reference = _measure_batch(lambda: policy.predict(*inputs), sampled)
-        decoded_latents = latents.new_empty(decoded, *latents.shape[1:])
+        decoded_latents = latents.new_empty(decoded, *latents.shape[1:], dtype=policy.pipeline.vae.dtype)
         decode = _measure_batch(lambda: policy.decode_batch(decoded_latents), decoded)
+        encode = _measure_batch(lambda: _encode(policy), 1) if config.gpu is not None else None
     train = _measure_batch(update, micro_batch)
     policy.module.enable_gradient_checkpointing()
     return Passes(
@@ -90,12 +93,13 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
         train=train,
         checkpointed=_measure_batch(update, micro_batch),
         decode=decode,
+        encode=encode,
     )
 
 
 def _measure_batch(function: Callable[[], object], batch_size: int) -> BatchCost:
     cost = measure(function)
-    return BatchCost(cost.flops, cost.peak, batch_size)
+    return BatchCost(cost.flops, cost.peak, cost.weights, batch_size)
 
 
 def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int]]:
@@ -103,7 +107,7 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int]]:
     settings = with_default_rank(config.model, config.policy)
     # The passes are measured with and without checkpointing; neither kernels nor a compiler run on the meta device.
     settings = replace(settings, gradient_checkpointing=False, attention=None, compile=False)
-    pipeline = meta_pipeline(config.model, getattr(torch, settings.dtype))
+    pipeline = meta_pipeline(config.model, component_dtypes(settings))
     names = ["transformer", *(name for name in pipeline.components if name.startswith("text_encoder")), "vae"]
     modules = {name: pipeline.components[name] for name in names if pipeline.components[name] is not None}
     frozen = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
@@ -112,6 +116,13 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int]]:
         # The meta device has no autocast, which computes in this dtype: give the weights themselves the dtype.
         nn.Module.to(policy.module, policy.dtype)
     return policy, frozen
+
+
+def _encode(policy: DiffusersPolicy) -> None:
+    """Call each text encoder for one prompt, of `policy.sequence_length` tokens or, for CLIP, of its fixed number."""
+    for encoder in policy.text_encoders().values():
+        tokens = getattr(encoder.config, "max_position_embeddings", policy.sequence_length)
+        encoder(torch.zeros(1, tokens, dtype=torch.int64, device=policy.device), output_hidden_states=True)
 
 
 def _example_inputs(policy: DiffusersPolicy, config: Config, batch_size: int) -> tuple[Tensor, Tensor, Conditioning]:

@@ -5,7 +5,7 @@ is in `sampling`, how it is updated in `learning`, and what a run costs in `plan
 """
 
 from fastflowgrpo.policy.families import FAMILIES, family_of
-from fastflowgrpo.policy.loading import load_policy, with_default_rank
+from fastflowgrpo.policy.loading import component_dtypes, load_policy, with_default_rank
 from fastflowgrpo.policy.protocol import Conditioning, Policy
 
-__all__ = ["FAMILIES", "Conditioning", "Policy", "family_of", "load_policy", "with_default_rank"]
+__all__ = ["FAMILIES", "Conditioning", "Policy", "component_dtypes", "family_of", "load_policy", "with_default_rank"]

@@ -34,8 +34,8 @@ class DiffusersPolicy(ABC):
     to its scheduler, `decode_batch` for a VAE other than FLUX's and SD3's, and what else differs.
 
     Args:
-        pipeline: on the device where it runs, with frozen weights in the compute dtype; its transformer is changed in
-            place.
+        pipeline: on the device where it runs, its components in the dtypes of `component_dtypes`; its transformer is
+            changed in place.
         config: adapter and embedding settings. Without a `lora` and with a `lora_rank` of 0 or None the whole
             transformer is trained.
 
@@ -122,13 +122,18 @@ class DiffusersPolicy(ABC):
         return (velocity if with_graph else velocity.detach()).to(self.dtype)
 
     def decode_batch(self, latents: Tensor) -> Tensor:
-        """Decode latents to images, (B, 3, H, W), or videos, (B, F, 3, H, W), with values of about [-1, 1]."""
+        """Decode latents to images, (B, 3, H, W), or videos, (B, F, 3, H, W), with values of about [-1, 1].
+
+        Args:
+            latents: in the VAE's dtype.
+        """
         vae = self.pipeline.vae
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        decoded = (self.decode_batch(batch).float() for batch in latents.split(self.config.decode_batch_size))
+        batches = latents.split(self.config.decode_batch_size)
+        decoded = (self.decode_batch(batch.to(self.pipeline.vae.dtype)).float() for batch in batches)
         return torch.cat([(images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for images in decoded])
 
     def trainable_parameters(self) -> list[nn.Parameter]:
@@ -167,22 +172,24 @@ class DiffusersPolicy(ABC):
             raise UserError(f"checkpoint {folder} does not fit the model: {reason}") from error
 
     def encoder_key(self) -> str:
-        """Return a hash of the model, the encoders' weights, the sequence length and the dtype."""
+        """Return a hash of the model, the encoders' weights, the sequence length and the dtypes."""
         weights = {
             # a sum of the bits: exact on every device, and quick
             f"{name}.{key}": int(tensor.flatten().view(torch.uint8).sum(dtype=torch.int64))
-            for name, encoder in self._encoders().items()
+            for name, encoder in self.text_encoders().items()
             for key, tensor in encoder.state_dict().items()
         }
-        source = [type(self).__name__, self.pipeline.name_or_path, str(self.dtype), self.sequence_length, weights]
+        dtypes = [self.config.dtype, self.config.text_encoder_dtype or self.config.dtype]
+        source = [type(self).__name__, self.pipeline.name_or_path, dtypes, self.sequence_length, weights]
         return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
     def drop_encoders(self) -> None:
-        self.pipeline.register_modules(**dict.fromkeys(self._encoders()))
+        self.pipeline.register_modules(**dict.fromkeys(self.text_encoders()))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _encoders(self) -> dict[str, nn.Module]:
+    def text_encoders(self) -> dict[str, Any]:
+        """Return the pipeline's text encoders by the names of its components."""
         return {
             name: component
             for name, component in self.pipeline.components.items()
@@ -218,19 +225,17 @@ class DiffusersPolicy(ABC):
                 module.compile_repeated_blocks(fullgraph=True)
 
     def _set_attention(self, name: str) -> None:
-        processors: list[Any] = list(self.module.attn_processors.values())
-        if not any(hasattr(processor, "_attention_backend") for processor in processors):
-            raise UserError(
-                f"policy.attention: {type(self.module).__name__} does not use diffusers' attention dispatcher, so it "
-                f"has no choice of backends; leave {name} out"
-            )
         try:
-            self.module.set_attention_backend(name)
             # An installed backend may still not support this device, dtype, mask or a backward pass: try it now.
-            query = torch.zeros(1, 16, 1, self.module.config.attention_head_dim, dtype=self.dtype, device=self.device)
-            mask = torch.ones(1, 1, 1, 16, dtype=torch.bool, device=self.device) if self.has_attention_mask else None
-            query.requires_grad_()
-            output = dispatch_attention_fn(query, query, query, attn_mask=mask, backend=AttentionBackendName(name))
-            output.sum().backward()
+            self._attention_sample(name).sum().backward()
         except Exception as error:
-            raise UserError(f"policy.attention: {name} does not work here: {error}") from error
+            reason = " ".join(str(error).split())[:500]
+            raise UserError(f"policy.attention: {name} does not work here: {reason}") from error
+
+    def _attention_sample(self, name: str) -> Tensor:
+        """Choose the attention backend and return its output for an input that requires a gradient."""
+        self.module.set_attention_backend(name)
+        query = torch.zeros(1, 16, 1, self.module.config.attention_head_dim, dtype=self.dtype, device=self.device)
+        mask = torch.ones(1, 1, 1, 16, dtype=torch.bool, device=self.device) if self.has_attention_mask else None
+        query.requires_grad_()
+        return dispatch_attention_fn(query, query, query, attn_mask=mask, backend=AttentionBackendName(name))

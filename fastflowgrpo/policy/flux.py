@@ -33,7 +33,7 @@ class FluxPolicy(PackedPolicy):
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=self.sequence_length)
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+        return {"encoder_hidden_states": embeds.to(self.dtype), "pooled_projections": pooled.to(self.dtype)}
 
     def example_conditioning(self, batch_size: int) -> Conditioning:
         config = self.module.config

@@ -23,12 +23,19 @@ def with_default_rank(model: str, config: PolicyConfig) -> PolicyConfig:
     return config
 
 
+def component_dtypes(config: PolicyConfig) -> dict[str, torch.dtype]:
+    """Return the dtype of each component of a pipeline by its name, and of all others as "default"."""
+    encoders = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), config.text_encoder_dtype)
+    names = {"default": config.dtype, "vae": config.vae_dtype, **encoders}
+    return {component: getattr(torch, name or config.dtype) for component, name in names.items()}
+
+
 def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "cpu") -> Policy:
     """Load a diffusers pipeline for training.
 
     Args:
         model: a local folder in diffusers' layout, a hub id, or "shapes" for the bundled model.
-        config: dtype, adapter and embedding settings.
+        config: dtypes, adapter and embedding settings.
         device: where it runs.
 
     Raises:
@@ -43,7 +50,7 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
         # A pipeline saved without a component (SD3 without T5) loads only if told so.
         absent = [key for key, value in index.items() if isinstance(value, list) and value[0] is None]
         pipeline = getattr(diffusers, name).from_pretrained(
-            source, dtype=getattr(torch, config.dtype), **dict.fromkeys(absent)
+            source, dtype=component_dtypes(config), **dict.fromkeys(absent)
         )
     except OSError as error:
         reason = str(error).strip().splitlines()[0]

@@ -40,7 +40,7 @@ class QwenImagePolicy(PackedPolicy):
         # All prompts get the same length, so that a sample does not depend on the others in its batch.
         padding = self.sequence_length - embeds.shape[1]
         return {
-            "encoder_hidden_states": F.pad(embeds, (0, 0, 0, padding)),
+            "encoder_hidden_states": F.pad(embeds.to(self.dtype), (0, 0, 0, padding)),
             "encoder_hidden_states_mask": F.pad(mask.bool(), (0, padding)),
         }
 

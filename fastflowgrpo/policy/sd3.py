@@ -4,6 +4,8 @@ from collections.abc import Collection
 from functools import partial
 
 import torch
+from diffusers.models.attention_processor import XFormersJointAttnProcessor
+from diffusers.utils import is_xformers_available
 from torch import Tensor
 
 from fastflowgrpo.policy.base import DiffusersPolicy
@@ -36,7 +38,7 @@ class SD3Policy(DiffusersPolicy):
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
             prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=self.sequence_length
         )
-        return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+        return {"encoder_hidden_states": embeds.to(self.dtype), "pooled_projections": pooled.to(self.dtype)}
 
     def example_conditioning(self, batch_size: int) -> Conditioning:
         config = self.module.config
@@ -57,3 +59,14 @@ class SD3Policy(DiffusersPolicy):
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         timestep = sigma * self.pipeline.scheduler.config.num_train_timesteps
         return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]
+
+    def _attention_sample(self, name: str) -> Tensor:
+        # diffusers' dispatcher does not know SD3's layers; apart from their own attention there is one for xformers.
+        if name != "xformers":
+            raise ValueError("Stable Diffusion 3 has only xformers besides the default")
+        if not is_xformers_available():
+            raise ModuleNotFoundError("it is not installed (pip install xformers)")
+        self.module.set_attn_processor(XFormersJointAttnProcessor())
+        layer = self.module.transformer_blocks[0].attn
+        tokens = torch.zeros(1, 16, layer.query_dim, dtype=self.dtype, device=self.device, requires_grad=True)
+        return layer(tokens, tokens)[0]

@@ -32,6 +32,7 @@ NOT_IN_RECIPE = (
     "dry_run",
     "num_processes",
     "memory_gb",
+    "gpu",
     "save_every",
     "checkpoints_total_limit",
     "trackers",

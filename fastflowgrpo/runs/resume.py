@@ -24,6 +24,7 @@ NOT_COMPARED = (
     "dry_run",
     "num_processes",
     "memory_gb",
+    "gpu",
     "hub_model_id",
     "hub_private",
 )

@@ -40,6 +40,10 @@ WRONG = {
         ["--rollout.dynamics", "flow_sd"],
         "rollout.dynamics: expected one of flow_sde, flow_cps, dance_sde, ode, got flow_sd (did you mean 'flow_sde'?)",
     ),
+    "choice or null": (
+        ["--policy.text_encoder_dtype", "bfloat"],
+        "expected one of float32, bfloat16, float16, got bfloat (did you mean 'bfloat16'?)",
+    ),
     "empty": (["--update.kl", ""], "update.kl: expected one of flow_grpo, exact, velocity, got nothing"),
     "no file": (["--config", "nowhere.yaml"], "nowhere.yaml: No such file or directory"),
     "negative": (["--seed", "-1"], "seed: must be at least 0, got -1"),

@@ -377,13 +377,25 @@ def test_dry_run_says_which_micro_batch_it_chose(capsys):
     assert line.endswith(f"micro-batches of {size}") and 1 < size < 864
 
 
+def test_the_vae_and_the_text_encoders_are_counted_in_their_dtypes():
+    config = config_of(rank=4)
+    single = estimate(config)
+    encoders = sum(count for name, count in single.frozen.items() if name.startswith("text_encoder"))
+    config.policy.vae_dtype, config.policy.text_encoder_dtype = "bfloat16", "float16"
+    half = estimate(config)
+    assert single.memory["weights"] - half.memory["weights"] == 2 * (single.frozen["vae"] + encoders)
+    decode = single.passes["rollout"] - half.passes["rollout"]
+    assert decode == pytest.approx(run_passes(config, 8, 6, 8).decode.peak, rel=0.1)  # the half that is saved
+    assert half.passes["update"] == single.passes["update"] and half.flops == single.flops
+
+
 def test_full_training_in_bfloat16_has_float32_weights_a_reference_and_a_copy():
     config = config_of(rank=0)
     single = estimate(config)
     config.policy.dtype = "bfloat16"
     half = estimate(config)
     assert single.trained == single.frozen["transformer"]
-    assert half.memory["weights"] == 4 * half.trained + 2 * sum(half.frozen.values())
+    assert half.memory["weights"] == 4 * half.trained + 2 * sum(half.frozen.values()) + 2 * half.frozen["vae"]
     assert half.flops == single.flops
     assert half.passes["update"] == pytest.approx(single.passes["update"] / 2 + 2 * half.trained, rel=0.1)
 

@@ -1,11 +1,13 @@
 """Every model family through the same tests: the diffusers pipeline's own images, ratio 1, training, saved weights."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers.models import attention_processor
 from diffusers.pipelines.qwenimage import pipeline_qwenimage
 from safetensors.torch import load_file, save_file
 from support.pipelines import (
@@ -15,12 +17,13 @@ from support.pipelines import (
     tiny_sd3_pipeline,
     tiny_wan_pipeline,
 )
+from torch.nn import functional as F
 
 from fastflowgrpo import Config, Trainer, load_policy
 from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.kernels.philox import philox_normal
-from fastflowgrpo.policy import FAMILIES, base
+from fastflowgrpo.policy import FAMILIES, base, sd3
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.policy.latents import pack, unpack
 from fastflowgrpo.runs.report import Report
@@ -143,6 +146,29 @@ def test_example_conditioning_is_shaped_like_embeddings(folders, name):
         for conditioning in (policy.example_conditioning(len(PROMPTS)), policy.encode(PROMPTS))
     )
     assert example == encoded
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("name", BUILD)
+def test_vae_and_text_encoders_have_dtypes_of_their_own(folders, name):
+    single, half, mixed = (
+        load(folders(name), dtype=dtype, **other)
+        for dtype, other in (
+            ("float32", {}),
+            ("bfloat16", {"vae_dtype": "bfloat16"}),
+            ("bfloat16", {"text_encoder_dtype": "float32"}),
+        )
+    )
+    assert mixed.module.dtype == mixed.dtype == torch.bfloat16
+    embeddings, expected = mixed.encode(PROMPTS), single.encode(PROMPTS)
+    for key, tensor in embeddings.items():  # computed in float32, then rounded
+        assert torch.equal(tensor, expected[key].to(tensor.dtype)) and tensor.dtype != torch.float32
+    assert any(not torch.equal(tensor, embeddings[key]) for key, tensor in half.encode(PROMPTS).items())
+    latents = inputs(mixed, name)[0]
+    assert torch.equal(mixed.decode(latents), single.decode(latents))  # not rounded on the way
+    coarse = half.decode(latents).int()
+    assert 0 < (coarse - single.decode(latents).int()).abs().max() <= 8
+    assert mixed.velocity(latents, *inputs(mixed, name)[1:]).dtype == torch.bfloat16
 
 
 def test_packed_latents_are_diffusers_own():
@@ -495,9 +521,48 @@ def test_attention_backends(folders, name, own_backend, monkeypatch):
         load(folders(name), attention="flash")
 
 
-def test_sd3_has_no_choice_of_attention(folders):
-    with pytest.raises(UserError, match=r"policy\.attention: SD3Transformer2DModel does not use diffusers'"):
+def test_sd3_takes_xformers(folders, monkeypatch):
+    calls = []
+
+    def attend(query, key, value, attn_bias, op, scale):
+        """What xformers.ops.memory_efficient_attention computes for (B, tokens, width)."""
+        assert attn_bias is None
+        calls.append(len(query))
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+    def installed(function):
+        monkeypatch.setattr(sd3, "is_xformers_available", lambda: True)
+        ops = SimpleNamespace(memory_efficient_attention=function)
+        monkeypatch.setattr(attention_processor, "xformers", SimpleNamespace(ops=ops))
+
+    def velocity_and_gradients(policy):
+        perturb(policy.trainable_parameters())
+        velocity = policy.velocity(*inputs(policy, "sd3"))
+        velocity.square().sum().backward()
+        return velocity, [parameter.grad for parameter in policy.trainable_parameters()]
+
+    installed(attend)
+    torch.manual_seed(0)  # of the adapter
+    chosen = load(folders("sd3"), attention="xformers", gradient_checkpointing=True)
+    tried = len(calls)
+    torch.manual_seed(0)
+    plain = load(folders("sd3"), gradient_checkpointing=True)
+    (velocity, gradients), (expected, expected_gradients) = map(velocity_and_gradients, (chosen, plain))
+    assert tried == 1 and len(calls) == tried + 2 * 2  # two blocks, each computed again in the backward pass
+    torch.testing.assert_close(velocity, expected)
+    for gradient, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, other)
+    installed(lambda query, key, value, **_: query.detach())
+    with pytest.raises(UserError, match=r"policy\.attention: xformers does not work here: .*grad"):
         load(folders("sd3"), attention="xformers")
+
+
+def test_sd3_without_xformers(folders, monkeypatch):
+    monkeypatch.setattr(sd3, "is_xformers_available", lambda: False)
+    with pytest.raises(UserError, match=r"policy\.attention: xformers does not work here: it is not installed"):
+        load(folders("sd3"), attention="xformers")
+    with pytest.raises(UserError, match=r"policy\.attention: flash does not work here: .* has only xformers"):
+        load(folders("sd3"), attention="flash")
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
@@ -560,7 +625,8 @@ def test_embeddings_on_disk_are_told_apart_and_checked(folders, tmp_path):
         return load(folders("flux"), **settings).encoder_key()
 
     assert key() == key(lora_rank=0)
-    assert len({key(), key(max_sequence_length=8), key(dtype="bfloat16")}) == 3
+    others = ({"max_sequence_length": 8}, {"dtype": "bfloat16"}, {"text_encoder_dtype": "bfloat16"})
+    assert len({key(), *(key(**other) for other in others)}) == 4
     policy = load(folders("flux"))
     expected = policy.encode(PROMPTS[:1])
     cache = EmbeddingCache(policy, tmp_path / "cache")
