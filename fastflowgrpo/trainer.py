@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from accelerate.utils import set_seed
 from torch import Tensor
 
 from fastflowgrpo.config import Config, validate
-from fastflowgrpo.console import progress
+from fastflowgrpo.console import log_to, progress
 from fastflowgrpo.distributed import Processes, make_accelerator, mark_collective
 from fastflowgrpo.errors import GuardStop, UserError
 from fastflowgrpo.evaluation.guard import with_guard
@@ -21,6 +22,7 @@ from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.learning import OBJECTIVES, Batch
 from fastflowgrpo.learning.advantages import share_without_spread
 from fastflowgrpo.learning.learner import Learner
+from fastflowgrpo.planning.memory import warn_if_short
 from fastflowgrpo.planning.micro_batch import available_memory, with_largest_micro_batch
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
@@ -30,9 +32,11 @@ from fastflowgrpo.prompts.geneval import MIX
 from fastflowgrpo.prompts.sources import run_prompts
 from fastflowgrpo.rewards import Scores, build_rewards
 from fastflowgrpo.runs.checkpoints import Checkpoint, last_checkpoint
+from fastflowgrpo.runs.files import LOG
 from fastflowgrpo.runs.gallery import GROUPS, Gallery
 from fastflowgrpo.runs.guard import best_checkpoint, guard_fall, is_best_by_guard
 from fastflowgrpo.runs.hub import check_push, push
+from fastflowgrpo.runs.lock import RunLock
 from fastflowgrpo.runs.model_card import CARD, write_card
 from fastflowgrpo.runs.report import Report
 from fastflowgrpo.runs.resume import checkpoint_to_resume, prompts_digest
@@ -68,7 +72,18 @@ class Trainer:
         self.config = config
         self.accelerator = make_accelerator(config.trackers, config.output_dir)
         self.processes = Processes(self.accelerator)
+        self.lock = RunLock(config.output_dir)
+        self.processes.on_main(self.lock.acquire)
+        try:
+            self._load()
+        except BaseException:
+            self.lock.close()
+            raise
+
+    def _load(self) -> None:
+        config = self.config
         resumed = self.processes.on_main(lambda: checkpoint_to_resume(config))
+        log_to(Path(config.output_dir) / LOG)
         set_seed(config.seed)
         if (repository := config.hub_model_id) is not None:
             self.processes.on_main(lambda: check_push(repository))
@@ -83,6 +98,8 @@ class Trainer:
             config = self.config = self._with_micro_batch(resumed)
         self.plan = batch_plan(config, self.processes.count)
         rollout = config.rollout
+        if self.processes.is_main:
+            warn_if_short(config, self.processes.count, self.accelerator.device)
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
         self.embed = self._embeddings()
@@ -104,7 +121,7 @@ class Trainer:
         self.state = RunState(config, self.processes, self.learner, digests)
         if resumed:
             self.state.load(resumed)
-        self.report = Report(config, self.accelerator, self.state)
+        self.report = Report(config, self.accelerator, self.state, self.lock)
         self.gallery = Gallery(config, self.eval_prompts, self.rewards, self.accelerator)
         self.report.start(self.plan, sum(p.numel() for p in self.learner.parameters), resumed)
 
@@ -115,15 +132,16 @@ class Trainer:
         has begun, or only some of several processes have failed.
 
         Raises:
-            Interrupted: on SIGTERM or Ctrl+C, after an update under way is finished.
+            Interrupted: on SIGTERM, SIGHUP or Ctrl+C, after an update under way is finished.
             GuardStop: `evaluation.guard` has stopped the run; it is saved, with its summary and pictures.
         """
-        with self.signals:
+        with self.signals, closing(self.lock):
             try:
                 stopped = self._run_epochs()
             except BaseException as error:
                 try:
-                    if self.state.at_epoch_boundary and self.processes.is_collective(error):
+                    whole = self.state.at_epoch_boundary and self.processes.is_collective(error)
+                    if whole and self.processes.on_main(self.lock.regain):
                         self.state.save()
                 finally:
                     self.report.stopped()
@@ -143,6 +161,7 @@ class Trainer:
         config, state = self.config, self.state
         first = state.epoch
         while True:
+            self.processes.on_main(self.report.check)
             last = state.epoch == config.epochs
             every = config.evaluation.every
             evaluation_due = state.epoch == 0 or last or (every and state.epoch % every == 0)
@@ -157,15 +176,16 @@ class Trainer:
             if save_due or fall or is_best_by_guard(state.rows):
                 state.save()
             if last or fall:
+                self.processes.on_main(self.report.check)
                 return fall
             batch, metrics = self.collect(state.epoch)
             if state.epoch == first and self.objective.uses_log_probs:
                 self.check_replay(batch)
             with self.report.phase("update"):
                 metrics |= self.learner.update(batch)
-            self.report.epoch(state.epoch, self.learner.step, metrics)
             state.epoch += 1
             state.mark_epoch_boundary()
+            self.report.epoch(state.epoch - 1, self.learner.step, metrics)
 
     def collect(self, epoch: int) -> tuple[Batch, dict[str, float]]:
         """Sample and score an epoch's groups.
@@ -174,7 +194,7 @@ class Trainer:
             The groups of this process, with advantages relative to those of all, and the metrics of all.
 
         Raises:
-            RuntimeError: more scores are missing than `max_missing` allows.
+            TemporaryError: more scores are missing than `max_missing` allows.
         """
         rollout, size = self.config.rollout, self.config.rollout.group_size
         prompts = self.epoch_prompts(epoch)
@@ -184,8 +204,8 @@ class Trainer:
         check_missing(scores, self.config.max_missing, f"images of epoch {epoch}")
         rewards = scores.values
         advantages = self.objective.advantages(scores, self.rewards.weights)
-        if len(shown):
-            self._show_groups(epoch, prompts, shown, scores, advantages)
+        if self.gallery.keeps_epoch(epoch):
+            self.processes.on_main(lambda: self._show_groups(epoch, prompts, shown, scores, advantages))
         advantages = advantages.view(-1, size)[self.processes.rank_indices(len(prompts))].flatten()
         metrics = {
             "reward": rewards.nanmean().item(),
@@ -296,7 +316,7 @@ class Trainer:
         Raises:
             UserError: they differ by more than `update.replay_tolerance` allows.
         """
-        replayed = self.learner.replay(batch)
+        replayed = self.learner.halving(self.learner.replay, batch)
         if replayed is None:
             return
         self.report.replay(*replayed)
@@ -317,8 +337,7 @@ class Trainer:
             samples = self.signals.interruptible(self._sample_evaluation)
         shown = self.config.evaluation.gallery
         evaluation = Evaluation.of(self.eval_prompts, samples, self.processes, gallery=shown)
-        if self.processes.is_main:
-            self.gallery.evaluation(evaluation, self.state.epoch, self.learner.step)
+        self.processes.on_main(lambda: self.gallery.evaluation(evaluation, self.state.epoch, self.learner.step))
         self.report.evaluated(evaluation, self.learner.step)
 
     def epoch_prompts(self, epoch: int) -> list[Prompt]:
