@@ -1,11 +1,10 @@
 """``python -m fastflowgrpo.evaluate``: compares trained weights with their base model (docs/evaluation.md)."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastflowgrpo.config import EvaluateConfig, parse_evaluation
-from fastflowgrpo.console import print_error, run_and_exit
+from fastflowgrpo.console import interrupted, print_ending, print_error, run_and_exit
 from fastflowgrpo.errors import UserError
 
 
@@ -16,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program; None reads `sys.argv`.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can correct, 130 when interrupted.
+        The exit code: 0, 2 after an error that the user can correct, 130 after Ctrl+C, 143 after SIGTERM.
     """
     try:
         config = parse_evaluation(argv)
@@ -26,9 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluate(config, trained_weights(config))
     except UserError as error:
         return print_error(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return print_ending(interrupted(interrupt))
     return 0
 
 

@@ -1,11 +1,11 @@
 """``python -m fastflowgrpo.push RUN OWNER/NAME``: uploads the weights of a run to the Hugging Face Hub."""
 
 import argparse
-import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
-from fastflowgrpo.console import print_error
+from fastflowgrpo.console import interrupted, print_ending, print_error, run_and_exit
 from fastflowgrpo.errors import UserError
 
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program; None reads `sys.argv`.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can correct, 130 when interrupted.
+        The exit code: 0, 2 after an error that the user can correct, 130 after Ctrl+C, 143 after SIGTERM.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fastflowgrpo.push", description="Upload the weights, card and pictures of a run's checkpoint."
@@ -31,20 +31,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fastflowgrpo.runs.checkpoints import last_checkpoint
         from fastflowgrpo.runs.guard import best_checkpoint
         from fastflowgrpo.runs.hub import check_push, push
+        from fastflowgrpo.runs.lock import RunLock
 
         check_push(arguments.repository)
         if arguments.checkpoint == "best":
             checkpoint = best_checkpoint(arguments.run)
         else:
             checkpoint = Path(arguments.checkpoint) if arguments.checkpoint else last_checkpoint(arguments.run)
-        print(push(arguments.run, checkpoint, arguments.repository, arguments.private or None))
+        lock = RunLock(arguments.run)
+        lock.acquire()
+        with closing(lock):
+            print(push(arguments.run, checkpoint, arguments.repository, arguments.private or None))
     except UserError as error:
         return print_error(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        return print_ending(interrupted(interrupt))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

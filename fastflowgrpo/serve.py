@@ -81,6 +81,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             host, port = listener.getsockname()[:2]
             print(f"serving {', '.join(rewards)} on http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
             signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises the signal again when it has finished
+            if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # nohup lets it be ignored
+                signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGTERM))
             uvicorn.Server(uvicorn.Config(create_app(rewards, config, token), log_level="warning")).run([listener])
     except UserError as error:
         return print_error(error)

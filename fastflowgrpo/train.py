@@ -18,8 +18,7 @@ def main(argv: Sequence[str] | None = None, may_launch: bool = False) -> int:
         may_launch: Whether to start processes on a machine without a GPU, as the command does.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can put right, 3 if `evaluation.guard` has stopped the run,
-        130 after Ctrl+C, 143 after SIGTERM.
+        The exit code, as the table in docs/runs.md has it.
     """
     try:
         config = parse(argv)
@@ -47,6 +46,8 @@ def train(config: Config) -> Ending:
         KeyboardInterrupt: a signal has ended the run.
     """
     from fastflowgrpo.distributed import FailedElsewhere
+    from fastflowgrpo.planning.memory import is_out_of_memory, out_of_memory
+    from fastflowgrpo.planning.plan import launched_processes
     from fastflowgrpo.trainer import Trainer
 
     try:
@@ -56,11 +57,15 @@ def train(config: Config) -> Ending:
     except GuardStop as stop:
         return guard_stop(stop)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
-        return Ending(2, f"error: {config.output_dir}: {error.strerror}")
+        return Ending(2, f"error: {error.filename or config.output_dir}: {error.strerror}")
     except FailedElsewhere:
         return Ending(1)  # the process that has failed says why
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return user_error(out_of_memory(config, launched_processes() or 1, error))
     return Ending(0)
 
 

@@ -1,12 +1,15 @@
 """The Flow-GRPO loop (arXiv 2505.05470): rollout, score, normalise, update, report."""
 
+from contextlib import closing
+from pathlib import Path
+
 import numpy as np
 import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
 from fastflowgrpo.config import Config, validate
-from fastflowgrpo.console import progress
+from fastflowgrpo.console import log_to, progress
 from fastflowgrpo.distributed import Processes, make_accelerator, mark_collective
 from fastflowgrpo.errors import GuardStop, UserError
 from fastflowgrpo.evaluation.guard import with_guard
@@ -15,6 +18,7 @@ from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.learning import OBJECTIVES, Batch
 from fastflowgrpo.learning.advantages import share_without_spread
 from fastflowgrpo.learning.learner import Learner
+from fastflowgrpo.planning.memory import warn_if_short
 from fastflowgrpo.planning.micro_batch import with_micro_batch
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
@@ -24,9 +28,11 @@ from fastflowgrpo.prompts.geneval import MIX
 from fastflowgrpo.prompts.sources import run_prompts
 from fastflowgrpo.rewards import Scores, build_rewards
 from fastflowgrpo.runs.checkpoints import last_checkpoint
+from fastflowgrpo.runs.files import LOG
 from fastflowgrpo.runs.gallery import GROUPS, Gallery
 from fastflowgrpo.runs.guard import best_checkpoint, guard_fall, is_best_by_guard
 from fastflowgrpo.runs.hub import check_push, publish
+from fastflowgrpo.runs.lock import RunLock
 from fastflowgrpo.runs.report import Report
 from fastflowgrpo.runs.resume import checkpoint_to_resume, prompts_digest
 from fastflowgrpo.runs.signals import Signals
@@ -55,7 +61,18 @@ class Trainer:
         self.config = config
         self.accelerator = make_accelerator(config.trackers, config.output_dir)
         self.processes = Processes(self.accelerator)
+        self.lock = RunLock(config.output_dir)
+        self.processes.on_main(self.lock.acquire)
+        try:
+            self._load()
+        except BaseException:
+            self.lock.close()
+            raise
+
+    def _load(self) -> None:
+        config = self.config
         resumed = self.processes.on_main(lambda: checkpoint_to_resume(config))
+        log_to(Path(config.output_dir) / LOG)
         set_seed(config.seed)
         if (repository := config.hub_model_id) is not None:
             self.processes.on_main(lambda: check_push(repository))
@@ -72,6 +89,8 @@ class Trainer:
             )
         self.plan = batch_plan(config, self.processes.count)
         rollout = config.rollout
+        if self.processes.is_main:
+            warn_if_short(config, self.processes.count, self.accelerator.device)
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
         self.embed = self._embeddings()
@@ -100,7 +119,7 @@ class Trainer:
         self.state = RunState(config, self.processes, self.learner, digests)
         if resumed:
             self.state.load(resumed)
-        self.report = Report(config, self.accelerator, self.state)
+        self.report = Report(config, self.accelerator, self.state, self.lock)
         self.gallery = Gallery(config, self.eval_prompts, self.rewards, self.accelerator)
         self.report.start(self.plan, sum(p.numel() for p in self.learner.parameters), resumed)
 
@@ -111,15 +130,16 @@ class Trainer:
         has begun, or only some of several processes have failed.
 
         Raises:
-            Interrupted: on SIGTERM or Ctrl+C, after an update under way is finished.
+            Interrupted: on SIGTERM, SIGHUP or Ctrl+C, after an update under way is finished.
             GuardStop: `evaluation.guard` has stopped the run; it is saved, with its summary and pictures.
         """
-        with self.signals:
+        with self.signals, closing(self.lock):
             try:
                 stopped = self._run_epochs()
             except BaseException as error:
                 try:
-                    if self.state.at_epoch_boundary and self.processes.is_collective(error):
+                    whole = self.state.at_epoch_boundary and self.processes.is_collective(error)
+                    if whole and self.processes.on_main(self.lock.regain):
                         self.state.save()
                 finally:
                     self.report.stopped()
@@ -140,6 +160,7 @@ class Trainer:
         config, state = self.config, self.state
         first = state.epoch
         while True:
+            self.processes.on_main(self.report.check)
             last = state.epoch == config.epochs
             every = config.evaluation.every
             evaluation_due = state.epoch == 0 or last or (every and state.epoch % every == 0)
@@ -154,15 +175,16 @@ class Trainer:
             if save_due or fall or is_best_by_guard(state.rows):
                 state.save()
             if last or fall:
+                self.processes.on_main(self.report.check)
                 return fall
             batch, metrics = self.collect(state.epoch)
             if state.epoch == first and self.objective.uses_log_probs:
                 self.check_replay(batch)
             with self.report.phase("update"):
                 metrics |= self.learner.update(batch)
-            self.report.epoch(state.epoch, self.learner.step, metrics)
             state.epoch += 1
             state.mark_epoch_boundary()
+            self.report.epoch(state.epoch - 1, self.learner.step, metrics)
 
     def collect(self, epoch: int) -> tuple[Batch, dict[str, float]]:
         """Sample and score an epoch's groups.
@@ -171,7 +193,7 @@ class Trainer:
             The groups of this process, with advantages relative to those of all, and the metrics of all.
 
         Raises:
-            RuntimeError: more scores are missing than `max_missing` allows.
+            TemporaryError: more scores are missing than `max_missing` allows.
         """
         rollout, size = self.config.rollout, self.config.rollout.group_size
         prompts = self.epoch_prompts(epoch)
@@ -181,11 +203,8 @@ class Trainer:
         check_missing(scores, self.config.max_missing, f"images of epoch {epoch}")
         rewards = scores.values
         advantages = self.objective.advantages(scores, self.rewards.weights)
-        if len(shown):
-            groups = self.processes.rank_indices(len(prompts))[: len(shown) // size]
-            seeds = [group_seed(self.config.seed, epoch, group) for group in groups]
-            step = self.learner.step
-            self.gallery.rollout(epoch, step, [prompts[i] for i in groups], seeds, shown, scores, advantages, groups)
+        if self.gallery.keeps_epoch(epoch):
+            self.processes.on_main(lambda: self._show_groups(epoch, prompts, shown, scores, advantages))
         advantages = advantages.view(-1, size)[self.processes.rank_indices(len(prompts))].flatten()
         metrics = {
             "reward": rewards.nanmean().item(),
@@ -253,7 +272,7 @@ class Trainer:
         Raises:
             UserError: they differ by more than `update.replay_tolerance` allows.
         """
-        replayed = self.learner.replay(batch)
+        replayed = self.learner.halving(self.learner.replay, batch)
         if replayed is None:
             return
         self.report.replay(*replayed)
@@ -274,8 +293,7 @@ class Trainer:
             samples = self.signals.interruptible(self._sample_evaluation)
         shown = self.config.evaluation.gallery
         evaluation = Evaluation.of(self.eval_prompts, samples, self.processes, gallery=shown)
-        if self.processes.is_main:
-            self.gallery.evaluation(evaluation, self.state.epoch, self.learner.step)
+        self.processes.on_main(lambda: self.gallery.evaluation(evaluation, self.state.epoch, self.learner.step))
         self.report.evaluated(evaluation, self.learner.step)
 
     def epoch_prompts(self, epoch: int) -> list[Prompt]:
@@ -284,6 +302,15 @@ class Trainer:
         mix = self.config.prompts.mix or {tag: weight for tag, weight in MIX.items() if tag in tags} or None
         count = self.config.prompts.per_epoch
         return [self.train_prompts[i] for i in epoch_prompts(self.train_prompts, count, self.config.seed, epoch, mix)]
+
+    def _show_groups(
+        self, epoch: int, prompts: list[Prompt], images: Tensor, scores: Scores, advantages: Tensor
+    ) -> None:
+        """Keep the images of this process's first groups in the gallery; scores and advantages are of all groups."""
+        groups = self.processes.rank_indices(len(prompts))[: len(images) // self.config.rollout.group_size]
+        seeds = [group_seed(self.config.seed, epoch, group) for group in groups]
+        shown = [prompts[group] for group in groups]
+        self.gallery.rollout(epoch, self.learner.step, shown, seeds, images, scores, advantages, groups)
 
     def _load_prompts_and_rewards(self) -> None:
         self.train_prompts, self.eval_prompts = run_prompts(self.config)

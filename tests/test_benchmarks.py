@@ -11,6 +11,8 @@ import torch
 from diffusers import SD3Transformer2DModel
 
 from benchmarks import epoch, ocr, report
+from benchmarks.faults import __main__ as faults_main
+from benchmarks.faults import cases as faults_cases
 from benchmarks.random_sd35 import PUBLISHED, random_sd35
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.policy import load_policy
@@ -167,3 +169,26 @@ def test_a_session_out_of_time_ends_by_itself(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert result.returncode == pytest.ExitCode.INTERRUPTED, result.stdout + result.stderr
     assert "out of time" in result.stdout and "1 passed" in result.stdout
+
+
+def test_there_are_two_hundred_faults_with_different_names():
+    cases = faults_cases.all_cases()
+    assert len({(case.group, case.name) for case in cases}) == len(cases) >= 200
+    assert sum(case.group == "random kills" for case in cases) == 100
+
+
+@pytest.mark.slow
+def test_a_fault_is_tried_on_a_real_run_and_a_loss_is_reported(tmp_path, monkeypatch, capsys):
+    def lost(place):
+        faults_cases.check(False, "the run | was lost")
+
+    (case,) = [case for case in faults_cases.all_cases() if case.name == "an owner elsewhere that is silent"]
+    cases = [case, faults_cases.Case("lock", "another", "exit 0", lost)]
+    monkeypatch.setattr(faults_main, "all_cases", lambda: cases)
+    output = tmp_path / "faults.md"
+    assert faults_main.main(["--output", str(output)]) == 1
+    assert "2 cases, 1 survived as expected, 1 lost" in capsys.readouterr().out
+    table = output.read_text()
+    assert "| lock | 2 | 1 |" in table
+    assert "| lock: another | exit 0 | **lost** | the run / was lost |" in table
+    assert f"| lock: {case.name} | exit 0 | survived | exit 0 |" in table

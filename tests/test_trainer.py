@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastflowgrpo import Config, Trainer
 from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig, save
-from fastflowgrpo.errors import UserError
+from fastflowgrpo.errors import TemporaryError, UserError
 from fastflowgrpo.rewards import Scores
 from fastflowgrpo.train import main
 from fastflowgrpo.trainer import group_seed
@@ -120,7 +120,7 @@ def test_overwriting_removes_what_a_run_writes_and_nothing_else(folder, tmp_path
     with pytest.raises(UserError, match="holds a run already"):
         Trainer(config_of(folder, tmp_path))
     Trainer(config_of(folder, tmp_path, overwrite=True))
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"thesis.tex", "config.yaml", "images"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"thesis.tex", "config.yaml", "images", ".lock"}
     assert not list((tmp_path / "run" / "images").iterdir())
 
 
@@ -151,12 +151,12 @@ def test_a_gradient_that_is_not_finite_and_an_epoch_without_a_score_stop_the_run
     trainer = Trainer(config_of(folder, tmp_path))
     batch, _ = trainer.collect(0)
     batch.trajectory.log_probs[:] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"lower update\.learning_rate"):
+    with pytest.raises(UserError, match=r"lower update\.learning_rate"):
         trainer.learner.update(batch)
     assert all(parameter.isfinite().all() for parameter in trainer.learner.parameters)
     for thread in trainer.scoring.threads.values():
         thread.reward = lambda batch: Scores(torch.full((len(batch.prompts),), float("nan")))
-    with pytest.raises(RuntimeError, match=r"8 of the 8 images of epoch 1 have no score.*: it returned NaN$"):
+    with pytest.raises(TemporaryError, match=r"8 of the 8 images of epoch 1 have no score.*: it returned NaN$"):
         trainer.collect(1)
 
 
@@ -180,9 +180,9 @@ def test_a_reward_that_raises_costs_its_images_and_too_many_of_them_stop_the_run
     failing.update(prompt.text for prompt in trainer.epoch_prompts(1))
     message = (
         "^8 of the 8 images of epoch 1 have no score; max_missing allows a share of 0.5, but not all; "
-        "the last error: reward jpeg_compressibility: KeyError: 'lost'$"
+        "mend the reward, then resume the run; the last error: reward jpeg_compressibility: KeyError: 'lost'$"
     )
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(TemporaryError, match=message):
         trainer.collect(1)
 
 

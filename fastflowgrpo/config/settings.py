@@ -155,6 +155,8 @@ class UpdateConfig:
     """Size of a micro-batch: (image, step) or (image, noise level) pairs per forward and backward pass. 0: the largest
     that fits in memory by the estimate of dry_run. Unless it equals rollout.batch_size, the ratio starts at 1 only up
     to rounding."""
+    halve_batch_size: bool = False
+    """Out of memory in an update: halve batch_size, repeat the update, and go on with that size."""
     learning_rate: float = 3e-4
     """AdamW learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)

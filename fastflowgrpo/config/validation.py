@@ -146,6 +146,7 @@ MAY_CHANGE = (
     "policy.compile",
     "rollout.batch_size",
     "update.batch_size",
+    "update.halve_batch_size",
     "update.learning_rate",
     "update.replay_tolerance",
     "evaluation.every",

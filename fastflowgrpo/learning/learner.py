@@ -1,20 +1,25 @@
 """The optimiser updates of an epoch: gradients over micro-batches, clipping, AdamW, the weights' moving average."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from tqdm import tqdm
 
 from fastflowgrpo.config import Config
 from fastflowgrpo.console import progress
 from fastflowgrpo.distributed import Processes, full_tensor, mark_collective
+from fastflowgrpo.errors import UserError
 from fastflowgrpo.learning.objective import Batch, MicroBatches, Objective, Statistics
 from fastflowgrpo.learning.snapshot import WeightSnapshot
 from fastflowgrpo.policy import Policy
+
+Result = TypeVar("Result")
 
 
 class Learner:
@@ -30,6 +35,8 @@ class Learner:
     def __init__(self, config: Config, policy: Policy, objective: Objective, processes: Processes):
         self.config, self.policy, self.objective, self.processes = config, policy, objective, processes
         update = config.update
+        if update.halve_batch_size and processes.sharded:
+            raise UserError("update.halve_batch_size: the ranks of a sharded model (FSDP2) cannot repeat a pass alone")
         optimizer = torch.optim.AdamW(
             policy.trainable_parameters(),
             lr=update.learning_rate,
@@ -56,7 +63,7 @@ class Learner:
             Means of the statistics over the epoch's pairs.
 
         Raises:
-            FloatingPointError: a gradient is not finite.
+            UserError: a gradient is not finite.
         """
         update, group_size = self.config.update, self.config.rollout.group_size
         groups_per_update = self.config.prompts.per_epoch // update.per_epoch
@@ -65,7 +72,7 @@ class Learner:
             groups = self.processes.local_slice(number * groups_per_update, (number + 1) * groups_per_update)
             begin, count = groups.start * group_size, (groups.stop - groups.start) * group_size
             batch = replace(batch, has_rollout_weights=number == 0)
-            update_statistics = self.accumulate(batch, self.objective.micro_batches(batch, begin, count))
+            update_statistics = self.halving(self._accumulate_groups, batch, begin, count)
             if update_statistics:
                 norm = self._clip_gradient()
                 if self.processes.is_main:
@@ -82,6 +89,27 @@ class Learner:
         means = mean_statistics(self.processes.gather(on_cpu))
         return means | {"effective_pairs": self._effective_share(means)}
 
+    def halving(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Call a function that runs micro-batches; with `update.halve_batch_size`, again when memory was short.
+
+        Raises:
+            torch.OutOfMemoryError: memory is short, and it is not set or the micro-batches have one pair.
+        """
+        while True:
+            try:
+                return work(*arguments)
+            except torch.OutOfMemoryError:
+                smallest = self.objective.batch_size == self.objective.samples_per_pair
+                if smallest or not self.config.update.halve_batch_size:
+                    raise
+            # Here, where the error holds no tensors any more.
+            self.optimizer.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.objective.halvings += 1
+            if self.processes.is_main:
+                tqdm.write(f"out of memory: update.batch_size is {self.objective.batch_size} from now on")
+
     def accumulate(self, batch: Batch, micro_batches: MicroBatches) -> list[Statistics]:
         """Leave the gradient of the mean loss over all processes' pairs on the parameters. Collective.
 
@@ -97,17 +125,39 @@ class Learner:
         # The loss is a mean over a sample's elements: without this factor float16 rounds their gradients to 0.
         scale = batch.trajectory.final[0].numel()
         statistics: list[Statistics] = [{}]
-        for i in progress("update", range(num_passes)):
-            with self.processes.backward_pass(self.policy.transformer, last=i + 1 == num_passes):
-                if i < len(micro_batches):
-                    loss, pair_statistics = self.objective.loss(batch, *micro_batches[i])
-                    self.processes.backward(scale * loss.sum())
-                    statistics.append(pair_statistics)
-                else:
-                    self.processes.backward(0 * self.dummy_loss(batch).sum())
+
+        def run_passes(last: int) -> None:
+            for i in progress("update", range(num_passes)):
+                with self.processes.backward_pass(self.policy.transformer, last=i + 1 == last):
+                    if i < len(micro_batches):
+                        loss, pair_statistics = self.objective.loss(batch, *micro_batches[i])
+                        self.processes.backward(scale * loss.sum())
+                        statistics.append(pair_statistics)
+                    else:
+                        self.processes.backward(0 * self.dummy_loss(batch).sum())
+
+        if self.config.update.halve_batch_size and self.processes.count > 1:
+            self._agree_on_memory(run_passes)
+            with self.processes.backward_pass(self.policy.transformer, last=True):
+                self.processes.backward(0 * self.dummy_loss(batch).sum())
+        else:
+            run_passes(num_passes)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         torch._foreach_mul_(gradients, mean_factor / scale)
         return statistics
+
+    def _accumulate_groups(self, batch: Batch, begin: int, count: int) -> list[Statistics]:
+        return self.accumulate(batch, self.objective.micro_batches(batch, begin, count))
+
+    def _agree_on_memory(self, run_passes: Callable[[int], None]) -> None:
+        """Run passes of which none exchanges gradients; all ranks raise where one of them is out of memory."""
+        short = False
+        try:
+            run_passes(0)
+        except torch.OutOfMemoryError:
+            short = True
+        if any(self.processes.gather(short)):
+            raise mark_collective(torch.OutOfMemoryError("out of memory in an update, on at least one process"))
 
     def dummy_loss(self, batch: Batch) -> Tensor:
         """The loss of one pair with advantage 0, (1,).
@@ -182,7 +232,7 @@ class Learner:
         norm = full_tensor(self.processes.clip_gradient(self.parameters, self.config.update.max_grad_norm))
         if not math.isfinite(norm):
             raise mark_collective(
-                FloatingPointError("the gradient is not finite: lower update.learning_rate or use another policy.dtype")
+                UserError("the gradient is not finite: lower update.learning_rate or use another policy.dtype")
             )
         return norm
 

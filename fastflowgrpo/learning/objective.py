@@ -68,6 +68,8 @@ class Objective(ABC):
     def __init__(self, config: Config, policy: Policy, coefficients: StepCoefficients, window_size: int):
         self.config, self.policy, self.coefficients = config, policy, coefficients
         self.group_size = config.rollout.group_size
+        self.halvings = 0
+        """How often `update.batch_size` is halved; the learner does so where memory is short."""
         self.slots = window_size if self.uses_log_probs else config.update.noise_draws
 
     @classmethod
@@ -96,7 +98,7 @@ class Objective(ABC):
         """Loss of each pair, (N,), and its statistics; rows and slots are int64 (N,) on the CPU."""
 
     def micro_batches(self, batch: Batch, begin: int, count: int) -> MicroBatches:
-        """The pairs of samples begin, ..., begin + count - 1 in micro-batches (rows, slots) of `update.batch_size`.
+        """The pairs of samples begin, ..., begin + count - 1 in micro-batches (rows, slots) of `batch_size`.
 
         They are ordered slot after slot, and within a slot as the rollout sampled them. So with equal batch sizes, and
         with every sample trained on, a micro-batch is a batch of the rollout, and its replay has the same bits.
@@ -104,9 +106,14 @@ class Objective(ABC):
         rows = begin + torch.nonzero(self.is_trained(batch.advantages[begin : begin + count]))[:, 0]
         if not len(rows):
             return []
-        size = max(1, self.config.update.batch_size // self.samples_per_pair)
+        size = self.batch_size // self.samples_per_pair
         slots = torch.arange(self.slots).repeat_interleave(len(rows))
         return list(zip(rows.repeat(self.slots).split(size), slots.split(size), strict=True))
+
+    @property
+    def batch_size(self) -> int:
+        """The size of a micro-batch, in samples."""
+        return max(self.samples_per_pair, self.config.update.batch_size >> self.halvings)
 
     def is_trained(self, advantages: Tensor) -> Tensor:
         """Which samples have pairs, bool of the shape of their advantages."""

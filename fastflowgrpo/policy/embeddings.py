@@ -1,8 +1,10 @@
 """A cache of prompt embeddings, in memory and on disk."""
 
 import hashlib
+import re
 from collections import OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -16,6 +18,7 @@ from fastflowgrpo.policy.protocol import Conditioning, Policy
 
 BATCH = 32  # prompts encoded at once for the folder
 CACHED_PROMPTS = 512  # kept in memory
+ABANDONED_SECONDS = 86400.0  # since an unfinished file was written last
 
 
 class EmbeddingCache:
@@ -62,14 +65,25 @@ class EmbeddingCache:
                     unfinished = path.with_suffix(f".{uuid4().hex}")
                     save_file(row, unfinished)
                     unfinished.replace(path)
+            if missing:
+                self._remove_abandoned(self._path(missing[-1]).stat().st_mtime)
         except OSError as error:
             raise UserError(f"policy.embeddings_dir {self.folder} cannot be written: {error}") from error
+
+    def _remove_abandoned(self, now: float) -> None:
+        """Delete the files that other processes began a day before `now` (in the disk's time): they were killed."""
+        assert self.folder is not None
+        for path in self.folder.iterdir():
+            if re.fullmatch(r"\.[0-9a-f]{32}", path.suffix):
+                with suppress(FileNotFoundError):
+                    if path.stat().st_mtime < now - ABANDONED_SECONDS:
+                        path.unlink()
 
     def __call__(self, prompts: list[str]) -> Conditioning:
         """Return embeddings with one row per prompt, from memory, the folder or, without a folder, the encoders.
 
         Raises:
-            RuntimeError: a file in the folder is missing or damaged.
+            UserError: a file in the folder is missing or damaged.
         """
         distinct = dict.fromkeys(prompts)
         for prompt in distinct:
@@ -92,7 +106,9 @@ class EmbeddingCache:
         try:
             return load_file(self._path(prompt), device=str(self.policy.device))
         except (FileNotFoundError, SafetensorError) as error:
-            raise RuntimeError(f"policy.embeddings_dir: an embedding is missing or damaged ({error})") from error
+            raise UserError(
+                f"policy.embeddings_dir: an embedding is missing or damaged, start the run again to make it ({error})"
+            ) from error
 
     def _path(self, prompt: str) -> Path:
         assert self.folder is not None

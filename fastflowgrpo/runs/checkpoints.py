@@ -5,7 +5,7 @@ checkpoint-<step>/
     raw/                                                  the raw weights, likewise, if there is an average
     training/weights.safetensors                          the raw weights that training resumes from
     training/optimizer.safetensors, ema.safetensors, rng.json, metrics.jsonl
-    manifest.json                                         epoch, settings, and size and checksum of every file
+    manifest.json                                         epoch, settings, size and checksum of every file and its own
 """
 
 import hashlib
@@ -24,7 +24,8 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.weights import holds_weights
 from fastflowgrpo.runs.files import CHECKPOINTS, METRICS, fsync, read_rows
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # 1 had no checksum of the manifest itself
 MANIFEST = "manifest.json"
 TRAINING = "training"
 MANIFEST_KEYS = {"format", "epoch", "step", "run_id", "wall_s", "config", "prompts", "files"}
@@ -97,8 +98,7 @@ def write_checkpoint(
     temporary = parent / f".{folder.name}.tmp"
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        for remains in parent.glob(".checkpoint-*"):  # of a process that was killed
-            shutil.rmtree(remains)
+        remove_remains(output_dir)
         temporary.mkdir()
         write(temporary)
         _write_manifest(temporary, {"format": FORMAT, "step": step, **manifest})
@@ -120,6 +120,12 @@ def write_checkpoint(
             # Renamed first, so that a folder that is deleted in part is no checkpoint any more.
             shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))
     return folder
+
+
+def remove_remains(output_dir: str | Path) -> None:
+    """Delete what a process that was killed had not written, or not deleted, to its end."""
+    for remains in Path(output_dir).glob(f"{CHECKPOINTS}/.checkpoint-*"):
+        shutil.rmtree(remains)
 
 
 def list_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -164,8 +170,11 @@ def verified_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"is of format {manifest['format']}, and this version reads {FORMAT}")
+        if manifest["format"] not in READABLE:
+            raise ValueError(f"is of format {manifest['format']}, and this version reads up to {FORMAT}")
+        checksum = manifest.pop("sha256", None)
+        if (checksum or manifest["format"] != 1) and checksum != _manifest_checksum(manifest):
+            raise KeyError("sha256")
         if missing := MANIFEST_KEYS - manifest.keys():
             raise KeyError(missing)
     except OSError as error:
@@ -199,7 +208,13 @@ def suggest_good_checkpoint(folder: Path, known: list[Path]) -> str:
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     listed = {str(path.relative_to(folder)): _file_checksum(path) for path in files}
-    (folder / MANIFEST).write_text(json.dumps({**manifest, "files": listed}, indent=1) + "\n")
+    manifest = json.loads(json.dumps({**manifest, "files": listed}))  # as it will be read
+    manifest["sha256"] = _manifest_checksum(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def _manifest_checksum(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _file_checksum(path: Path) -> dict[str, Any]:

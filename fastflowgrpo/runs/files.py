@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastflowgrpo.errors import UserError
+
 CONFIG, METRICS, SUMMARY, IMAGES, CHECKPOINTS = "config.yaml", "metrics.jsonl", "summary.json", "images", "checkpoints"
 BEFORE_AFTER, CURVE = "before_after.png", "curve.png"
 GALLERY, INDEX = "gallery", "index.jsonl"  # the folder, and the file in it
-LOG = "log.txt"  # what the run printed
+LOG, LOCK = "log.txt", ".lock"  # what the run printed, and which process writes the folder
 TRACKER = "fastflowgrpo"  # project name of the trackers, and TensorBoard's folder
 # Everything that a run writes into its folder and that --overwrite removes. The config is last: as long as it is there,
 # a run that was killed while it removed the others is recognised.
@@ -38,6 +40,17 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside it a file or folder is written: what the system says against it becomes a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        gone = isinstance(error, FileNotFoundError) and not path.parent.exists()
+        reason = f"{path.parent} is not there any more" if gone else error.strerror or error
+        raise UserError(f"{path} cannot be written: {reason}") from error
 
 
 def fsync(path: Path) -> None:

@@ -28,7 +28,7 @@ from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.results import finite
 from fastflowgrpo.rewards import RewardBatch, Scores, WeightedRewards
-from fastflowgrpo.runs.files import GALLERY, INDEX, atomic_write, fsync, json_lines, read_rows
+from fastflowgrpo.runs.files import GALLERY, INDEX, atomic_write, fsync, json_lines, read_rows, writing
 from fastflowgrpo.runs.tracked_images import track_images
 from fastflowgrpo.sampling.rollout import sample_seeds
 
@@ -153,8 +153,16 @@ class Gallery:
         return found
 
     def _write(self, name: str, images: Mapping[str, Image.Image], line: dict[str, Any], lossless: bool) -> None:
-        """Write a folder of images and its line in the index: both are complete, or not there."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """Write a folder of images and its line in the index: both are complete, or not there.
+
+        Raises:
+            UserError: the gallery cannot be written.
+        """
+        with writing(self.folder):
+            self._write_files(name, images, line, lossless)
+
+    def _write_files(self, name: str, images: Mapping[str, Image.Image], line: dict[str, Any], lossless: bool) -> None:
+        self.folder.mkdir(exist_ok=True)  # not its parents: if the run's folder is gone, the run has to know
         folder, temporary = self.folder / name, self.folder / f".{name}.tmp"
         for remains in (temporary, folder):  # of a process that was killed
             shutil.rmtree(remains, ignore_errors=True)

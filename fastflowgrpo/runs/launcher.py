@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import Any
 
-from fastflowgrpo.console import Ending, end_process, interrupted
+from fastflowgrpo.console import Ending, end_process, interrupted, log_only
 
 # Seconds that the others have to end, after a process has failed or the launcher was killed.
 GRACE_SECONDS = 30.0
@@ -88,6 +88,8 @@ def _run_member(rank: int, count: int, port: int, sender: Connection, work: Call
         ending = interrupted(interrupt)
     except Exception:
         ending = Ending(1, traceback.format_exc())
+    if ending.code:
+        log_only(f"process {rank} ended with exit code {ending.code}: {ending.message}\n")
     with suppress(OSError):  # the launcher was killed
         sender.send((time.monotonic(), ending.code, ending.message[-MESSAGE_CHARACTERS:]))
     end_process(ending.code)

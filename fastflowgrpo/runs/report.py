@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastflowgrpo.config import Config, save
+from fastflowgrpo.errors import UserError
 from fastflowgrpo.evaluation.guard import GUARD
 from fastflowgrpo.evaluation.pictures import draw_curve, image_grid, side_by_side
 from fastflowgrpo.evaluation.shown import shown_prompts
@@ -24,9 +25,16 @@ from fastflowgrpo.evaluation.tables import before_after_table
 from fastflowgrpo.planning.plan import Plan
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.results import finite, versions
-from fastflowgrpo.runs.checkpoints import Checkpoint, checkpoint_step, list_checkpoints, set_aside_later
+from fastflowgrpo.runs.checkpoints import (
+    Checkpoint,
+    checkpoint_step,
+    list_checkpoints,
+    remove_remains,
+    set_aside_later,
+)
 from fastflowgrpo.runs.files import (
     BEFORE_AFTER,
+    CHECKPOINTS,
     CONFIG,
     CURVE,
     GALLERY,
@@ -37,9 +45,11 @@ from fastflowgrpo.runs.files import (
     WRITTEN,
     atomic_write,
     json_lines,
+    writing,
 )
 from fastflowgrpo.runs.gallery import cut_back
 from fastflowgrpo.runs.guard import best_step
+from fastflowgrpo.runs.lock import RunLock
 from fastflowgrpo.runs.state import RunState
 
 
@@ -50,14 +60,16 @@ class Report:
         config: of the run.
         accelerator: with the trackers.
         state: whose rows are written.
+        lock: on the run's folder.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, state: RunState):
-        self.config, self.accelerator, self.state = config, accelerator, state
+    def __init__(self, config: Config, accelerator: Accelerator, state: RunState, lock: RunLock):
+        self.config, self.accelerator, self.state, self.lock = config, accelerator, state, lock
         self.folder = Path(config.output_dir)
         self.main = accelerator.is_main_process
         self.seconds: dict[str, float] = defaultdict(float)
         """Seconds of each phase since the last epoch was logged."""
+        self.failure: UserError | None = None
 
     def start(self, plan: Plan, num_parameters: int, resumed: Checkpoint | None = None) -> None:
         """Print what is trained, and make the run directory or set it back to the checkpoint that is resumed.
@@ -79,17 +91,20 @@ class Report:
         else:
             trackers["tensorboard"] = {"purge_step": resumed.step + 1}
             self._set_back(resumed)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(self.folder / CONFIG) as path:
-            save(self.config, path)
-        (self.folder / IMAGES).mkdir(exist_ok=True)
+        self._write_config()
+        with writing(self.folder / IMAGES):
+            (self.folder / IMAGES).mkdir(exist_ok=True)
         self.accelerator.init_trackers(TRACKER, init_kwargs=trackers)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to the phase's seconds."""
+        """Add the time spent inside to the phase's seconds; an error gets the attribute `phase`, its name."""
         begin = time.perf_counter()
-        yield
+        try:
+            yield
+        except Exception as error:
+            error.phase = name  # type: ignore[attr-defined]
+            raise
         if self.accelerator.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # decoding and rewards go on behind it, on their own streams
         self.seconds[name] += time.perf_counter() - begin
@@ -127,7 +142,8 @@ class Report:
     def evaluated(self, evaluation: Evaluation, step: int) -> None:
         """Log an evaluation: one line, one row, a grid of images."""
         if self.main:
-            image_grid([evaluation.shown]).save(self._grid_path(step))
+            with self._remembering(self._grid_path(step)):
+                image_grid([evaluation.shown]).save(self._grid_path(step))
         self._log({"step": step, "eval": evaluation.row()})
         tags = "  ".join(f"{tag} {value:.3f}" for tag, value in evaluation.tags.items())
         guard = f"guard {evaluation.scores[GUARD]:.3f}  " if GUARD in evaluation.scores else ""
@@ -139,12 +155,24 @@ class Report:
         if self.main:
             print(f"warning: {text}", file=sys.stderr)
 
+    def check(self) -> None:
+        """Check that all could be written so far, and may be; here, where all ranks can hear of it.
+
+        Raises:
+            UserError: something could not be written, or another run has taken the folder.
+        """
+        if self.failure:
+            raise self.failure
+        self.lock.confirm()
+
     def stopped(self) -> None:
         """Print where a run that does not reach its end can be resumed, and close the trackers."""
         if not self.main:
             return
         checkpoints = list_checkpoints(self.folder)
         if checkpoints:
+            if not (self.folder / CONFIG).exists():  # the folder was removed, and made again for the checkpoint
+                self._write_config()
             command = f"python -m fastflowgrpo.train --config {self.folder / CONFIG} --resume latest"
             print(f"the last checkpoint is {checkpoints[-1]}; to go on: {command}", file=sys.stderr)
         else:
@@ -177,8 +205,10 @@ class Report:
         if before.is_file() and after.is_file():
             paths["images"] = self.folder / BEFORE_AFTER
             shown = [prompts[i].text for i in shown_prompts(prompts)]
-            side_by_side(before, after, shown).save(paths["images"])
-        paths["curve"] = draw_curve(trained, evaluated, self.folder / CURVE)
+            with writing(self.folder / BEFORE_AFTER):
+                side_by_side(before, after, shown).save(self.folder / BEFORE_AFTER)
+        with writing(self.folder / CURVE):
+            paths["curve"] = draw_curve(trained, evaluated, self.folder / CURVE)
         if (self.folder / GALLERY).is_dir():
             paths["view"] = f"python -m fastflowgrpo.view {self.folder}"
         for name, path in paths.items():
@@ -195,15 +225,20 @@ class Report:
         if self.accelerator.device.type == "cuda":
             summary["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
             summary["gpu"] = torch.cuda.get_device_name()
-        (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        with writing(self.folder / SUMMARY):
+            (self.folder / SUMMARY).write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+
+    def _write_config(self) -> None:
+        with writing(self.folder / CONFIG), atomic_write(self.folder / CONFIG) as path:
+            save(self.config, path)
 
     def _remove_old_run(self) -> None:
-        for name in WRITTEN:
-            path = self.folder / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        for path in (self.folder / name for name in WRITTEN):
+            with writing(path):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
 
     def _set_back(self, resumed: Checkpoint) -> None:
         """Take back what was written after the checkpoint, and print where the run goes on."""
@@ -212,9 +247,12 @@ class Report:
             print(f"  {name} was {old}, is now {new}")
         for path in set_aside_later(resumed):
             print(f"  a later checkpoint is now {path}")
-        with atomic_write(self.folder / METRICS) as path:
+        with writing(self.folder / CHECKPOINTS):
+            remove_remains(self.folder)
+        with writing(self.folder / METRICS), atomic_write(self.folder / METRICS) as path:
             path.write_text(json_lines(self.state.rows))
-        cut_back(self.folder, self.state.rows)
+        with writing(self.folder / GALLERY):
+            cut_back(self.folder, self.state.rows)
 
     def _print(self, text: str) -> None:
         if self.main:
@@ -223,14 +261,24 @@ class Report:
     def _grid_path(self, step: int) -> Path:
         return self.folder / IMAGES / f"step-{step:06d}.png"
 
+    @contextmanager
+    def _remembering(self, path: Path) -> Iterator[None]:
+        """Inside it `path` is written; if that fails, `check` raises the error."""
+        try:
+            with writing(path):
+                yield
+        except UserError as error:
+            self.failure = self.failure or error
+
     def _log(self, row: dict[str, Any]) -> None:
         row = finite({**row, "wall_s": round(self.state.wall_s, 3)})
         self.state.rows.append(row)
         if not self.main:
             return
-        with (self.folder / METRICS).open("a") as file:
+        with self._remembering(self.folder / METRICS), (self.folder / METRICS).open("a") as file:
             file.write(json_lines([row]))
-        self.accelerator.log(dict(_flat(row)), step=row["step"])
+        with self._remembering(self.folder / TRACKER):
+            self.accelerator.log(dict(_flat(row)), step=row["step"])
 
 
 def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

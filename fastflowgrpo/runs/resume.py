@@ -13,7 +13,7 @@ from fastflowgrpo.config import MAY_CHANGE, Config, guard_reward, setting_types
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.runs.checkpoints import Checkpoint, list_checkpoints, suggest_good_checkpoint, verified_manifest
-from fastflowgrpo.runs.files import CONFIG, WRITTEN
+from fastflowgrpo.runs.files import CONFIG, LOG, WRITTEN
 from fastflowgrpo.runs.guard import best_checkpoint
 
 # Settings that say how this start of the run goes, not what is trained: never compared.
@@ -45,6 +45,8 @@ def checkpoint_to_resume(config: Config) -> Checkpoint | None:
     checkpoint = find_checkpoint(config)
     if checkpoint is None:
         check_output_dir(config)
+        if config.overwrite:  # the other files are removed once everything is loaded; the log is written until then
+            (Path(config.output_dir) / LOG).unlink(missing_ok=True)
     return checkpoint
 
 
@@ -88,8 +90,6 @@ def check_output_dir(config: Config) -> None:
         UserError: it holds a run that may be neither replaced nor resumed.
     """
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"output_dir {folder} is a file")
     if config.overwrite or not any((folder / name).exists() for name in WRITTEN):
         return
     if config.resume is None:
@@ -104,7 +104,12 @@ def check_output_dir(config: Config) -> None:
             f"output_dir {folder} holds {found}, but no {CONFIG}: give another output_dir, or --overwrite true to "
             "remove them"
         )
-    before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    try:
+        before = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{folder / CONFIG} is damaged: give another output_dir, or --overwrite true to replace the run"
+        ) from error
     refuse_changes(folder, changed_settings(before, config))
 
 

@@ -1,13 +1,15 @@
-"""SIGTERM and Ctrl+C: a run ends where its state is whole, on all of its processes alike."""
+"""SIGTERM, SIGHUP and Ctrl+C: a run ends where its state is whole, on all of its processes alike."""
 
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any, TypeVar
 
+from fastflowgrpo.console import ENDING_SIGNALS, Interrupted
 from fastflowgrpo.distributed import FailedElsewhere, Processes, mark_collective
 
 # A launcher passes on a Ctrl+C that the terminal has sent to every process already. A second signal within this time
@@ -17,16 +19,8 @@ REPEAT_SECONDS = 1.0
 Result = TypeVar("Result")
 
 
-class Interrupted(KeyboardInterrupt):
-    """A signal has ended the run."""
-
-    def __init__(self, signum: int):
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
 class Signals:
-    """Inside this context SIGTERM and Ctrl+C end what `interruptible` runs, and let everything else finish first.
+    """Inside this context SIGTERM, SIGHUP and Ctrl+C end what `interruptible` runs; all else finishes first.
 
     A second Ctrl+C ends the process at once.
     """
@@ -40,8 +34,8 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                # A script's background job ignores Ctrl+C, and so does the run.
+            for signum in (*ENDING_SIGNALS, signal.SIGINT):
+                # A script's background job ignores Ctrl+C, nohup's SIGHUP, and so does the run.
                 if signal.getsignal(signum) != signal.SIG_IGN:
                     self.previous[signum] = signal.signal(signum, self._receive)
         return self
@@ -98,7 +92,8 @@ class Signals:
             self.signum, self.received_at = signum, time.monotonic()
             if self.processes.is_main:
                 # Not print: the signal may have interrupted a print, which must not be called within itself.
-                os.write(2, f"\n{signal.Signals(signum).name}: saving, then ending\n".encode())
+                with suppress(OSError):  # the terminal may be closed
+                    os.write(2, f"\n{signal.Signals(signum).name}: saving, then ending\n".encode())
             if self.may_interrupt:
                 raise Interrupted(signum)
         elif signum == signal.SIGINT and time.monotonic() - self.received_at > REPEAT_SECONDS:

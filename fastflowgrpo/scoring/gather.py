@@ -3,6 +3,7 @@
 import torch
 
 from fastflowgrpo.distributed import Processes, mark_collective
+from fastflowgrpo.errors import TemporaryError
 from fastflowgrpo.scoring.contract import Scores
 
 
@@ -36,13 +37,13 @@ def check_missing(scores: Scores, max_missing: float, images: str) -> None:
         images: what was scored, for the message.
 
     Raises:
-        RuntimeError: more are missing.
+        TemporaryError: more are missing.
     """
     missing, count = int(scores.values.isnan().sum()), len(scores.values)
     if missing == count or missing > max_missing * count:
         raise mark_collective(
-            RuntimeError(
+            TemporaryError(
                 f"{missing} of the {count} {images} have no score; max_missing allows a share of {max_missing:g}, "
-                f"but not all; the last error: {scores.error}"
+                f"but not all; mend the reward, then resume the run; the last error: {scores.error}"
             )
         )

@@ -1,6 +1,7 @@
 """A reward in worker processes: it scores on several cores, and a process that crashes or hangs is replaced."""
 
 import atexit
+import math
 import multiprocessing
 import signal
 import threading
@@ -18,6 +19,7 @@ from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.scoring.contract import RewardBatch, Scores, checked_scores
 
 TIMEOUT = 300.0  # default seconds for a part of a batch; also the seconds that a process may take to start
+LONGEST_WAIT = 0.5  # seconds of a single wait for a process
 ATTEMPTS = 2  # how often a part is given to a process before its scores count as missing
 PARTS_PER_WORKER = 4  # parts that a batch is cut into, so that no process waits long for the others
 
@@ -193,9 +195,12 @@ class _Worker:
         return self._receive(timeout)
 
     def _receive(self, timeout: float) -> Any:
-        if not self.connection.poll(timeout):
-            raise TimeoutError(f"no answer within {timeout:g} s")
-        return self.connection.recv()
+        # In short waits: while this process is stopped, or the laptop suspended, at most one of them passes.
+        waits = math.ceil(timeout / LONGEST_WAIT)
+        for _ in range(waits):
+            if self.connection.poll(timeout / waits):
+                return self.connection.recv()
+        raise TimeoutError(f"no answer within {timeout:g} s")
 
     def stop(self) -> None:
         """Kill the process."""
@@ -221,7 +226,7 @@ def _shared(images: torch.Tensor) -> Iterator[SharedMemory]:
 def _run_worker(connection: Connection, name: str, make_reward: Callable[[], Any]) -> None:
     """Make the reward, and answer requests until the connection ends; this runs in the worker process."""
     # These signals reach all processes of the terminal; the run handles them and then stops its workers.
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     torch.set_num_threads(1)
     try:

@@ -229,6 +229,39 @@ def test_micro_batches_add_up_to_one_batch(tmp_path, algorithm):
         torch.testing.assert_close(gradient(trainer, batch), whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
 
 
+@pytest.mark.parametrize(("algorithm", "most", "halvings"), [("grpo", 16, 2), ("dpo", 4, 4)])
+def test_where_memory_is_short_micro_batches_are_halved_and_the_update_is_the_same(
+    tmp_path, monkeypatch, capsys, algorithm, most, halvings
+):
+    """With the bits of the smaller size from the beginning; without a shortage, with those of the run without it."""
+    smaller, halving, roomy, plain = (
+        trainer_of(tmp_path / str(i), algorithm, batch_size=size, halve_batch_size=halve)
+        for i, (size, halve) in enumerate([(most, False), (64, True), (64, True), (64, False)])
+    )
+    batch, _ = plain.collect(0)
+    loss, passes = halving.objective.loss, []
+
+    def short(batch, rows, slots):
+        passes.append(len(rows))
+        result = loss(batch, rows, slots)
+        if len(rows) * halving.objective.samples_per_pair > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+    monkeypatch.setattr(halving.objective, "loss", short)
+    changed = []
+    for trainer in (smaller, halving, roomy, plain):
+        trainer.learner.update(batch)
+        changed.append(torch.cat([parameter.detach().flatten() for parameter in trainer.learner.parameters]))
+    assert torch.equal(changed[0], changed[1]) and torch.equal(changed[2], changed[3])
+    assert halving.objective.batch_size == most and roomy.objective.batch_size == 64
+    assert max(passes[halvings:]) * halving.objective.samples_per_pair == most
+    assert capsys.readouterr().out.count("out of memory: update.batch_size is ") == halvings
+    monkeypatch.setattr(plain.objective, "loss", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        plain.learner.update(batch)
+
+
 def test_weights_of_the_baselines():
     rewards = torch.tensor([3.0, 1, 3, NAN, 2, 2, 2, 2, NAN, NAN, NAN, NAN, NAN, 7, NAN, NAN])
     nothing = [0.0, 0, 0, 0, NAN, NAN, NAN, NAN, NAN, 0, NAN, NAN]

@@ -1,6 +1,7 @@
 """Every model family through the same tests: the diffusers pipeline's own images, ratio 1, training, saved weights."""
 
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -633,10 +634,15 @@ def test_embeddings_on_disk_are_told_apart_and_checked(folders, tmp_path):
     cache.prepare(PROMPTS[:1])
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(RuntimeError, match=r"policy\.embeddings_dir: an embedding is missing or damaged"):
+    with pytest.raises(UserError, match=r"policy\.embeddings_dir: an embedding is missing or damaged, start the run"):
         cache(PROMPTS[:1])
+    abandoned, begun = (file.with_suffix(f".{digit * 32}") for digit in "ab")  # by a killed process, and by another run
+    for unfinished in (abandoned, begun):
+        unfinished.touch()
+    os.utime(abandoned, (0, 0))
     cache = EmbeddingCache(load(folders("flux")), tmp_path / "cache")
     cache.prepare(PROMPTS[:1])  # makes the torn one again
+    assert not abandoned.exists() and begun.exists()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in cache(PROMPTS[:1]).items())
 
     policy = load(folders("flux"))

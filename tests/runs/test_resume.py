@@ -25,7 +25,8 @@ from fastflowgrpo.distributed import Processes, make_accelerator
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.learning.learner import Learner
 from fastflowgrpo.learning.policy_gradient import GRPO
-from fastflowgrpo.runs import checkpoints, resume, signals, state
+from fastflowgrpo.runs import checkpoints, lock, resume, signals, state
+from fastflowgrpo.runs.lock import RunLock
 from fastflowgrpo.train import main
 
 pytestmark = pytest.mark.xdist_group("resume")
@@ -191,7 +192,11 @@ PLACES = {  # what is called, for which time, and the whole epochs that the last
 
 @pytest.mark.parametrize(
     ("place", "signum"),
-    [*((place, signal.SIGTERM) for place in PLACES), *((place, signal.SIGINT) for place in list(PLACES)[:3])],
+    [
+        *((place, signal.SIGTERM) for place in PLACES),
+        *((place, signal.SIGINT) for place in list(PLACES)[:3]),
+        ("rollout", signal.SIGHUP),
+    ],
 )
 @pytest.mark.slow
 def test_a_signal_saves_and_the_run_goes_on(model, whole, tmp_path, monkeypatch, capsys, place, signum):
@@ -350,7 +355,7 @@ DAMAGE = {
     "another format": (
         "manifest.json",
         lambda path: path.write_text('{"format": 99}'),
-        "is of format 99, and this version reads 1",
+        "is of format 99, and this version reads up to 2",
     ),
 }
 
@@ -371,6 +376,80 @@ def test_a_damaged_checkpoint_is_named_and_the_good_one_before_it_offered(
     damage(run / "checkpoints/checkpoint-4" / name)
     with pytest.raises(UserError, match="There is no good one before it"):
         resume.find_checkpoint(parse(command(model, run)))
+
+
+def test_every_bit_of_the_manifest_that_is_flipped_is_noticed(whole, tmp_path):
+    folder = tmp_path / "checkpoint-12"
+    shutil.copytree(whole[4] / "checkpoints/checkpoint-12", folder)
+    content = (folder / "manifest.json").read_bytes()
+    checkpoints.verified_manifest(folder)
+    draw = random.Random(0)
+    for place in range(0, len(content), 7):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << draw.randrange(7)
+        if not chr(content[place]).isspace():  # a white space may become another one
+            (folder / "manifest.json").write_bytes(flipped)
+            with pytest.raises(ValueError, match=r"^is (damaged|of format|incomplete)"):
+                checkpoints.verified_manifest(folder)
+
+
+def test_a_checkpoint_of_the_first_format_is_still_read(model, whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole[4], run)
+    manifest = run / "checkpoints/checkpoint-12/manifest.json"
+    content = json.loads(manifest.read_text())
+    del content["sha256"]
+    manifest.write_text(json.dumps(content | {"format": 1}))
+    assert resume.find_checkpoint(parse(command(model, run))).epoch == 6
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="is damaged"):
+        resume.find_checkpoint(parse(command(model, run)))
+
+
+@pytest.mark.parametrize("place", ["update", "rollout"])
+def test_a_folder_that_is_removed_is_made_again_for_the_state(model, whole, tmp_path, monkeypatch, capsys, place):
+    (owner, name), number, _ = PLACES[place]
+    owner = __import__(owner, fromlist=[name]) if isinstance(owner, str) else owner
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        on_call(patched, owner, name, number, lambda: shutil.rmtree(run))
+        assert main(command(model, run)) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    assert f"error: {run}/metrics.jsonl cannot be written: {run} is not there any more" in printed
+    (checkpoint,) = checkpoints.list_checkpoints(run)
+    assert f"the last checkpoint is {checkpoint}; to go on: " in printed
+    assert not (run / ".lock").exists()
+    assert main(["--config", str(run / "config.yaml"), "--resume", "latest"]) == 0
+    assert result(run) == result(whole[4])
+
+
+def test_a_run_in_a_folder_that_another_process_uses_does_not_start(model, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    owner = {**RunLock(run).owner, "pid": os.getppid(), "start": lock._start(os.getppid())}
+    (run / ".lock").write_text(json.dumps(owner))
+    assert main(command(model, run)) == 75
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"error: output_dir {run} is in use by process {os.getppid()} on ")
+    assert [path.name for path in run.iterdir()] == [".lock"]
+
+
+def test_out_of_memory_is_one_line_that_names_settings_and_the_run_goes_on(model, whole, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+
+    def short():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    with monkeypatch.context() as patched:
+        on_call(patched, GRPO, "loss", 13, short)
+        assert main(command(model, run)) == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    told = r"error: out of memory in the phase update \(CUDA out of memory. Tried to allocate 2.00 GiB\); what helps "
+    assert re.search(told + r"most: " r"\w+\.\w+ \S+ \(-\S+ MB\)", printed)
+    assert main(command(model, run)) == 0
+    assert result(run) == result(whole[4])
 
 
 FOREIGN = {
@@ -422,10 +501,12 @@ def test_other_prompts_and_other_weights_are_refused(model, whole, tmp_path, cap
     assert "is of a run with other prompts: those of prompts.train have changed" in capsys.readouterr().err
     (other / "prompts.txt").write_text("\n".join(PROMPTS))
     manifest = run / "checkpoints/checkpoint-2/manifest.json"
-    text = manifest.read_text()
+    saved = json.loads(manifest.read_text())
     assert main(command(other, run, **{"policy.lora_rank": 8})) == 2
     assert "policy.lora_rank was 4, is now 8" in capsys.readouterr().err
-    manifest.write_text(text.replace('"lora_rank": 4', '"lora_rank": 8'))
+    saved["config"]["policy"]["lora_rank"] = 8
+    del saved["sha256"]
+    manifest.write_text(json.dumps({**saved, "sha256": checkpoints._manifest_checksum(saved)}))
     assert main(command(other, run, **{"policy.lora_rank": 8})) == 2
     named = r"is of another model: it trains transformer_blocks\S+ of shape \(4, 32\), this one of shape \(8, 32\)$"
     assert re.search(named, capsys.readouterr().err, re.MULTILINE)
@@ -472,10 +553,11 @@ def test_too_many_missing_scores_stop_the_run_with_a_checkpoint(model, whole, tm
             return *sampled, scores, candidates
 
         patched.setattr(Trainer, "sample", without_scores)
-        with pytest.raises(RuntimeError, match="6 of the 8 images of epoch 3 have no score"):
-            main(command(model, run))
+        assert main(command(model, run)) == 75
     assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
-    assert f"the last checkpoint is {run}/checkpoints/checkpoint-6" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"the last checkpoint is {run}/checkpoints/checkpoint-6" in printed
+    assert "error: 6 of the 8 images of epoch 3 have no score; max_missing allows a share of 0.1" in printed
     assert main(command(model, run)) == 0
     assert result(run) == result(whole[4])
 
@@ -494,8 +576,7 @@ def test_a_gradient_that_is_not_finite_touches_no_good_state(model, whole, tmp_p
             return statistics
 
         patched.setattr(Learner, "accumulate", poisoned)
-        with pytest.raises(FloatingPointError, match=r"lower update\.learning_rate"):
-            main(command(model, run))
+        assert main(command(model, run)) == 2
     assert checkpoints.list_checkpoints(run)[-1].name == kept
     assert main(command(model, run)) == 0
     assert result(run) == result(whole[4])

@@ -15,7 +15,7 @@ from urllib3.connection import HTTPConnection
 
 from fastflowgrpo import Config, Trainer
 from fastflowgrpo.config import TOKEN, EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
-from fastflowgrpo.errors import UserError
+from fastflowgrpo.errors import TemporaryError, UserError
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards import REWARDS, build_rewards
 from fastflowgrpo.scoring import client
@@ -400,7 +400,9 @@ def test_a_run_that_loses_too_many_scores_stops_and_keeps_its_weights(folder, tm
     with scripted(answer) as url:
         rewards = {"r": {"url": url, "encoding": "png"}}
         config = config_of(folder, tmp_path / "run", rewards, max_missing=0.125)
-        with pytest.raises(RuntimeError, match=r"^2 of the 8 images of epoch 1 have no score; max_missing allows a sh"):
+        with pytest.raises(
+            TemporaryError, match=r"^2 of the 8 images of epoch 1 have no score; max_missing allows a sh"
+        ):
             Trainer(config).run()
     (row,) = rows_of(tmp_path / "run")
     assert row["missing"] == row["r/missing"] == 1

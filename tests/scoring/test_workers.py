@@ -47,6 +47,32 @@ def test_processes_give_what_the_reward_gives_in_its_order(reward):
     torch.testing.assert_close(reward(batch.rows(slice(0, 1))).values, expected.values[:1])
 
 
+@pytest.mark.parametrize("reward", [("brightness", {"workers": 1, "timeout": 60})], indirect=True)
+def test_a_time_in_which_the_run_itself_was_stopped_does_not_count_as_a_hang(reward, monkeypatch):
+    """An hour passes within one wait, and the answer comes in the next one."""
+
+    class Stopped:
+        def __init__(self, connection):
+            self.connection, self.waits = connection, 0
+
+        def __getattr__(self, name):
+            return getattr(self.connection, name)
+
+        def poll(self, seconds):
+            self.waits += 1
+            if self.waits == 1:
+                now = time.monotonic()
+                monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
+                return False
+            return self.connection.poll(seconds)
+
+    (worker,) = reward.workers
+    first = worker.process.pid
+    worker.connection = Stopped(worker.connection)
+    assert reward(batch_of(["a"])).error == ""
+    assert worker.connection.waits > 1 and worker.process.pid == first
+
+
 def test_processes_share_a_batch(tmp_path):
     settings = {"workers": 2, "marks": str(tmp_path), "timeout": 60}
     reward = worker_reward("meet", settings)
