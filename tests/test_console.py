@@ -9,12 +9,12 @@ import threading
 
 import pytest
 
-from fastflowgrpo.console import Interrupted, ending_signals, kept_output, log_to, print_interrupt
+from fastflowgrpo.console import Interrupted, ending_signals, interrupted, kept_output, log_to, print_ending
 
 COMMAND = """
 import sys
 from pathlib import Path
-from fastflowgrpo.console import log_to, run_and_exit
+from fastflowgrpo.console import Interrupted, ending_signals, interrupted, kept_output, log_to, print_ending
 
 def main():
     print("before")
@@ -70,9 +70,9 @@ def test_the_log_has_all_but_progress_bars_and_its_loss_ends_nothing(tmp_path, m
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_interrupts_a_command_and_gives_its_exit_code(signum, capsys):
     before = signal.getsignal(signum)
-    with pytest.raises(Interrupted) as interrupted, ending_signals():
+    with pytest.raises(Interrupted) as raised, ending_signals():
         signal.raise_signal(signum)
-    assert print_interrupt(interrupted.value) == 128 + signum
+    assert print_ending(interrupted(raised.value)) == 128 + signum
     assert capsys.readouterr().err == "interrupted\n"
     assert signal.getsignal(signum) == before
 
