@@ -145,7 +145,8 @@ def launch(page: gr.Blocks, config: DemoConfig) -> tuple[str, str | None]:
             css=STYLE,
         )
     except OSError as error:
-        raise UserError(f"port: cannot listen on {config.host}:{config.port or 'a port from 7860'}: {error}") from error
+        reason = str(error).split(". ")[0]  # without the advice on Gradio's own settings
+        raise UserError(f"port: cannot listen on {config.host}:{config.port or '7860-7959'}: {reason}") from error
     return url, public
 
 
