@@ -14,7 +14,7 @@ from fastflowgrpo.console import Interrupted, ending_signals, interrupted, kept_
 COMMAND = """
 import sys
 from pathlib import Path
-from fastflowgrpo.console import Interrupted, ending_signals, interrupted, kept_output, log_to, print_ending
+from fastflowgrpo.console import log_to, run_and_exit
 
 def main():
     print("before")
