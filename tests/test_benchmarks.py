@@ -26,7 +26,7 @@ def test_epoch_measures_two_loops_of_the_same_gradient(tmp_path, capsys):
     sizes = {"prompts.per_epoch": GROUPS, "rollout.group_size": SIZE, "rollout.num_steps": STEPS}
     sizes |= {"rollout.batch_size": IMAGES // 2, "update.batch_size": IMAGES // 2}
     settings = [f"--{name}={value}" for name, value in sizes.items()]
-    settings += ["--rewards", '{"jpeg_compressibility": 1}', "--rollout.window_start", "[2, 3]"]
+    settings += ["--rewards", '{"support.distributed_runs:redness": 1}', "--rollout.window_start", "[2, 3]"]
     epoch.main(["--repeats", "1", "--output", str(output), *settings])
     result = json.loads(output.read_text())
     assert "images/s" in capsys.readouterr().out

@@ -111,7 +111,8 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
     micro_batch = plan.micro_batch_size * OBJECTIVES[config.update.algorithm].samples_per_pair
     decoded = max(plan.rollout_batch_size, plan.candidate_batch_size, plan.candidates)
     decoded = min(config.policy.decode_batch_size, decoded)
-    passes = run_passes(config, sampled, micro_batch, decoded)
+    with torch.random.fork_rng(devices=[]):  # a run's random numbers do not depend on whether it was estimated
+        passes = run_passes(config, sampled, micro_batch, decoded)
     size = getattr(torch, config.policy.dtype).itemsize
     autocast = 0 if passes.uses_lora or size == FLOAT32 else passes.trained * size
     flops = _flops(config, plan, passes)

@@ -36,10 +36,9 @@ def with_largest_micro_batch(config: Config, processes: int, memory: float) -> C
     def with_pairs(pairs: int) -> Config:
         return replace(config, update=replace(config.update, batch_size=pairs * samples_per_pair))
 
-    with torch.random.fork_rng(devices=[]):  # the run's random numbers do not depend on who chose the size
-        smallest = estimate(with_pairs(1), processes)
-        all_pairs = smallest.plan.micro_batches
-        largest = estimate(with_pairs(all_pairs), processes)
+    smallest = estimate(with_pairs(1), processes)
+    all_pairs = smallest.plan.micro_batches
+    largest = estimate(with_pairs(all_pairs), processes)
     if smallest.total_memory(checkpointing) > memory:
         raise UserError(
             f"update.batch_size: one pair at a time already needs {smallest.total_memory(checkpointing) / 1e9:.3g} GB "

@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from fastflowgrpo import Config, Trainer
 from fastflowgrpo.config import EvaluationConfig, PromptsConfig, RolloutConfig, UpdateConfig, validate
+from fastflowgrpo.errors import TemporaryError
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.rewards import Scores
 from fastflowgrpo.sampling.ode import sample_ode
@@ -156,5 +157,5 @@ def test_missing_scores_of_candidates_are_not_kept_and_too_many_stop_the_run(tmp
     assert torch.equal(batch.trajectory.seeds.view(GROUPS, SIZE), seeds[:, [1, 2, 10, 11]])
     assert (metrics["candidates/missing"], metrics["missing"]) == (3 * GROUPS, 0)
     lost += [1, 2, 4, 5]
-    with pytest.raises(RuntimeError, match=r"^21 of the 36 candidates of epoch 0 have no score; max_missing allows"):
+    with pytest.raises(TemporaryError, match=r"^21 of the 36 candidates of epoch 0 have no score; max_missing allows"):
         trainer.collect(0)
