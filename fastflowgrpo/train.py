@@ -83,7 +83,7 @@ def _processes_to_start(config: Config) -> int:
 
     import fastflowgrpo.trainer  # noqa: F401
     from fastflowgrpo.planning.plan import batch_plan, launched_processes
-    from fastflowgrpo.planning.processes import process_count
+    from fastflowgrpo.planning.processes import process_count, usable_cores
 
     launched = launched_processes()
     if launched is not None or torch.accelerator.is_available():
@@ -96,13 +96,13 @@ def _processes_to_start(config: Config) -> int:
     cores, others = core_count(), min(load.cores(), core_count())
     if round(others):
         print(f"other processes take {others:.1f} of {cores} cores")
-    free = max(1, round(cores - others))
+    usable = usable_cores(cores, others)
     set_threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
     threads = int(set_threads) if set_threads.isdecimal() else 0
-    count = config.num_processes or process_count(config, free // max(1, threads), free_memory())
+    count = config.num_processes or process_count(config, usable // max(1, threads), free_memory())
     batch_plan(config, count)
     if not threads:
-        torch.set_num_threads(min(torch.get_num_threads(), max(1, free // count)))
+        torch.set_num_threads(min(torch.get_num_threads(), max(1, usable // count)))
         if count > 1:
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # accelerate sets another number otherwise
     return count

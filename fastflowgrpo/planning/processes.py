@@ -9,6 +9,14 @@ from fastflowgrpo.planning.plan import most_processes
 PROCESS_BYTES = 2**29
 
 
+def usable_cores(cores: int, others: float) -> int:
+    """Return the cores to use on a busy machine: those that are free, but at least two thirds.
+
+    Where other processes want every core, two thirds as many threads as theirs get 0.4 of the machine.
+    """
+    return max(round(cores - others), -(-2 * cores // 3))
+
+
 def process_count(config: Config, at_most: int, memory: int) -> int:
     """Return the largest number of processes that the groups of an update and the memory allow, at least 1.
 

@@ -8,6 +8,16 @@ from fastflowgrpo.planning import processes
 from fastflowgrpo.planning.plan import batch_plan
 
 
+@pytest.mark.parametrize("cores", [1, 2, 3, 4, 16, 64])
+def test_usable_cores(cores):
+    assert processes.usable_cores(cores, 0) == cores
+    for tenths in range(10 * cores + 1):
+        usable, free = processes.usable_cores(cores, tenths / 10), cores - tenths / 10
+        assert usable >= free - 0.5
+        assert usable / (usable + cores) >= 0.4  # beside a thread of others on each core
+        assert usable <= max(free + 0.5, 2 / 3 * cores + 1)
+
+
 def bytes_of_a_process(count, groups):
     return processes.PROCESS_BYTES + 100 + 1000 * -(-groups // count)
 

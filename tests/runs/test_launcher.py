@@ -179,7 +179,7 @@ def chosen(monkeypatch):
         ((), {"cores": 64}, (12, 5, "5")),  # as many as an update has groups
         ((), {"memory": 2**30}, (1, 4, None)),
         ((), {"others": 1.4}, (3, 1, "1")),
-        ((), {"others": 4.0}, (1, 1, None)),
+        ((), {"others": 4.0}, (3, 1, "1")),
         (("--num_processes", "1"), {}, (1, 4, None)),
         (("--num_processes", "1"), {"others": 1.0}, (1, 3, None)),
         (("--num_processes", "3"), {"others": 4.0}, (3, 1, "1")),
