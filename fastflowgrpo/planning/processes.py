@@ -5,7 +5,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.planning.estimate import estimate
 from fastflowgrpo.planning.plan import most_processes
 
-# What a process needs beside the estimate: Python, PyTorch and its workspaces. Measured with the bundled model.
+# Allowed for what a process needs beside the estimate: Python, PyTorch and its workspaces.
 PROCESS_BYTES = 2**29
 
 
