@@ -26,7 +26,7 @@ FORK = multiprocessing.get_context("forkserver")
 PRELOADED = ["diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3", "matplotlib.pyplot", "peft"]
 FORK.set_forkserver_preload(["benchmarks.faults.runs", "benchmarks.faults.rewards", "fastflowgrpo.trainer", *PRELOADED])
 PROMPTS = ["a red circle", "a blue square", "two green triangles", "a yellow circle", "a red square", "a blue circle"]
-TIMEOUT = 120.0  # seconds after which a run counts as hanging; none takes more than some
+TIMEOUT = 600.0  # seconds after which a run counts as hanging; on an idle machine it takes two
 GRACE = 10.0  # seconds from a launcher's SIGTERM to its SIGKILL
 
 SETTINGS: dict[str, Any] = {

@@ -62,7 +62,7 @@ def out_of_memory(config: Config, processes: int, error: BaseException) -> UserE
     traceback.clear_frames(error.__traceback__)  # they hold the tensors
     # Decoding and scoring overlap the rollout; the text encoders run before it.
     kind = phase if phase in PHASES else "rollout"
-    reason = str(error).partition(". GPU")[0] or type(error).__name__
+    reason = str(error).partition(". GPU")[0].rstrip(".") or type(error).__name__
     return UserError(
         f"out of memory in the phase {phase} ({reason}); what helps most: {helpful_settings(config, processes, kind)}; "
         "a run may be resumed with them"
