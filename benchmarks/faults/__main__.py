@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--only", default="", help="cases whose group or name has this text")
-    parser.add_argument("--short", action="store_true", help=f"one case in {SHORT}, under two minutes")
+    parser.add_argument("--short", action="store_true", help=f"one case in {SHORT}")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
     parser.add_argument("--output", type=Path, help="file for the table, Markdown")
     arguments = parser.parse_args(argv)
