@@ -11,7 +11,6 @@ benchmarks/results/, README.md and docs/.
 
 import argparse
 import json
-import os
 import platform
 import shlex
 import signal
@@ -31,16 +30,18 @@ from fastflowgrpo.config import parse
 from fastflowgrpo.console import print_error
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.planning.estimate import estimate
+from fastflowgrpo.planning.machine import core_count
 from fastflowgrpo.runs.files import CONFIG, METRICS, SUMMARY, read_rows
 from fastflowgrpo.runs.resume import changed_settings
 
-# The evaluations of a run are 25 to 30 s of training apart, on two cores.
+# A run is evaluated 8 to 10 times.
 METHODS = {
-    "paper": "--config configs/shapes_paper.yaml --evaluation.every 2",
-    "paper_lean": "--config configs/shapes_paper_lean.yaml --evaluation.every 3",
-    "grpo": "--evaluation.every 8",
-    "guard": "--config configs/shapes_guard.yaml --evaluation.every 8",
-    "dpo": "--config configs/shapes_dpo.yaml --evaluation.every 10",
+    "paper": "--config configs/shapes_paper.yaml --evaluation.every 5",
+    "paper_lean": "--config configs/shapes_paper_lean.yaml --evaluation.every 6",
+    "grpo": "--evaluation.every 12",
+    "lean": "--config configs/shapes_lean.yaml --evaluation.every 12",
+    "guard": "--config configs/shapes_guard.yaml --evaluation.every 12",
+    "dpo": "--config configs/shapes_dpo.yaml --evaluation.every 20",
     "nft": "--config configs/shapes_nft.yaml --evaluation.every 6",
     "awm": "--config configs/shapes_awm.yaml --evaluation.every 6",
 }
@@ -97,7 +98,8 @@ def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    cores = core_count()
+    return f"{names[0] if names else platform.machine()}, {cores} core{'s' if cores > 1 else ''}"
 
 
 def train(arguments: Sequence[str]) -> int:

@@ -3,11 +3,10 @@
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastflowgrpo.console import print_error
+from fastflowgrpo.console import print_error, run_and_exit
 from fastflowgrpo.errors import UserError
 
 FORMATS = ("diffusers", "comfyui", "kohya", "merged")
@@ -20,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program; None reads `sys.argv`.
 
     Returns:
-        The exit code: 0, 2 after an error that the user can correct, 130 when interrupted.
+        The exit code: 0, or 2 after an error that the user can correct.
     """
     parser = argparse.ArgumentParser(
         prog="python -m fastflowgrpo.export", description="Write the trained weights of a run for another tool."
@@ -52,11 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(arguments.output)
     except UserError as error:
         return print_error(error)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_and_exit(main)

@@ -25,11 +25,19 @@ from fastflowgrpo.config.settings import (
     UpdateConfig,
     guard_reward,
 )
-from fastflowgrpo.config.validation import MAY_CHANGE, POLICY_GRADIENTS, validate
+from fastflowgrpo.config.validation import (
+    MAY_CHANGE,
+    POLICY_GRADIENTS,
+    PRIVATE_REWARD_SETTINGS,
+    START_SETTINGS,
+    validate,
+)
 
 __all__ = [
     "MAY_CHANGE",
     "POLICY_GRADIENTS",
+    "PRIVATE_REWARD_SETTINGS",
+    "START_SETTINGS",
     "TOKEN",
     "AdvantageConfig",
     "Config",

@@ -131,6 +131,20 @@ _USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
     ),
 }
 
+# Settings that say how a start of a run goes, not what is trained: never compared and never shown.
+START_SETTINGS = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    "dry_run",
+    "num_processes",
+    "memory_gb",
+    "gpu",
+    "hub_model_id",
+    "hub_private",
+)
+# Settings of a reward that what is published must not show: addresses and accounts.
+PRIVATE_REWARD_SETTINGS = ("url", "base_url", "api_key_env", "device")
 # Settings that may differ when a run is resumed: they change results by rounding only, or a user may well want to
 # change them after a stop.
 MAY_CHANGE = (

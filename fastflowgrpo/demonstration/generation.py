@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastflowgrpo.config import DemoConfig
+from fastflowgrpo.config import DemoConfig, RolloutConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy import Policy, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
@@ -20,7 +20,8 @@ from fastflowgrpo.rewards import build_rewards
 from fastflowgrpo.rewards.models import choose_device
 from fastflowgrpo.runs.checkpoints import list_checkpoints
 from fastflowgrpo.sampling.coefficients import check_dynamics, step_coefficients
-from fastflowgrpo.sampling.rollout import sample_clean_groups, sample_groups, sample_seeds
+from fastflowgrpo.sampling.groups import GroupSampler
+from fastflowgrpo.sampling.rollout import sample_seeds
 from fastflowgrpo.scoring.contract import Scores
 from fastflowgrpo.scoring.pipeline import Scoring
 from fastflowgrpo.scoring.weighted import WeightedRewards
@@ -213,35 +214,20 @@ class Demo:
         """Clean latents (N, ...) with the policy's present weights."""
         conditioning = self.embed([prompt.text])
         unconditional = self.embed([""]) if request.guidance_scale != 1 else None
-        size = request.num_images
-        seeds = sample_seeds([request.seed], size)
-        if request.dynamics == "ode":
-            return sample_clean_groups(
-                self.policy,
-                conditioning,
-                request.num_steps,
-                size,
-                seeds,
-                self.shape,
-                unconditional=unconditional,
-                guidance_scale=request.guidance_scale,
-                on_step=on_step,
-            ).final
-        sigmas = self.policy.sigmas(request.num_steps, self.shape)
-        return sample_groups(
-            self.policy,
-            conditioning,
-            step_coefficients(sigmas, request.dynamics, request.noise_level),
-            [0],
-            request.num_steps - 1,
-            size,
-            seeds,
-            self.shape,
-            unconditional=unconditional,
+        rollout = RolloutConfig(
+            group_size=request.num_images,
+            num_steps=request.num_steps,
             guidance_scale=request.guidance_scale,
-            keep_steps=False,
-            on_step=on_step,
-        ).final
+            dynamics=request.dynamics,
+            noise_level=request.noise_level,
+            window_size=None,
+        )
+        sigmas = self.policy.sigmas(rollout.num_steps, self.shape)
+        coefficients = step_coefficients(sigmas, rollout.dynamics, rollout.noise_level)
+        unused = {"keep_steps": False, "keep_velocities": False, "equal_passes": False}
+        sampler = GroupSampler(rollout, self.policy, coefficients, self.shape, **unused)
+        seeds = sample_seeds([request.seed], rollout.group_size)
+        return sampler.sample([0], seeds, conditioning, unconditional, on_step).final
 
     def _score(
         self, latents: Tensor, prompt: Prompt, count: int, rewards: Sequence[str]

@@ -12,6 +12,7 @@ from fastflowgrpo.config import Config
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.planning.estimate import estimate
 from fastflowgrpo.planning.micro_batch import available_memory
+from fastflowgrpo.policy.loading import component_dtypes
 
 PHASES = ("rollout", "update", "evaluate")
 # An estimate takes a second. These runs do without: on the CPU with so many bytes free, or of the bundled model, whose
@@ -32,6 +33,8 @@ def warn_if_short(config: Config, processes: int, device: torch.device) -> None:
     if device.type == "cpu" and free > _plenty(config):
         return
     try:
+        if estimate(config, processes).total_memory(config.policy.gradient_checkpointing) <= free:
+            return
         needed, phase = max((_peak(config, phase, processes), phase) for phase in PHASES)
     except UserError:  # the loader says what is wrong with the model
         return
@@ -117,7 +120,7 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
 def _text_encoders(config: Config, processes: int) -> int:
     frozen = estimate(config, processes).frozen
     count = sum(count for name, count in frozen.items() if name.startswith("text_encoder"))
-    return count * getattr(torch, config.policy.dtype).itemsize
+    return count * component_dtypes(config.policy)["text_encoder"].itemsize
 
 
 def _with(config: Config, name: str, value: Any) -> Config:

@@ -13,7 +13,7 @@ import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData
 
-from fastflowgrpo.config import Config, read_run
+from fastflowgrpo.config import PRIVATE_REWARD_SETTINGS, START_SETTINGS, Config, read_run
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy import FAMILIES
 from fastflowgrpo.policy.weights import FULL, LORA, holds_weights
@@ -25,23 +25,7 @@ CARD = "README.md"
 PICTURES = {BEFORE_AFTER: "Images before and after", CURVE: "Scores while training"}
 PLACE = "FOLDER_OR_REPOSITORY"  # stands for the address of the weights until they are pushed
 # Settings that do not change the trained weights.
-NOT_IN_RECIPE = (
-    "output_dir",
-    "overwrite",
-    "resume",
-    "dry_run",
-    "num_processes",
-    "memory_gb",
-    "gpu",
-    "save_every",
-    "checkpoints_total_limit",
-    "trackers",
-    "hub_model_id",
-    "hub_private",
-    "evaluation",
-)
-# Settings of rewards that a public card must not show: addresses and accounts.
-PRIVATE = ("url", "base_url", "api_key_env", "device")
+NOT_IN_RECIPE = (*START_SETTINGS, "save_every", "checkpoints_total_limit", "trackers", "evaluation")
 
 
 def write_card(run: Path, checkpoint: Path) -> Path:
@@ -174,7 +158,7 @@ def _use(config: Config, checkpoint: Path) -> str:
 def _recipe(config: Config) -> str:
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_IN_RECIPE}
     for reward in settings["rewards"].values():
-        for key in PRIVATE if isinstance(reward, dict) else ():
+        for key in PRIVATE_REWARD_SETTINGS if isinstance(reward, dict) else ():
             reward.pop(key, None)
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     return f"## Recipe\n\nSettings of `python -m fastflowgrpo.train --config`:\n\n```yaml\n{text}```"

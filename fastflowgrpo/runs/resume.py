@@ -9,25 +9,13 @@ from typing import Any
 
 import yaml
 
-from fastflowgrpo.config import MAY_CHANGE, Config, guard_reward, setting_types
+from fastflowgrpo.config import MAY_CHANGE, START_SETTINGS, Config, guard_reward, setting_types
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.runs.checkpoints import Checkpoint, list_checkpoints, suggest_good_checkpoint, verified_manifest
 from fastflowgrpo.runs.files import CONFIG, LOG, WRITTEN
 from fastflowgrpo.runs.guard import best_checkpoint
 
-# Settings that say how this start of the run goes, not what is trained: never compared.
-NOT_COMPARED = (
-    "output_dir",
-    "overwrite",
-    "resume",
-    "dry_run",
-    "num_processes",
-    "memory_gb",
-    "gpu",
-    "hub_model_id",
-    "hub_private",
-)
 # Settings of a reward that say where and how fast it is scored, not what: never compared.
 REWARD_NOT_COMPARED = {"url", "base_url", "api_key_env", "device", "workers", "timeout", "required", "concurrency"}
 _ABSENT = object()
@@ -159,7 +147,7 @@ def _compared(config: Mapping[str, Any]) -> dict[str, Any]:
         value: Any = config
         for key in name.split("."):
             value = value.get(key, _ABSENT) if isinstance(value, Mapping) else _ABSENT
-        if value is not _ABSENT and not is_dataclass(hint) and name not in NOT_COMPARED:
+        if value is not _ABSENT and not is_dataclass(hint) and name not in START_SETTINGS:
             values[name] = value
     values["evaluation.guard"] = guard_reward(values.get("evaluation.guard"))
     for group in {"rewards", "evaluation.guard"} & values.keys():

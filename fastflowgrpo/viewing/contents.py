@@ -8,13 +8,11 @@ from typing import Any
 
 import yaml
 
+from fastflowgrpo.config import PRIVATE_REWARD_SETTINGS, START_SETTINGS
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.runs.files import CONFIG, GALLERY, INDEX, LOG, METRICS, SUMMARY
 
-# Settings that say where and how a run was started, or where a reward is reached: not for other eyes.
-LEFT_OUT = ("output_dir", "overwrite", "resume", "dry_run", "num_processes", "hub_model_id", "hub_private")
 NAME = r"[\w-]+"  # of a folder of the gallery, and of a file without its suffix
-PRIVATE = ("url", "base_url", "api_key_env", "device")
 
 
 class RunFolder:
@@ -78,9 +76,10 @@ class RunFolder:
         if not isinstance(settings, dict):
             problems.append(f"{CONFIG} cannot be read")
             return {}
-        settings = {name: value for name, value in settings.items() if name not in LEFT_OUT}
-        if isinstance(rewards := settings.get("rewards"), dict):
-            settings["rewards"] = {name: _public(value) for name, value in rewards.items()}
+        settings = {name: value for name, value in settings.items() if name not in START_SETTINGS}
+        for settings_of, key in ((settings, "rewards"), (settings.get("evaluation"), "guard")):
+            if isinstance(settings_of, dict) and isinstance(rewards := settings_of.get(key), dict):
+                settings_of[key] = {name: _public(value) for name, value in rewards.items()}
         return settings
 
     def _lines(self, name: str, keys: Mapping[str, type], problems: list[str]) -> list[dict[str, Any]]:
@@ -120,7 +119,9 @@ def named_runs(paths: list[Path]) -> list[RunFolder]:
 
 
 def _public(reward: Any) -> Any:
-    return {key: value for key, value in reward.items() if key not in PRIVATE} if isinstance(reward, dict) else reward
+    if not isinstance(reward, dict):
+        return reward
+    return {key: value for key, value in reward.items() if key not in PRIVATE_REWARD_SETTINGS}
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

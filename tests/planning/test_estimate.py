@@ -443,6 +443,12 @@ def test_dry_run_prints_and_writes_nothing(tmp_path, capsys, monkeypatch):
     assert not output.exists()
 
 
+def test_an_estimate_draws_no_random_numbers():
+    state = torch.get_rng_state()
+    estimate(Config())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_switches_without_a_value():
     assert parse(["--dry_run"]).dry_run and parse(["--overwrite", "--seed", "3"]).overwrite
     assert not parse(["--dry_run", "false"]).dry_run and not parse(["--overwrite=false"]).overwrite

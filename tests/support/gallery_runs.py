@@ -20,7 +20,8 @@ def make_run(
 ) -> Path:
     """A run with an evaluation at each step, an epoch between two evaluations, and a group of each epoch."""
     folder.mkdir(parents=True)
-    rewards, evaluation = '{geneval: {weight: 1.0, url: "http://secret:1/"}}', "{gallery: 48}"
+    rewards = '{geneval: {weight: 1.0, url: "http://secret:1/"}}'
+    evaluation = '{gallery: 48, guard: {deqa: {base_url: "http://secret:2/", api_key_env: secret}}}'
     (folder / "config.yaml").write_text(
         f"output_dir: /home/someone/run\nrewards: {rewards}\nupdate: {{clip_range: {clip}}}\nevaluation: {evaluation}\n"
     )
