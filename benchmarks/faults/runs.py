@@ -182,6 +182,7 @@ def _train(
     arguments: list[str], log: str, rank: int, ranks: int, port: int, faults: tuple[Fault, ...], launcher: bool
 ) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup, under which this may run, has it ignored, and so would a run
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 TOKEN = "FASTFLOWGRPO_TOKEN"  # environment variable with the bearer token of reward servers and their clients
+Dynamics = Literal["flow_sde", "flow_cps", "dance_sde", "ode"]
 
 
 @dataclass
@@ -72,7 +73,7 @@ class RolloutConfig:
     """Solver of a candidate, see solver."""
     num_steps: int = 10
     """Denoising steps in training; evaluation.num_steps is for the evaluation."""
-    dynamics: Literal["flow_sde", "flow_cps", "dance_sde", "ode"] = "flow_sde"
+    dynamics: Dynamics = "flow_sde"
     """Sampler of the steps in the window. ode has no noise and no log-probs: only dpo, sft and rwr can use it."""
     noise_level: float = 0.7
     """Noise level of the stochastic steps: a of flow_sde and flow_cps, eta of dance_sde."""

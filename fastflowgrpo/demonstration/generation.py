@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastflowgrpo.config import DemoConfig, RolloutConfig
+from fastflowgrpo.config import DemoConfig, Dynamics, RolloutConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy import Policy, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
@@ -41,8 +41,8 @@ class Request:
     num_images: int
     num_steps: int
     guidance_scale: float
-    dynamics: str
-    """One of `DYNAMICS`; the last step is an ODE step, as in training."""
+    dynamics: Dynamics
+    """The last step is an ODE step, as in training."""
     noise_level: float
     rewards: Sequence[str]
     """Names of the rewards that score the images."""

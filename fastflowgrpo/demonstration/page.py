@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from fastflowgrpo.config import DemoConfig
+from fastflowgrpo.config import DemoConfig, Dynamics
 from fastflowgrpo.demonstration.generation import MAX_PROMPT, MAX_SEED, Comparison, Demo, Images, Request
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt
@@ -204,7 +204,7 @@ def _answer(demo: Demo, jobs: Jobs) -> Callable[..., tuple[Any, ...]]:
         rewards: list[str],
         num_steps: float,
         guidance_scale: float,
-        dynamics: str,
+        dynamics: Dynamics,
         noise_level: float,
         request: gr.Request,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  how Gradio asks for it

@@ -1,22 +1,15 @@
 """What is free, what is short, and which settings help."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 
 from fastflowgrpo.config import Config
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.planning import memory
+from fastflowgrpo.planning.estimate import Estimate
+from fastflowgrpo.planning.plan import batch_plan
 
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Cost:
-    memory: dict
-    passes: dict
-    frozen: dict
 
 
 @pytest.fixture
@@ -33,7 +26,8 @@ def costs(monkeypatch):
             "update": update,
             "update with gradient checkpointing": update // 2,
         }
-        return Cost({"weights": 50_000_000}, passes, {"transformer": 9, "text_encoder": 2_000_000})
+        frozen, held = {"transformer": 9, "text_encoder": 2_000_000}, {"weights": 50_000_000}
+        return Estimate("some/model", batch_plan(config, processes), 9, frozen, held, passes, {}, {})
 
     monkeypatch.setattr(memory, "estimate", estimate)
 
