@@ -185,10 +185,9 @@ def print_ending(ending: Ending) -> int:
 
 def run_and_exit(main: Callable[[], int]) -> NoReturn:
     """Runs `main` and ends the process with its exit code, or with a traceback and code 1."""
-    with kept_output():
+    with kept_output(), ending_signals():
         try:
-            with ending_signals():
-                code = main()
+            code = main()
         except KeyboardInterrupt as interrupt:
             code = print_ending(interrupted(interrupt))
         except Exception:
@@ -198,11 +197,13 @@ def run_and_exit(main: Callable[[], int]) -> NoReturn:
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends the process, after the functions registered with atexit.
+    """Ends the process with an exit code, after the functions registered with atexit, or at once on a signal.
 
-    It ends at once: Python's normal exit would abort it if a thread of a reward is still inside torch, as after an
-    interrupt.
+    Python's normal exit would abort it if a thread of a reward is still inside torch, as after an interrupt.
     """
+    for signum in (signal.SIGINT, *ENDING_SIGNALS):
+        if signal.getsignal(signum) != signal.SIG_IGN:
+            signal.signal(signum, lambda *_: os._exit(code))
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -94,3 +94,16 @@ def test_a_signal_that_is_ignored_stays_ignored_and_threads_do_not_mind():
     thread.start()
     thread.join()
     assert entered
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_signal_at_the_very_end_does_not_change_the_exit_code(code):
+    script = f"""
+import atexit, signal
+from fastflowgrpo.console import run_and_exit
+atexit.register(lambda: print("not reached"))
+atexit.register(signal.raise_signal, signal.SIGTERM)
+run_and_exit(lambda: {code})
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", "")

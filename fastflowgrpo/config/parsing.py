@@ -22,11 +22,12 @@ from fastflowgrpo.errors import UserError, did_you_mean
 Settings = TypeVar("Settings")
 
 
-def parse(argv: Sequence[str] | None = None) -> Config:
+def parse(argv: Sequence[str] | None = None, command: str = "train") -> Config:
     """Reads the settings of a training run: the defaults, then ``--config`` files and options in the order given.
 
     Args:
         argv: the command line without the program's name, by default that of this process.
+        command: whose name `--help` shows.
 
     Returns:
         The complete, validated config.
@@ -35,7 +36,7 @@ def parse(argv: Sequence[str] | None = None) -> Config:
         UserError: a name, a value or a file is wrong, or the values do not fit together (see `validate`).
         SystemExit: with code 0, after ``--help`` or ``--print_config``.
     """
-    config = parse_settings(Config, "train", argv)
+    config = parse_settings(Config, command, argv)
     validate(config)
     return config
 

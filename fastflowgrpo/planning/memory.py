@@ -22,28 +22,35 @@ BUNDLED_BYTES_PER_IMAGE = 3e6
 
 
 def warn_if_short(config: Config, processes: int, device: torch.device) -> None:
-    """Compare what a run will need with what is free, before anything is loaded; print what is missing and what helps.
+    """Print `shortage` before anything is loaded, unless so much is free that no estimate is needed."""
+    if device.type == "cpu" and available_memory(config) > _plenty(config):
+        return
+    try:
+        short = shortage(config, processes)
+    except UserError:  # the loader says what is wrong with the model
+        return
+    if short:
+        print(f"warning: {short}", file=sys.stderr)
+
+
+def shortage(config: Config, processes: int) -> str:
+    """What a run will need and what is free, with the settings that help; "" if there is enough.
 
     Args:
         config: validated.
         processes: that train together.
-        device: of this one.
+
+    Raises:
+        UserError: the model cannot be described (see `estimate`).
     """
     free = available_memory(config)
-    if device.type == "cpu" and free > _plenty(config):
-        return
-    try:
-        if estimate(config, processes).total_memory(config.policy.gradient_checkpointing) <= free:
-            return
-        needed, phase = max((_peak(config, phase, processes), phase) for phase in PHASES)
-    except UserError:  # the loader says what is wrong with the model
-        return
-    if needed > free:
-        print(
-            f"warning: this run is estimated to need {_gigabytes(needed)} on {device}, and {_gigabytes(free)} may "
-            f"be filled; what helps most: {helpful_settings(config, processes, phase)}",
-            file=sys.stderr,
-        )
+    if estimate(config, processes).total_memory(config.policy.gradient_checkpointing) <= free:
+        return ""
+    needed, phase = max((_peak(config, phase, processes), phase) for phase in PHASES)
+    return (
+        f"this run is estimated to need {_gigabytes(needed)}, and {_gigabytes(free)} may be filled; "
+        f"what helps most: {helpful_settings(config, processes, phase)}"
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

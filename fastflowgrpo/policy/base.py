@@ -59,7 +59,7 @@ class DiffusersPolicy(ABC):
         self._reference_module: ModelMixin | None = None
         self._freeze()
         if config.attention is not None:
-            self._set_attention(config.attention)
+            self.set_attention(config.attention)
         if config.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
         self._make_trainable()
@@ -135,6 +135,19 @@ class DiffusersPolicy(ABC):
         batches = latents.split(self.config.decode_batch_size)
         decoded = (self.decode_batch(batch.to(self.pipeline.vae.dtype)).float() for batch in batches)
         return torch.cat([(images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for images in decoded])
+
+    def set_attention(self, name: str) -> None:
+        """Use a backend of diffusers for the transformer's attention, and try it forward and backward.
+
+        Raises:
+            UserError: it does not work with this device, dtype or model, or is not installed.
+        """
+        try:
+            # An installed backend may still not support this device, dtype, mask or a backward pass: try it now.
+            self._attention_sample(name).sum().backward()
+        except Exception as error:
+            reason = " ".join(str(error).split())[:500]
+            raise UserError(f"policy.attention: {name} does not work here: {reason}") from error
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.module.parameters() if parameter.requires_grad]
@@ -223,14 +236,6 @@ class DiffusersPolicy(ABC):
                 # SD3's transformer does not name its repeated blocks
                 module._repeated_blocks = module._repeated_blocks or module._no_split_modules
                 module.compile_repeated_blocks(fullgraph=True)
-
-    def _set_attention(self, name: str) -> None:
-        try:
-            # An installed backend may still not support this device, dtype, mask or a backward pass: try it now.
-            self._attention_sample(name).sum().backward()
-        except Exception as error:
-            reason = " ".join(str(error).split())[:500]
-            raise UserError(f"policy.attention: {name} does not work here: {reason}") from error
 
     def _attention_sample(self, name: str) -> Tensor:
         """Choose the attention backend and return its output for an input that requires a gradient."""

@@ -18,7 +18,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy import FAMILIES
 from fastflowgrpo.policy.weights import FULL, LORA, holds_weights
 from fastflowgrpo.results import versions
-from fastflowgrpo.runs.files import BEFORE_AFTER, CURVE, METRICS, read_rows
+from fastflowgrpo.runs.files import BEFORE_AFTER, CURVE, METRICS, read_rows, writing
 from fastflowgrpo.shapes import PIPELINE
 
 CARD = "README.md"
@@ -48,7 +48,8 @@ def write_card(run: Path, checkpoint: Path) -> Path:
     step = int(steps[-1])
     pictures = [name for name in PICTURES if (run / name).is_file()]
     for name in pictures:
-        shutil.copy(run / name, checkpoint / name)
+        with writing(checkpoint / name):
+            shutil.copy(run / name, checkpoint / name)
     name = f"{Path(config.model).name} after Flow-GRPO"
     sections = (
         f"# {name}",
@@ -60,7 +61,9 @@ def write_card(run: Path, checkpoint: Path) -> Path:
         _versions(),
     )
     body = "\n\n".join(section for section in sections if section)
-    ModelCard(f"---\n{_metadata(config, checkpoint, name).to_yaml()}\n---\n\n{body}\n").save(checkpoint / CARD)
+    card = ModelCard(f"---\n{_metadata(config, checkpoint, name).to_yaml()}\n---\n\n{body}\n")
+    with writing(checkpoint / CARD):
+        card.save(checkpoint / CARD)
     return checkpoint / CARD
 
 

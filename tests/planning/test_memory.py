@@ -89,9 +89,7 @@ def test_a_run_that_needs_more_than_is_free_is_warned(costs, monkeypatch, capsys
     printed = capsys.readouterr().err
     assert bool(printed) == warned
     if warned:
-        assert printed.startswith(
-            "warning: this run is estimated to need 0.63 GB on cpu, and 0.62 GB may be filled; what "
-        )
+        assert printed.startswith("warning: this run is estimated to need 0.63 GB, and 0.62 GB may be filled; what ")
         assert "update.batch_size 144 (-0.29 GB)" in printed
 
 

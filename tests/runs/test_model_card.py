@@ -1,5 +1,6 @@
 """The model card of a checkpoint, and its upload to the hub."""
 
+import errno
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from support.pipelines import tiny_sd3_pipeline
 
 from fastflowgrpo import push, train
 from fastflowgrpo.config import read_run, save
+from fastflowgrpo.errors import UserError
 from fastflowgrpo.runs import hub, model_card
 from fastflowgrpo.runs.checkpoints import last_checkpoint
 from fastflowgrpo.runs.model_card import PLACE, write_card
@@ -212,3 +214,12 @@ def test_a_push_that_cannot_work_stops_the_run_at_its_start(tmp_path, monkeypatc
     assert train.main(["--output_dir", str(tmp_path / "run"), "--hub_model_id", name]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_card_that_cannot_be_written_is_one_line(finished, monkeypatch):
+    def fail(self, path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(ModelCard, "save", fail)
+    with pytest.raises(UserError, match="README.md cannot be written: Input/output error"):
+        write_card(finished, last_checkpoint(finished))
