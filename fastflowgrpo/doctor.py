@@ -152,10 +152,14 @@ class Checkup:
 
     def attention(self, trainer: "Trainer") -> None:
         """Which backends of attention work, forward and backward."""
-        working = []
+        from fastflowgrpo.policy.base import DiffusersPolicy
+
+        policy, working = trainer.policy, []
+        if not isinstance(policy, DiffusersPolicy):
+            return
         for name in ATTENTION:
             try:
-                trainer.policy.set_attention(name)
+                policy.set_attention(name)
             except UserError:
                 continue
             working.append(name)

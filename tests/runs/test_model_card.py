@@ -221,5 +221,5 @@ def test_a_card_that_cannot_be_written_is_one_line(finished, monkeypatch):
         raise OSError(errno.EIO, "Input/output error", str(path))
 
     monkeypatch.setattr(ModelCard, "save", fail)
-    with pytest.raises(UserError, match="README.md cannot be written: Input/output error"):
+    with pytest.raises(UserError, match=r"README\.md cannot be written: Input/output error"):
         write_card(finished, last_checkpoint(finished))
