@@ -1,11 +1,9 @@
 """Rewards from CLIP embeddings: CLIPScore, PickScore, HPSv2 and the LAION aesthetic predictor."""
 
 import functools
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +13,13 @@ from fastflowgrpo.rewards.models import (
     LinearHead,
     choose_device,
     choose_dtype,
-    model_file,
+    load_strictly,
     pretrained,
     pretrained_model,
     read_weights,
+    weights_file,
 )
+from fastflowgrpo.rewards.open_clip import to_transformers
 from fastflowgrpo.scoring.contract import Reward, RewardBatch, Scores
 
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -83,6 +83,32 @@ class Preprocess:
         return (pixels / 255 - mean) / std
 
 
+@dataclass(frozen=True)
+class PadToSquare:
+    """HPSv2's image preprocessing, on the device of the images: the longer edge to `size`, then black to a square.
+
+    Attributes:
+        size: edge of the square.
+        mean, std: of each channel, for pixels in [0, 1].
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Preprocess images uint8 (B, 3, H, W) to float32 (B, 3, size, size)."""
+        pixels = images / 255
+        scale = self.size / max(pixels.shape[-2:])
+        if scale != 1:
+            height, width = (round(edge * scale) for edge in pixels.shape[-2:])
+            pixels = F.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+        down, right = (self.size - edge for edge in pixels.shape[-2:])
+        pixels = F.pad(pixels, (right // 2, right - right // 2, down // 2, down - down // 2))
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
 class CLIP:
     """A CLIP model of transformers. Objects with the same model, device and dtype share one copy of the network.
 
@@ -91,16 +117,25 @@ class CLIP:
         device: by default the GPU if there is one.
         dtype: of the networks; embeddings are float32.
         batch_size: images or prompts per forward pass.
+        weights: hub_owner/repository/file of weights in open_clip's layout, or a local one, instead of the model's.
 
     Raises:
         ValueError: the model cannot be loaded, or a setting is wrong.
     """
 
-    def __init__(self, model: str, device: str | None = None, dtype: str = "float32", batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        model: str,
+        device: str | None = None,
+        dtype: str = "float32",
+        batch_size: int = 32,
+        weights: str | None = None,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.device, self.batch_size = choose_device(device), batch_size
-        self.network, self.tokenizer, self.preprocess = _load(model, self.device, choose_dtype(dtype))
+        self.network, self.tokenizer, preprocess = _load(model, weights, self.device, choose_dtype(dtype))
+        self.preprocess: Preprocess | PadToSquare = preprocess
         self.scale = self.network.logit_scale.float().exp().item()
         self.texts: OrderedDict[str, torch.Tensor] = OrderedDict()  # the last used are at the end
 
@@ -142,16 +177,24 @@ def _parts(items: Any, size: int) -> list[Any]:
 
 
 @functools.cache
-def _load(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Preprocess]:
+def _load(model: str, weights: str | None, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any, Preprocess]:
     """Load a CLIP model, its tokenizer and its image preprocessing."""
-    from transformers import CLIPModel, CLIPProcessor
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 
     processor = pretrained(CLIPProcessor, model)
     try:
         preprocess = Preprocess.of(processor.image_processor)
     except ValueError as error:
         raise ValueError(f"{model!r}: {error}") from None
-    return pretrained_model(CLIPModel, model, device, dtype), processor.tokenizer, preprocess
+    if weights is None:
+        return pretrained_model(CLIPModel, model, device, dtype), processor.tokenizer, preprocess
+    network = CLIPModel(pretrained(CLIPConfig, model))
+    state: Any = read_weights(weights_file(weights))  # what was trained with open_clip has more than the weights
+    try:
+        load_strictly(network, to_transformers(state.get("state_dict", state)))
+    except ValueError as error:
+        raise ValueError(f"{weights!r} does not fit {model!r}: {error}") from error
+    return network.to(device, dtype), processor.tokenizer, preprocess
 
 
 @dataclass(frozen=True)
@@ -194,14 +237,29 @@ def pickscore(
 
 
 def hpsv2(
-    model: str = "adams-story/HPSv2-hf", device: str | None = None, dtype: str = "float32", batch_size: int = 32
+    model: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    weights: str | None = "xswu/HPSv2/HPS_v2.1_compressed.pt",
+    device: str | None = None,
+    dtype: str = "float32",
+    batch_size: int = 32,
 ) -> Reward:
-    """Make Human Preference Score v2 (arXiv 2306.09341): a CLIP ViT-H/14 trained on people's rankings of images.
+    """Make Human Preference Score v2.1 (arXiv 2306.09341): a CLIP ViT-H/14 trained on people's rankings of images.
 
-    The score is cos(text, image), about 0.2 to 0.35. The default weights are v2.0, which is published in the format of
-    transformers. Settings: see `CLIP`.
+    The score is cos(text, image), about 0.2 to 0.35. v2.0 is `model: adams-story/HPSv2-hf, weights: null`.
+
+    Args:
+        model: hub id or local folder with the architecture, the tokenizer and the processor's means, in the format of
+            transformers; without `weights` the network too.
+        weights: the published file, in open_clip's layout: a local one, or hub_owner/repository/file.
+        device, dtype, batch_size: see `CLIP`.
+
+    Raises:
+        ValueError: weights cannot be loaded, or are those of another model.
     """
-    return Similarity(CLIP(model, device, dtype, batch_size), 1.0)
+    clip = CLIP(model, device, dtype, batch_size, weights)
+    size = clip.network.config.vision_config.image_size
+    clip.preprocess = PadToSquare(size, clip.preprocess.mean, clip.preprocess.std)
+    return Similarity(clip, 1.0)
 
 
 class Aesthetic:
@@ -229,19 +287,10 @@ class Aesthetic:
     ) -> None:
         self.clip = CLIP(model, device, dtype, batch_size)
         self.device = self.clip.device
-        path = Path(weights) if os.path.isfile(weights) else model_file(*_hub_file(weights))
-        self.head = LinearHead(read_weights(path)).to(self.device)
+        self.head = LinearHead(read_weights(weights_file(weights))).to(self.device)
         width, expected = self.clip.network.config.projection_dim, self.head.layers["0"].in_features
         if width != expected:
             raise ValueError(f"{weights!r} is for embeddings of width {expected}, those of {model!r} have {width}")
 
     def __call__(self, batch: RewardBatch) -> Scores:
         return Scores(self.head(self.clip.embed_images(batch.images)).cpu())
-
-
-def _hub_file(weights: str) -> tuple[str, str]:
-    """Split hub_owner/repository/file into the repository and the file."""
-    parts = weights.split("/", 2)
-    if len(parts) < 3 or not all(parts):
-        raise ValueError(f"weights {weights!r}: no such file, and no hub_owner/repository/file")
-    return f"{parts[0]}/{parts[1]}", parts[2]

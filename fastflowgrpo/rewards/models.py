@@ -82,6 +82,20 @@ def model_file(model: str, name: str) -> Path:
         raise _not_loaded(model, error) from error
 
 
+def weights_file(weights: str) -> Path:
+    """Find a file of weights: a local one, or hub_owner/repository/file.
+
+    Raises:
+        ValueError: it is neither, or cannot be fetched.
+    """
+    if os.path.isfile(weights):
+        return Path(weights)
+    parts = weights.split("/", 2)
+    if len(parts) < 3 or not all(parts):
+        raise ValueError(f"weights {weights!r}: no such file, and no hub_owner/repository/file")
+    return model_file(f"{parts[0]}/{parts[1]}", parts[2])
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a file that safetensors or torch.save wrote; no code in a pickle is run.
 
