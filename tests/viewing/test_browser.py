@@ -1,13 +1,11 @@
 """The pages in a real browser, from the server and from an export."""
 
-import threading
+from contextlib import ExitStack
 
 import pytest
-from support.gallery_runs import HOSTILE, add_evaluation, make_run
+from support.gallery_runs import HOSTILE, add_evaluation, make_run, served
 
 from fastflowgrpo.view import main
-from fastflowgrpo.viewing.contents import named_runs
-from fastflowgrpo.viewing.server import ViewServer
 
 pytest.importorskip("selenium", reason="selenium, of the extra test, is not installed")
 
@@ -45,19 +43,10 @@ def browser(chromium):
 
 
 @pytest.fixture
-def serve(tmp_path):
-    servers = []
-
-    def start(*folders):
-        server = ViewServer(named_runs(list(folders)), 0)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}/"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
+def serve():
+    """Serves the folders of runs until the test ends, and returns the address."""
+    with ExitStack() as stack:
+        yield lambda *folders: "http://{}:{}/".format(*stack.enter_context(served(*folders)))
 
 
 def find(browser, selector):
