@@ -12,7 +12,8 @@ from fastflowgrpo.viewing.contents import named_runs
 from fastflowgrpo.viewing.export import export
 
 DOCS = Path(__file__).resolve().parent
-SETTLED = "return document.readyState == 'complete' && [...document.images].every(image => image.complete)"
+# Images below the window are not loaded yet.
+SETTLED = "return [...document.images].every(i => i.complete || i.getBoundingClientRect().top > innerHeight)"
 
 
 def main(run: str) -> None:
