@@ -47,7 +47,7 @@ def viewer_pictures(browser, run, site):
 
 
 def demo_picture(browser, run, folder):
-    """The demo after a click on Generate."""
+    """The demo's images of its last example."""
     from support.browser import emulate, find, wait_for
 
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
@@ -57,11 +57,11 @@ def demo_picture(browser, run, folder):
     examples, known = demo_prompts(config)
     page = build_page(Demo.load(config, known), config, examples)
     url, _ = launch(page, config)
-    emulate(browser, width=1180, height=860)
+    emulate(browser, width=1500, height=960)
     browser.get(url)
-    prompt = find(browser, "textarea")[0]
-    prompt.clear()
-    prompt.send_keys("a photo of a red circle and a blue square")
+    example = find(browser, "button.gallery-item")[-1]
+    example.click()
+    wait_for(browser, lambda: find(browser, "textarea")[0].get_attribute("value") == example.text)
     find(browser, "button.primary")[0].click()
     wait_for(browser, lambda: len(find(browser, ".thumbnail-item img")) == 2 * config.num_images)
     wait_for(browser, lambda: browser.execute_script(SETTLED))

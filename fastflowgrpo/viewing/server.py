@@ -56,9 +56,11 @@ def view_server(runs: list[RunFolder]) -> uvicorn.Server:
     async def names(request: Request) -> Response:
         return Response(data, media_type="text/javascript", headers=NO_CACHE)
 
-    routes: list[BaseRoute] = [route for number, run in enumerate(runs) for route in _run_routes(f"/runs/{number}", run)]
+    routes: list[BaseRoute] = [Route(f"/{DATA}", names)]
+    for number, run in enumerate(runs):
+        routes += _run_routes(f"/runs/{number}", run)
     app = Starlette(
-        routes=[*routes, Route(f"/{DATA}", names), Mount("/", _Pages(directory=PAGES, html=True))],
+        routes=[*routes, Mount("/", _Pages(directory=PAGES, html=True))],
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS)],
     )
     # Its time until the first page counts: nothing is imported that the pages do not need.
