@@ -16,7 +16,7 @@ RUN apt-get update \
 WORKDIR /workspace
 COPY . .
 # Editable, because the recipes in configs/ are not part of the package.
-RUN pip install --no-cache-dir -c constraints.txt -e ".[ocr,serve,demo]"
+RUN pip install --no-cache-dir -c constraints.txt -e ".[ocr,serve,plot]"
 
 ENV HF_HOME=/cache
 CMD ["python", "-m", "fastflowgrpo.train", "--help"]

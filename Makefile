@@ -2,7 +2,7 @@
 .PHONY: install test lint docs bench
 
 install: ## the package, its tests, documentation and benchmarks, in the tested versions
-	pip install -c constraints.txt -e ".[test,ocr,demo,bench,docs]"
+	pip install -c constraints.txt -e ".[test,ocr,plot,bench,docs]"
 
 test: ## everything; ARGS='-m "not slow"' leaves out whole runs
 	python -m pytest -n auto --dist loadgroup $(ARGS)

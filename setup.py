@@ -52,7 +52,7 @@ TRITON = ["triton>=3.6; sys_platform == 'linux'"]
 OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3"]
 DATASETS = ["pyarrow>=21"]
 PADDLE = ["paddleocr>=3", "paddlepaddle>=3", "rapidfuzz>=3"]
-GRADIO = ["gradio>=6.31"]
+DEMO = ["gradio>=6.31"]
 TEST = [
     "pytest>=9",
     "pytest-xdist>=3.8",
@@ -65,7 +65,6 @@ TEST = [
 ]
 SERVE = [
     "fastapi>=0.115",
-    "uvicorn>=0.30",
     "httptools>=0.6",  # uvicorn's fast parser
     "python-multipart>=0.0.18",
     "prometheus_client>=0.20",
@@ -78,8 +77,8 @@ setup(
     description="Fast online reinforcement learning (Flow-GRPO) of flow-matching image models",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
+    license="Apache-2.0 AND MIT",  # MIT: uPlot
+    license_files=["LICENSE", "fastflowgrpo/viewing/pages/vendor/LICENSE"],
     keywords=["diffusion", "flow matching", "reinforcement learning", "GRPO", "text-to-image", "Triton"],
     classifiers=[
         "Development Status :: 3 - Alpha",
@@ -103,7 +102,7 @@ setup(
     package_data={
         "fastflowgrpo": ["py.typed"],
         "fastflowgrpo.shapes": ["pipeline/**/*"],
-        "fastflowgrpo.viewing": ["pages/*"],
+        "fastflowgrpo.viewing": ["pages/**/*"],
     },
     install_requires=[
         "torch>=2.11",
@@ -120,10 +119,12 @@ setup(
         "urllib3>=2.5",
         "jsonargparse[signatures]>=4.53",
         "pyyaml>=6",
+        "starlette>=0.40",
+        "uvicorn>=0.30",
         "tensorboard>=2.17",
     ],
     extras_require={
-        "test": [*TEST, *BUILD, *TRITON, *OCR, *SERVE, *GRADIO, *DATASETS],
+        "test": [*TEST, *BUILD, *TRITON, *OCR, *SERVE, *DEMO, *DATASETS],
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.8"],
         "gpu": [*TRITON, "xformers; sys_platform == 'linux'"],
         "ocr": OCR,
@@ -131,8 +132,9 @@ setup(
         "datasets": DATASETS,
         "track": ["wandb>=0.20"],
         "serve": SERVE,
-        "demo": ["matplotlib>=3.8"],
-        "gradio": GRADIO,
+        "plot": ["matplotlib>=3.8"],
+        "demo": DEMO,
+        "view": [],  # whose libraries are always installed
         "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1"],
     },
 )

@@ -47,7 +47,7 @@ def serve(config: DemoConfig, images: str) -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise UserError(f'{error}; install it with: pip install "fastflowgrpo[gradio]"') from error
+        raise UserError(f'{error}; install it with: pip install "fastflowgrpo[demo]"') from error
     from fastflowgrpo.demonstration.examples import demo_prompts
     from fastflowgrpo.demonstration.generation import Demo
     from fastflowgrpo.demonstration.page import build_page, launch

@@ -11,7 +11,6 @@ from fastflowgrpo.console import print_error
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.viewing.contents import named_runs
 from fastflowgrpo.viewing.export import export
-from fastflowgrpo.viewing.server import ViewServer
 
 PORT = 18086
 
@@ -47,12 +46,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             size = export(runs, arguments.export)
             print(f"{arguments.export / 'index.html'}: {size / 1e6:.1f} MB")
             return 0
-        with ViewServer(runs, arguments.port) as server:
-            address = f"http://127.0.0.1:{server.server_port}/"
+        # Imported only here, so that --help and a wrong path do not wait for it.
+        from fastflowgrpo.viewing.server import listen, view_server
+
+        with listen(arguments.port) as listener:
+            server = view_server(runs)
+            address = f"http://127.0.0.1:{listener.getsockname()[1]}/"
             print(f"{address}   Ctrl+C stops", flush=True)
             if not arguments.no_browser and _has_display():
                 webbrowser.open(address)
-            server.serve_forever()
+            server.run([listener])
     except UserError as error:
         return print_error(error)
     except KeyboardInterrupt:

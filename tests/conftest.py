@@ -39,3 +39,32 @@ def kernel_device(monkeypatch) -> str:
 
         monkeypatch.setattr(torch, name, poisoned)
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless Chromium. Its tests have the xdist_group "browser"; without one they are skipped."""
+    pytest.importorskip("selenium", reason="selenium, of the extra test, is not installed")
+    from support.browser import NONE, find_browser, open_browser
+
+    if find_browser() is None:
+        pytest.skip(NONE)
+    browser = open_browser()
+    yield browser
+    browser.quit()
+
+
+@pytest.fixture
+def browser(chromium):
+    """Chromium with a new page, whose console must stay empty and which must ask no other host."""
+    from support.browser import emulate, requests_of
+
+    emulate(chromium)
+    chromium.get("about:blank")
+    chromium.get_log("browser")
+    requests_of(chromium)
+    yield chromium
+    errors = [entry["message"] for entry in chromium.get_log("browser")]
+    assert [text for text in errors if "404" not in text] == []
+    local = ("http://127.0.0.1:", "file:///", "about:", "data:", "blob:http://127.0.0.1:")
+    assert [address for address in requests_of(chromium) if not address.startswith(local)] == []

@@ -90,7 +90,7 @@ def draw_curve(
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return 'not drawn, as matplotlib is missing: pip install "fastflowgrpo[demo]"'
+        return 'not drawn, as matplotlib is missing: pip install "fastflowgrpo[plot]"'
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()

@@ -1,22 +1,11 @@
 """The files of the page, and the script with the data that stands before them."""
 
 import json
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-TYPES = {
-    ".svg": "image/svg+xml",
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-}
+PAGES = Path(__file__).with_name("pages")
 DATA = "data.js"
-
-
-def pages() -> dict[str, bytes]:
-    """The content of each file of the page, by its name."""
-    folder = files("fastflowgrpo.viewing") / "pages"
-    return {entry.name: entry.read_bytes() for entry in folder.iterdir()}
 
 
 def data_script(runs: list[dict[str, Any]], live: bool) -> bytes:

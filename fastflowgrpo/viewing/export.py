@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.viewing.assets import DATA, data_script, pages
+from fastflowgrpo.viewing.assets import DATA, PAGES, data_script
 from fastflowgrpo.viewing.contents import RunFolder
 
 
@@ -26,9 +26,8 @@ def export(runs: list[RunFolder], site: Path) -> int:
     contents = [run.contents() for run in runs]
     try:
         shutil.rmtree(site / "runs", ignore_errors=True)
-        site.mkdir(parents=True, exist_ok=True)
-        for name, page in {**pages(), DATA: data_script(contents, live=False)}.items():
-            (site / name).write_bytes(page)
+        shutil.copytree(PAGES, site, dirs_exist_ok=True)
+        (site / DATA).write_bytes(data_script(contents, live=False))
         for number, (run, content) in enumerate(zip(runs, contents, strict=True)):
             for entry in [*content["evaluations"], *content["rollouts"]]:
                 target = site / "runs" / str(number) / entry["folder"]

@@ -1,14 +1,12 @@
 """The demo's page, served and asked through Gradio's own client."""
 
 import asyncio
-import gc
 import os
 import re
 import socket
 import subprocess
 import sys
 import threading
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,15 +26,6 @@ from fastflowgrpo.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>alert("1")</script> **bold** ![x](http://192.0.2.1/x.png) \u202emirror \U0001f984'
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _what_gradio_leaves_open():
-    """Its client leaves sockets and event loops to the garbage collector, which would warn in a later test."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
 
 
 @pytest.fixture(scope="module")

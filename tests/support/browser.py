@@ -1,9 +1,15 @@
-"""A headless Chromium for the tests and the screenshots of the viewer."""
+"""A headless Chromium for the tests and the screenshots of the viewer and the demo."""
 
 import json
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.wait import WebDriverWait
 
 CHROMIUM, DRIVER = ("chromium", "chromium-browser", "google-chrome"), "chromedriver"
 NONE = "no browser: apt-get install chromium chromium-driver"
@@ -48,3 +54,19 @@ def requests_of(browser: webdriver.Chrome) -> list[str]:
     return [
         message["params"]["request"]["url"] for message in messages if message["method"] == "Network.requestWillBeSent"
     ]
+
+
+def find(browser: webdriver.Chrome, selector: str) -> list[WebElement]:
+    """The elements of a selector, once there are some."""
+    return wait_for(browser, lambda: browser.find_elements(By.CSS_SELECTOR, selector))
+
+
+def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
+    """The texts of these elements, once there are some."""
+    return [element.text for element in find(browser, selector)]
+
+
+def wait_for(browser: webdriver.Chrome, condition: Callable) -> Any:
+    """The value of a condition once it holds; the page may replace elements while it is asked."""
+    wait = WebDriverWait(browser, 20, 0.02, [StaleElementReferenceException])
+    return wait.until(lambda _: condition())

@@ -1,9 +1,15 @@
-"""Folders of runs as training writes them, with small images, for the viewer's tests."""
+"""Folders of runs as training writes them, with small images, for the viewer's tests; and its server in a thread."""
 
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
+
+from fastflowgrpo.viewing.contents import named_runs
+from fastflowgrpo.viewing.server import listen, view_server
 
 TAGS = ("counting", "colors")
 HOSTILE = [
@@ -13,6 +19,20 @@ HOSTILE = [
     "\u202eשלום عالم",
     "👩‍🚀🏳️‍🌈 emoji",
 ]
+
+
+@contextmanager
+def served(*folders: Path) -> Iterator[tuple[str, int]]:
+    """The host and the port of a server of these runs."""
+    server = view_server(named_runs(list(folders)))
+    with listen(0) as listener:
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def make_run(

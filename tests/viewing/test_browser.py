@@ -1,72 +1,28 @@
 """The pages in a real browser, from the server and from an export."""
 
-import threading
+from contextlib import ExitStack
 
 import pytest
-from support.gallery_runs import HOSTILE, add_evaluation, make_run
+from support.gallery_runs import HOSTILE, add_evaluation, make_run, served
 
 from fastflowgrpo.view import main
-from fastflowgrpo.viewing.contents import named_runs
-from fastflowgrpo.viewing.server import ViewServer
 
 pytest.importorskip("selenium", reason="selenium, of the extra test, is not installed")
 
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
-from selenium.webdriver.support.wait import WebDriverWait
-from support.browser import NONE, emulate, find_browser, open_browser, requests_of
+from support.browser import emulate, find, texts, wait_for
 
-pytestmark = [
-    pytest.mark.skipif(find_browser() is None, reason=NONE),
-    pytest.mark.xdist_group("browser"),  # one worker: the browser is started once
-]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    browser = open_browser()
-    yield browser
-    browser.quit()
+pytestmark = pytest.mark.xdist_group("browser")
 
 
 @pytest.fixture
-def browser(chromium):
-    """The browser with a new page, whose console must stay empty and which must ask no other host."""
-    emulate(chromium)
-    chromium.get("about:blank")
-    chromium.get_log("browser")
-    requests_of(chromium)
-    yield chromium
-    errors = [entry["message"] for entry in chromium.get_log("browser")]
-    assert [text for text in errors if "404" not in text] == []
-    local = ("http://127.0.0.1:", "file:///", "about:", "data:")
-    assert [address for address in requests_of(chromium) if not address.startswith(local)] == []
-
-
-@pytest.fixture
-def serve(tmp_path):
-    servers = []
-
-    def start(*folders):
-        server = ViewServer(named_runs(list(folders)), 0)
-        servers.append(server)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        return f"http://127.0.0.1:{server.server_port}/"
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def find(browser, selector):
-    """The elements of a selector, once there are some."""
-    return WebDriverWait(browser, 10, 0.02).until(lambda _: browser.find_elements(By.CSS_SELECTOR, selector))
-
-
-def wait_for(browser, condition):
-    WebDriverWait(browser, 10, 0.02).until(lambda _: condition())
+def serve():
+    """Serves the folders of runs until the test ends, and returns the address."""
+    with ExitStack() as stack:
+        yield lambda *folders: "http://{}:{}/".format(*stack.enter_context(served(*folders)))
 
 
 def trained_image(browser):
@@ -74,8 +30,9 @@ def trained_image(browser):
     return find(browser, ".card .images > span:last-child img")[0].get_attribute("src").split("/")[-2]
 
 
-def texts(browser, selector):
-    return [element.text for element in find(browser, selector)]
+def curves(browser):
+    """The names of the curves of the first chart."""
+    return [label.text for label in find(find(browser, ".chart")[0], ".u-label")[1:]]
 
 
 def test_the_slider_the_buttons_and_the_curve_move_the_images(browser, serve, tmp_path):
@@ -85,9 +42,13 @@ def test_the_slider_the_buttons_and_the_curve_move_the_images(browser, serve, tm
     assert find(browser, ".base img")[0].get_attribute("src").split("/")[-2] == "step-000000"
     slider.send_keys(Keys.ARROW_LEFT)
     assert trained_image(browser) == "step-000004" and slider.get_attribute("aria-valuetext") == "step 4"
-    mark = find(browser, ".mark")[0].get_attribute("x1")
+    mark = find(browser, ".mark")[0]
+    before = mark.rect["x"]
     slider.send_keys(Keys.HOME)
-    assert trained_image(browser) == "step-000000" and find(browser, ".mark")[0].get_attribute("x1") != mark
+    assert trained_image(browser) == "step-000000" and mark.rect["x"] < before - 100
+    ActionChains(browser).move_to_element(find(browser, ".u-over")[0]).click().perform()
+    assert trained_image(browser) == "step-000004" and mark.rect["x"] == before
+    slider.send_keys(Keys.HOME)
     browser.execute_script("setInterval = (f) => { window.tick = f; return 1; }")  # a clock of the test's own
     find(browser, "#play")[0].send_keys(Keys.SPACE)
     assert trained_image(browser) == "step-000000" and "Pause" in find(browser, "#play")[0].text
@@ -138,16 +99,15 @@ def test_runs_are_compared(browser, serve, tmp_path):
     folders = [make_run(tmp_path / "one"), make_run(tmp_path / "two", clip=0.02)]
     (folders[1] / "log.txt").write_text("warning: the guard has fallen\n")
     browser.get(serve(*folders) + "#runs")
-    titles = texts(browser, ".chart figcaption > span:first-child")
+    titles = texts(browser, ".chart figcaption")
     assert {"Reward, training batches", "KL to the reference", "Seconds of rollout", "my_metric"} <= set(titles)
-    assert len(find(browser, ".chart")[0].find_elements(By.TAG_NAME, "path")) == 2
+    assert curves(browser) == ["one", "two"]
     assert texts(browser, "section > .scroll tbody tr") == ["update.clip_range 0.01 0.02"]
     assert texts(browser, ".notice li") == ["two: warning: the guard has fallen"]
-    chart = find(browser, ".chart svg")[1]
-    chart.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    assert "optimiser step 4: one 0.600, two 0.600" in texts(browser, ".readout")
+    find(browser, ".plot")[1].send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert texts(browser, ".chart:nth-child(2) .u-value")[:3] == ["4", "0.600", "0.600"]
     find(browser, ".controls input")[1].click()
-    assert len(find(browser, ".chart")[0].find_elements(By.TAG_NAME, "path")) == 1
+    assert curves(browser) == ["one"]
     find(browser, "nav a")[3].click()
     assert [text.split("\n")[0] for text in texts(browser, ".tiles li")] == ["+1.500", "+0.250", "−0.500", "–"]
     find(browser, "#epoch")[0].send_keys(Keys.HOME)

@@ -26,7 +26,7 @@ function showPage() {
   document.title = `${runs.map((run) => run.name).join(", ")} – ${name}`;
 }
 
-const FOCUSABLE = "button, input, select, summary, svg";
+const FOCUSABLE = "button, input, select, summary, .plot";
 
 function focusPath(node) {
   const index = [...document.querySelectorAll(`main :is(${FOCUSABLE})`)].indexOf(node);
