@@ -47,7 +47,7 @@ def viewer_pictures(browser, run, site):
 
 
 def demo_picture(browser, run, folder):
-    """The demo's images of its last example."""
+    """The demo's images of an example that says where things are."""
     from support.browser import emulate, find, wait_for
 
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
@@ -59,7 +59,7 @@ def demo_picture(browser, run, folder):
     url, _ = launch(page, config)
     emulate(browser, width=1500, height=960)
     browser.get(url)
-    example = find(browser, "button.gallery-item")[-1]
+    example = next(button for button in find(browser, "button.gallery-item") if "left of" in button.text)
     example.click()
     wait_for(browser, lambda: find(browser, "textarea")[0].get_attribute("value") == example.text)
     find(browser, "button.primary")[0].click()
