@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +14,13 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage
 from safetensors.torch import load_file, save_file
 from support.pipelines import (
     perturb,
+    tiny_flux2_klein_pipeline,
+    tiny_flux2_pipeline,
     tiny_flux_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
     tiny_wan_pipeline,
+    tiny_z_image_pipeline,
 )
 from torch.nn import functional as F
 
@@ -38,13 +42,17 @@ BUILD = {
     "flux": tiny_flux_pipeline,
     "qwen": tiny_qwen_image_pipeline,
     "wan": tiny_wan_pipeline,
+    "wan22": partial(tiny_wan_pipeline, high_compression=True),
+    "zimage": tiny_z_image_pipeline,
+    "flux2": tiny_flux2_pipeline,
+    "klein": tiny_flux2_klein_pipeline,
 }
 NEW = [name for name in BUILD if name != "sd3"]  # SD3 has tests of its own besides
+PACKED = ("flux", "qwen")  # their pipelines take latents as tokens
+VIDEO = ("wan", "wan22")
 SIZE = {
-    "sd3": {"height": 16, "width": 24},
-    "flux": {"height": 16, "width": 24},
-    "qwen": {"height": 16, "width": 24},
-    "wan": {"height": 16, "width": 32, "num_frames": 5},
+    name: {"height": 16, "width": 32, "num_frames": 5} if name in VIDEO else {"height": 16, "width": 24}
+    for name in BUILD
 }
 
 
@@ -91,21 +99,21 @@ class EulerOnUniPCsSigmas(FlowMatchEulerDiscreteScheduler):
 def pipeline_images(pipe, name, noise, prompts, num_steps, guidance):
     """Images of the unmodified pipeline's call, or videos, (B, ..., H, W, 3) from 0 to 255."""
     pipe.set_progress_bar_config(disable=True)
-    if name == "wan":
+    if name in VIDEO:
         pipe.scheduler = EulerOnUniPCsSigmas(shift=3.0)
     arguments = FAMILIES[type(pipe).__name__].guidance_arguments(PolicyConfig(), guidance)
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
     output = pipe(
-        prompts,
+        prompt=prompts,
         num_inference_steps=num_steps,
         max_sequence_length=12,
         output_type="np",
-        latents=noise if name in ("sd3", "wan") else pack(noise),
+        latents=pack(noise) if name in PACKED else noise,
         **arguments,
         **SIZE[name],
     )
-    return 255 * (output.frames if name == "wan" else output.images)
+    return 255 * (output.frames if name in VIDEO else output.images)
 
 
 def assert_same_images(images, expected):
@@ -120,8 +128,11 @@ def assert_same_images(images, expected):
 # velocity, schedule and decoding
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.5])
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize(
+    ("name", "guidance"),
+    # FLUX.2 dev's pipeline has no classifier-free guidance
+    [(name, guidance) for name in BUILD for guidance in (1.0, 4.5) if (name, guidance) != ("flux2", 4.5)],
+)
 def test_ode_samples_are_the_pipelines_own_images(folders, name, guidance, monkeypatch):
     policy = load(folders(name))
     noise = torch.randn(2, *policy.latent_shape(**SIZE[name]), generator=torch.Generator().manual_seed(3))
@@ -393,7 +404,7 @@ def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipel
     shape = load(folder, lora_rank=4).latent_shape(**SIZE[name])
     noise = philox_normal(sample_seeds(range(len(PROMPTS)), 2), 0, (2 * len(PROMPTS), *shape))
     expected = pipeline_images(pipe, name, noise, [prompt for prompt in PROMPTS for _ in range(2)], 3, 1.0)
-    if name == "wan":
+    if name in VIDEO:
         expected = expected[:, 2]  # the middle one of 5 frames
     assert_same_images(shown[-1].shown.images.flatten(0, 1), expected)
     assert (shown[-1].shown.images != shown[0].shown.images).any()
@@ -474,7 +485,8 @@ def test_checkpointing_computes_the_same_gradients_again(folders, name):
         torch.manual_seed(0)  # of the adapter
         policy = load(folders(name), gradient_checkpointing=checkpointing)
         perturb(policy.trainable_parameters())
-        blocks = getattr(policy.module, "transformer_blocks", getattr(policy.module, "blocks", None))
+        names = ("transformer_blocks", "blocks", "layers")
+        blocks = next(getattr(policy.module, name) for name in names if hasattr(policy.module, name))
         count = []
         blocks[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
         policy.velocity(*inputs(policy, name)).square().sum().backward()
@@ -502,7 +514,8 @@ def test_attention_backends(folders, name, own_backend, monkeypatch):
 
     plain = load(folders(name))
     chosen = load(folders(name), attention="_native_math")
-    assert {p._attention_backend.value for p in chosen.module.attn_processors.values()} == {"_native_math"}
+    processors = [module.processor for module in chosen.module.modules() if hasattr(module, "processor")]
+    assert {processor._attention_backend.value for processor in processors} == {"_native_math"}
     latents, sigma, conditioning = inputs(plain, name)
     with torch.no_grad():
         torch.testing.assert_close(
