@@ -9,7 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.pipelines import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_wan_pipeline
+from support.pipelines import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_wan_pipeline,
+    tiny_z_image_pipeline,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -210,7 +216,13 @@ def test_flops_of_shared_passes_and_a_short_tail_are_those_of_real_epochs(tmp_pa
 @pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize(
     ("build", "targets"),
-    [(tiny_flux_pipeline, ["to_q"]), (tiny_qwen_image_pipeline, ["to_q", "to_add_out"]), (tiny_wan_pipeline, None)],
+    [
+        (tiny_flux_pipeline, ["to_q"]),
+        (tiny_qwen_image_pipeline, ["to_q", "to_add_out"]),
+        (tiny_wan_pipeline, None),
+        (tiny_z_image_pipeline, None),
+        (tiny_flux2_klein_pipeline, None),
+    ],
 )
 def test_a_pass_of_each_family_is_the_real_one(build, targets, rank, tmp_path):
     build().save_pretrained(tmp_path)
@@ -222,7 +234,10 @@ def test_a_pass_of_each_family_is_the_real_one(build, targets, rank, tmp_path):
     found = run_passes(config, 2, 3, 1)
     policy = load_policy(config.model, config.policy)
     assert found.trained == sum(parameter.numel() for parameter in policy.trainable_parameters())
-    shape, conditioning = policy.latent_shape(16, 32, config.rollout.num_frames), policy.encode(["a cat"] * 3)
+    shape, conditioning = (
+        policy.latent_shape(16, 32, config.rollout.num_frames),
+        policy.encode(["two cats on a hill"] * 3),
+    )
     assert prod(found.latent_shape) == prod(shape)
     assert found.conditioning == sum(tensor[0].nbytes for tensor in conditioning.values())
     latents, sigma = torch.randn(3, *shape), torch.full((3,), 0.5)
