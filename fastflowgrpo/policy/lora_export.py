@@ -33,7 +33,9 @@ class Factors(NamedTuple):
 Lora = Mapping[str, Factors]
 """By the name of the layer in the diffusers transformer."""
 
-FLUX2_LAYERS = {
+Layers = dict[str, tuple[str, ...]]
+"""Of the original model, and those of diffusers that each consists of."""
+FLUX2_LAYERS: Layers = {
     "img_attn.qkv": QKV,
     "img_attn.proj": ("attn.to_out.0",),
     "img_mlp.0": ("ff.linear_in",),
@@ -43,22 +45,25 @@ FLUX2_LAYERS = {
     "txt_mlp.0": ("ff_context.linear_in",),
     "txt_mlp.2": ("ff_context.linear_out",),
 }
+FLUX2_SINGLE_LAYERS: Layers = {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}
 FLUX2 = {
     "transformer_blocks": ("double_blocks", FLUX2_LAYERS),
-    "single_transformer_blocks": (
-        "single_blocks",
-        {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
-    ),
+    "single_transformer_blocks": ("single_blocks", FLUX2_SINGLE_LAYERS),
 }
-Z_IMAGE_LAYERS = {
+Z_IMAGE_LAYERS: Layers = {
     layer: (layer,)
     for layer in (
-        *("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0"),
-        *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"),
+        "attention.to_q",
+        "attention.to_k",
+        "attention.to_v",
+        "attention.to_out.0",
+        "feed_forward.w1",
+        "feed_forward.w2",
+        "feed_forward.w3",
     )
 }
-# family -> blocks in diffusers -> (blocks in the original model, its layers -> those of diffusers that they consist of)
-ORIGINAL: dict[str, dict[str, tuple[str, dict[str, tuple[str, ...]]]]] = {
+# family -> blocks in diffusers -> (blocks in the original model, its layers)
+ORIGINAL: dict[str, dict[str, tuple[str, Layers]]] = {
     "StableDiffusion3Pipeline": {
         "transformer_blocks": (
             "joint_blocks",

@@ -62,10 +62,9 @@ class ZImagePolicy(DiffusersPolicy):
         return shifted_sigmas(scheduler, num_steps, token_shift(scheduler, shape[1] // 2 * (shape[2] // 2)))
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        features, lengths = conditioning["cap_feats"], conditioning["lengths"]
+        prompts, lengths = list(conditioning["cap_feats"]), conditioning["lengths"]
         if not lengths.is_meta:  # in an estimate, all prompts have the full length
-            features = [prompt[:length] for prompt, length in zip(features, lengths.tolist(), strict=True)]
-        velocities = self.transformer(
-            list(latents.unsqueeze(2)), (1000 - sigma * 1000) / 1000, list(features), return_dict=False
-        )[0]
+            prompts = [prompt[:length] for prompt, length in zip(prompts, lengths.tolist(), strict=True)]
+        images, timestep = list(latents.unsqueeze(2)), (1000 - sigma * 1000) / 1000
+        velocities = self.transformer(images, timestep, prompts, return_dict=False)[0]
         return -torch.stack(velocities).squeeze(2)  # the model predicts data minus noise
