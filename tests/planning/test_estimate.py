@@ -7,6 +7,7 @@ from itertools import accumulate
 from math import prod
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from support.pipelines import (
@@ -37,6 +38,7 @@ from fastflowgrpo.planning.meter import measure
 from fastflowgrpo.planning.micro_batch import available_memory, with_largest_micro_batch
 from fastflowgrpo.planning.passes import run_passes
 from fastflowgrpo.planning.plan import batch_plan
+from fastflowgrpo.planning.published_models import PUBLISHED
 from fastflowgrpo.policy import load_policy
 
 aten = torch.ops.aten
@@ -255,6 +257,22 @@ def test_a_pass_of_each_family_is_the_real_one(build, targets, rank, tmp_path):
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counted:
         policy.decode(latents[:1])
     assert found.decode.flops == counted.get_total_flops()
+
+
+def test_published_transformers_have_the_sizes_in_their_names():
+    sizes = {
+        "stabilityai/stable-diffusion-3.5-large": 8.1,
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5,
+        "Tongyi-MAI/Z-Image": 6,
+        "black-forest-labs/FLUX.2-dev": 32,
+        "black-forest-labs/FLUX.2-klein-4B": 4,
+        "black-forest-labs/FLUX.2-klein-9B": 9,
+    }
+    for model, billions in sizes.items():
+        name, config = PUBLISHED[model]["transformer"]
+        with torch.device("meta"):
+            transformer = getattr(diffusers, name)(**config)
+        assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(1e9 * billions, rel=0.04), model
 
 
 def test_memory_of_a_pass_is_that_of_real_tensors():

@@ -282,6 +282,7 @@ def _flux2_vae() -> AutoencoderKLFlux2:
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=1,
+        batch_norm_eps=0.1,  # large, to be seen
     ).eval()
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
