@@ -402,8 +402,7 @@ def test_the_ratio_is_exactly_one_in_full_fine_tuning_with_checkpointing(folders
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize("algorithm", ["nft", "awm"])
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize(("rank", "algorithm"), [(4, "nft"), (0, "awm")])
 @pytest.mark.parametrize("name", DISTINCT)
 def test_forward_process_methods_train_every_family(folders, tmp_path, name, rank, algorithm):
     config = config_of(folders(name), tmp_path, name, dtype="bfloat16", lora_rank=rank, guidance=1.0)
