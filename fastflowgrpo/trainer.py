@@ -122,6 +122,9 @@ class Trainer:
         self.report = Report(config, self.accelerator, self.state, self.lock)
         self.gallery = Gallery(config, self.eval_prompts, self.rewards, self.accelerator)
         self.report.start(self.plan, sum(p.numel() for p in self.learner.parameters), resumed)
+        guided = rollout.guidance_scale != 1 or config.evaluation.guidance_scale not in (None, 1)
+        for warning in self.policy.warnings(guided):
+            self.report.warn(warning)
 
     def run(self) -> None:
         """Train the epochs that are left, with an evaluation before the first and after the last.

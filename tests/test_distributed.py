@@ -18,8 +18,8 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file
 from support import distributed_runs
-from support.distributed_runs import CONFIGS, PROMPTS, SIZE, config_of, train
-from support.pipelines import tiny_sd3_pipeline
+from support.distributed_runs import CONFIGS, PROMPTS, SIZE, config_of, train, z_image_config
+from support.pipelines import tiny_sd3_pipeline, tiny_z_image_pipeline
 from torch.distributed.run import get_args_parser
 
 from fastflowgrpo.config import save
@@ -48,9 +48,11 @@ TIMEOUT = 900  # seconds
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("sd3")
     tiny_sd3_pipeline().save_pretrained(path)
-    (path / "prompts.txt").write_text("\n".join(PROMPTS))
-    for count in (3, 5):
-        (path / f"{count}.txt").write_text("\n".join(PROMPTS[:count]))
+    tiny_z_image_pipeline().save_pretrained(path / "z_image")
+    for place in (path, path / "z_image"):
+        (place / "prompts.txt").write_text("\n".join(PROMPTS))
+        for count in (3, 5):
+            (place / f"{count}.txt").write_text("\n".join(PROMPTS[:count]))
     return path
 
 
@@ -117,6 +119,7 @@ def one(folder, output):
         "lora": train(config_of(folder, output / "one lora")),
         "full": train(config_of(folder, output / "one full", rank=0)),
         "nft": train(config_of(folder, output / "one nft", algorithm="nft")),
+        "z_image": train(z_image_config(folder, output / "one z_image")),
         "few": train(config_of(folder, output / "one few", updates=1, evaluated=3)),
     }
 
@@ -159,7 +162,7 @@ def assert_same_run(seen, one, folder, expected_folder):
         assert_close(row, expected_row)
 
 
-@pytest.mark.parametrize("case", ["lora", "full", "nft", "lora sharded", "full sharded", "nft sharded"])
+@pytest.mark.parametrize("case", ["lora", "full", "nft", "z_image", "lora sharded", "full sharded", "nft sharded"])
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(one, two, output, case):
     """3 groups for each update: 2 of one process and 1 of the other; micro-batches of 3 that do not divide their pairs;

@@ -34,7 +34,7 @@ class PolicyConfig:
     compile: bool = False
     """Compile the transformer blocks with torch.compile."""
     distilled_guidance: float = 3.5
-    """Guidance value that FLUX.1-dev takes as an input, in training and evaluation."""
+    """Guidance value that FLUX.1-dev and FLUX.2-dev take as an input, in training and evaluation."""
     decode_batch_size: int = 32
     """Images or videos that are decoded at once."""
     max_sequence_length: int | None = None

@@ -28,7 +28,7 @@ def meta_pipeline(model: str, dtypes: Mapping[str, torch.dtype]) -> DiffusionPip
         UserError: there is no such model, it can neither be found here nor fetched, or its family is not supported.
     """
     if model in PUBLISHED:
-        name = PUBLISHED[model]["pipeline"][0]
+        name, settings = PUBLISHED[model]["pipeline"]
         modules = {key: _from_published(*part) for key, part in PUBLISHED[model].items() if key != "pipeline"}
     else:
         source = str(PIPELINE) if model == "shapes" else model
@@ -36,6 +36,9 @@ def meta_pipeline(model: str, dtypes: Mapping[str, torch.dtype]) -> DiffusionPip
             index = DiffusionPipeline.load_config(source)
             name = index["_class_name"]
             family_of(model, name)
+            settings = {
+                key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)
+            }
             modules = {
                 key: _from_repository(source, key, *index[key])
                 for key in index
@@ -53,7 +56,8 @@ def meta_pipeline(model: str, dtypes: Mapping[str, torch.dtype]) -> DiffusionPip
         nn.Module.to(module, "meta", dtypes.get(key, dtypes["default"]))
     pipeline: Any = getattr(diffusers, name)
     required = [key for key, value in inspect.signature(pipeline).parameters.items() if value.default is value.empty]
-    return pipeline(**{**dict.fromkeys(required), **modules, "scheduler": FlowMatchEulerDiscreteScheduler()})
+    components = {**dict.fromkeys(required), **modules, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    return pipeline(**components, **settings)
 
 
 def _from_published(name: str, config: Mapping[str, Any]) -> nn.Module:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from transformers import CLIPTextConfig
 
 from fastflowgrpo.config import Config
 from fastflowgrpo.planning.meta_pipeline import meta_pipeline
@@ -121,7 +122,8 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int]]:
 def _encode(policy: DiffusersPolicy) -> None:
     """Call each text encoder for one prompt, of `policy.sequence_length` tokens or, for CLIP, of its fixed number."""
     for encoder in policy.text_encoders().values():
-        tokens = getattr(encoder.config, "max_position_embeddings", policy.sequence_length)
+        clip = isinstance(encoder.config, CLIPTextConfig)
+        tokens = encoder.config.max_position_embeddings if clip else policy.sequence_length
         encoder(torch.zeros(1, tokens, dtype=torch.int64, device=policy.device), output_hidden_states=True)
 
 

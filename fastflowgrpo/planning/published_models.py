@@ -47,9 +47,74 @@ _VAE = {
     "use_post_quant_conv": False,
 }
 SD35_MEDIUM = "stabilityai/stable-diffusion-3.5-medium"
+_SD35: Mapping[str, Component] = {
+    "pipeline": ("StableDiffusion3Pipeline", {}),
+    "vae": ("AutoencoderKL", {**_VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609}),
+    "text_encoder": _CLIP_L,
+    "text_encoder_2": _CLIP_G,
+    "text_encoder_3": ("T5EncoderModel", _T5_XXL),
+}
+_SD35_LARGE: Mapping[str, Component] = {
+    **_SD35,
+    "transformer": (
+        "SD3Transformer2DModel",
+        {
+            "sample_size": 128,
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 38,
+            "attention_head_dim": 64,
+            "num_attention_heads": 38,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 2432,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+    ),
+}
+_QWEN3_4B = {
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+_QWEN3_8B = {**_QWEN3_4B, "hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+_Z_IMAGE: Mapping[str, Component] = {
+    "pipeline": ("ZImagePipeline", {}),
+    "transformer": ("ZImageTransformer2DModel", {"axes_lens": (1536, 512, 512)}),
+    "vae": ("AutoencoderKL", {**_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
+    "text_encoder": ("Qwen3Model", _QWEN3_4B),
+}
+
+
+def _klein(
+    layers: int, single_layers: int, heads: int, encoder: Mapping[str, Any], distilled: bool
+) -> dict[str, Component]:
+    """FLUX.2 klein, from the `Klein4BParams` and `Klein9BParams` of black-forest-labs' code."""
+    transformer = {
+        "num_layers": layers,
+        "num_single_layers": single_layers,
+        "num_attention_heads": heads,
+        "joint_attention_dim": 3 * encoder["hidden_size"],
+        "guidance_embeds": False,
+    }
+    return {
+        "pipeline": ("Flux2KleinPipeline", {"is_distilled": distilled}),
+        "transformer": ("Flux2Transformer2DModel", transformer),
+        "vae": ("AutoencoderKLFlux2", {}),
+        "text_encoder": ("Qwen3ForCausalLM", encoder),
+    }
+
+
 PUBLISHED: Mapping[str, Mapping[str, Component]] = {
     SD35_MEDIUM: {
-        "pipeline": ("StableDiffusion3Pipeline", {}),
+        **_SD35,
         "transformer": (
             "SD3Transformer2DModel",
             {
@@ -68,11 +133,9 @@ PUBLISHED: Mapping[str, Mapping[str, Component]] = {
                 "qk_norm": "rms_norm",
             },
         ),
-        "vae": ("AutoencoderKL", {**_VAE, "scaling_factor": 1.5305, "shift_factor": 0.0609}),
-        "text_encoder": _CLIP_L,
-        "text_encoder_2": _CLIP_G,
-        "text_encoder_3": ("T5EncoderModel", _T5_XXL),
     },
+    "stabilityai/stable-diffusion-3.5-large": _SD35_LARGE,
+    "stabilityai/stable-diffusion-3.5-large-turbo": _SD35_LARGE,
     "black-forest-labs/FLUX.1-dev": {
         "pipeline": ("FluxPipeline", {}),
         "transformer": (
@@ -147,4 +210,66 @@ PUBLISHED: Mapping[str, Mapping[str, Component]] = {
         "vae": ("AutoencoderKLWan", {"base_dim": 96, "z_dim": 16}),
         "text_encoder": ("UMT5EncoderModel", {**_T5_XXL, "vocab_size": 256384}),
     },
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": {
+        "pipeline": ("WanPipeline", {"expand_timesteps": True}),
+        "transformer": (
+            "WanTransformer3DModel",
+            {
+                "patch_size": (1, 2, 2),
+                "num_attention_heads": 24,
+                "attention_head_dim": 128,
+                "in_channels": 48,
+                "out_channels": 48,
+                "text_dim": 4096,
+                "freq_dim": 256,
+                "ffn_dim": 14336,
+                "num_layers": 30,
+                "cross_attn_norm": True,
+                "qk_norm": "rms_norm_across_heads",
+            },
+        ),
+        "vae": (
+            "AutoencoderKLWan",
+            {
+                "base_dim": 160,
+                "decoder_base_dim": 256,
+                "z_dim": 48,
+                "in_channels": 12,
+                "out_channels": 12,
+                "patch_size": 2,
+                "is_residual": True,
+                "scale_factor_spatial": 16,
+                "latents_mean": (0.0,) * 48,  # the published values have no influence on an estimate
+                "latents_std": (1.0,) * 48,
+            },
+        ),
+        "text_encoder": ("UMT5EncoderModel", {**_T5_XXL, "vocab_size": 256384}),
+    },
+    "Tongyi-MAI/Z-Image": _Z_IMAGE,
+    "Tongyi-MAI/Z-Image-Turbo": _Z_IMAGE,
+    "black-forest-labs/FLUX.2-dev": {
+        "pipeline": ("Flux2Pipeline", {}),
+        "transformer": ("Flux2Transformer2DModel", {}),
+        "vae": ("AutoencoderKLFlux2", {}),
+        "text_encoder": (
+            "Mistral3ForConditionalGeneration",
+            {
+                "text_config": {
+                    "model_type": "mistral",
+                    "hidden_size": 5120,
+                    "intermediate_size": 32768,
+                    "num_hidden_layers": 40,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 8,
+                    "head_dim": 128,
+                    "vocab_size": 131072,
+                },
+                "tie_word_embeddings": False,
+            },
+        ),
+    },
+    "black-forest-labs/FLUX.2-klein-4B": _klein(5, 20, 24, _QWEN3_4B, True),
+    "black-forest-labs/FLUX.2-klein-base-4B": _klein(5, 20, 24, _QWEN3_4B, False),
+    "black-forest-labs/FLUX.2-klein-9B": _klein(8, 24, 32, _QWEN3_8B, True),
+    "black-forest-labs/FLUX.2-klein-base-9B": _klein(8, 24, 32, _QWEN3_8B, False),
 }

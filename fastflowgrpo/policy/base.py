@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, ModelMixin
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
@@ -82,9 +83,40 @@ class DiffusersPolicy(ABC):
         return {"guidance_scale": guidance_scale}
 
     @property
+    def is_few_step(self) -> bool:
+        """Whether the model was distilled to few steps; here by its name, if its configuration does not say it."""
+        return bool(
+            re.search("turbo|schnell|lightning|distilled", Path(self.pipeline.name_or_path).name, re.IGNORECASE)
+        )
+
+    @property
+    def pipeline_guides(self) -> bool:
+        """Whether the pipeline's call has classifier-free guidance for this model."""
+        return True
+
+    @property
+    def attention_head_dim(self) -> int:
+        """The width of an attention head."""
+        return self.module.config.attention_head_dim
+
+    @property
     def uses_lora(self) -> bool:
         """Whether a LoRA is trained, and not the whole transformer."""
         return self._reference_module is None
+
+    def warnings(self, guided: bool) -> list[str]:
+        name, found = self.pipeline.name_or_path, []
+        if self.is_few_step:
+            found.append(
+                f"{name} was distilled to few steps. The samplers take its velocity for that of a flow, which it is "
+                "not, and training may undo the distillation: train the model that it was distilled from, if you can"
+            )
+        if guided and not self.pipeline_guides:
+            found.append(
+                f"the pipeline of {name} does not apply classifier-free guidance and draws other images than this run: "
+                "set rollout.guidance_scale and evaluation.guidance_scale to 1"
+            )
+        return found
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning: ...
@@ -213,7 +245,7 @@ class DiffusersPolicy(ABC):
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
-        if isinstance(self.pipeline.vae, AutoencoderKL):
+        if isinstance(self.pipeline.vae, AutoencoderKL | AutoencoderKLFlux2):
             # the fastest memory format for 2D convolutions, on CPUs and GPUs
             self.pipeline.vae.to(memory_format=torch.channels_last)
 
@@ -240,7 +272,7 @@ class DiffusersPolicy(ABC):
     def _attention_sample(self, name: str) -> Tensor:
         """Choose the attention backend and return its output for an input that requires a gradient."""
         self.module.set_attention_backend(name)
-        query = torch.zeros(1, 16, 1, self.module.config.attention_head_dim, dtype=self.dtype, device=self.device)
+        query = torch.zeros(1, 16, 1, self.attention_head_dim, dtype=self.dtype, device=self.device)
         mask = torch.ones(1, 1, 1, 16, dtype=torch.bool, device=self.device) if self.has_attention_mask else None
         query.requires_grad_()
         return dispatch_attention_fn(query, query, query, attn_mask=mask, backend=AttentionBackendName(name))

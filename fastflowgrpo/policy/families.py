@@ -3,15 +3,20 @@
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.policy.flux import FluxPolicy
+from fastflowgrpo.policy.flux2 import Flux2KleinPolicy, Flux2Policy
 from fastflowgrpo.policy.qwen_image import QwenImagePolicy
 from fastflowgrpo.policy.sd3 import SD3Policy
 from fastflowgrpo.policy.wan import WanPolicy
+from fastflowgrpo.policy.z_image import ZImagePolicy
 
 FAMILIES: dict[str, type[DiffusersPolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
     "FluxPipeline": FluxPolicy,
     "QwenImagePipeline": QwenImagePolicy,
     "WanPipeline": WanPolicy,
+    "ZImagePipeline": ZImagePolicy,
+    "Flux2Pipeline": Flux2Policy,
+    "Flux2KleinPipeline": Flux2KleinPolicy,
 }
 """The class of each family, by the name of its diffusers pipeline."""
 

@@ -30,6 +30,10 @@ class FluxPolicy(PackedPolicy):
         # the pipeline's guidance_scale is an input of the model, its true_cfg_scale classifier-free guidance
         return {**super().guidance_arguments(config, guidance_scale), "guidance_scale": config.distilled_guidance}
 
+    @property
+    def is_few_step(self) -> bool:
+        return not self.module.config.guidance_embeds
+
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         embeds, pooled, _ = self.pipeline.encode_prompt(prompts, max_sequence_length=self.sequence_length)

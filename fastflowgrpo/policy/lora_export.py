@@ -1,8 +1,8 @@
 """A saved LoRA in the layouts of other tools, and added to the weights of its model.
 
 Names come from the tools' code: `comfy/lora.py` and `comfy/utils.py` of ComfyUI; `networks/lora_sd3.py` and
-`networks/convert_flux_lora.py` of kohya's sd-scripts; `networks/lora_qwen_image.py` and `networks/lora_wan.py` of
-kohya's musubi-tuner.
+`networks/convert_flux_lora.py` of kohya's sd-scripts; `networks/lora_qwen_image.py`, `networks/lora_wan.py`,
+`networks/lora_zimage.py` and `networks/lora_flux_2.py` of kohya's musubi-tuner.
 """
 
 import json
@@ -33,8 +33,37 @@ class Factors(NamedTuple):
 Lora = Mapping[str, Factors]
 """By the name of the layer in the diffusers transformer."""
 
-# family -> blocks in diffusers -> (blocks in the original model, its layers -> those of diffusers that they consist of)
-ORIGINAL: dict[str, dict[str, tuple[str, dict[str, tuple[str, ...]]]]] = {
+Layers = dict[str, tuple[str, ...]]
+"""Of the original model, and those of diffusers that each consists of."""
+FLUX2_LAYERS: Layers = {
+    "img_attn.qkv": QKV,
+    "img_attn.proj": ("attn.to_out.0",),
+    "img_mlp.0": ("ff.linear_in",),
+    "img_mlp.2": ("ff.linear_out",),
+    "txt_attn.qkv": ADDED_QKV,
+    "txt_attn.proj": ("attn.to_add_out",),
+    "txt_mlp.0": ("ff_context.linear_in",),
+    "txt_mlp.2": ("ff_context.linear_out",),
+}
+FLUX2_SINGLE_LAYERS: Layers = {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)}
+FLUX2 = {
+    "transformer_blocks": ("double_blocks", FLUX2_LAYERS),
+    "single_transformer_blocks": ("single_blocks", FLUX2_SINGLE_LAYERS),
+}
+Z_IMAGE_LAYERS: Layers = {
+    layer: (layer,)
+    for layer in (
+        "attention.to_q",
+        "attention.to_k",
+        "attention.to_v",
+        "attention.to_out.0",
+        "feed_forward.w1",
+        "feed_forward.w2",
+        "feed_forward.w3",
+    )
+}
+# family -> blocks in diffusers -> (blocks in the original model, its layers)
+ORIGINAL: dict[str, dict[str, tuple[str, Layers]]] = {
     "StableDiffusion3Pipeline": {
         "transformer_blocks": (
             "joint_blocks",
@@ -99,6 +128,9 @@ ORIGINAL: dict[str, dict[str, tuple[str, dict[str, tuple[str, ...]]]]] = {
             },
         )
     },
+    "ZImagePipeline": {name: (name, Z_IMAGE_LAYERS) for name in ("layers", "noise_refiner", "context_refiner")},
+    "Flux2Pipeline": FLUX2,
+    "Flux2KleinPipeline": FLUX2,
 }
 
 
@@ -135,7 +167,7 @@ def comfyui(family: str, lora: Lora) -> dict[str, Tensor]:
         UserError: the layout of the family is not known, or a layer has no place in it.
     """
     layers: Lora
-    if family == "WanPipeline":
+    if family in ("WanPipeline", "Flux2Pipeline", "Flux2KleinPipeline"):
         layers, prefix = _original_layers("comfyui", family, lora), "diffusion_model."
     elif family == "QwenImagePipeline":
         layers, prefix = lora, "diffusion_model."
@@ -150,7 +182,7 @@ def comfyui(family: str, lora: Lora) -> dict[str, Tensor]:
 
 
 def kohya(family: str, lora: Lora) -> dict[str, Tensor]:
-    """Return the tensors of a file for sd-scripts (SD3, FLUX.1) or musubi-tuner (Qwen-Image, Wan).
+    """Return the tensors of a file for sd-scripts (SD3, FLUX.1) or musubi-tuner (the others).
 
     Args, raises: as for `comfyui`.
     """

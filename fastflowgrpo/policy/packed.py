@@ -1,17 +1,15 @@
 """What FLUX.1 and Qwen-Image share: packed latents, and the names of the guidance arguments."""
 
 from abc import abstractmethod
-from copy import deepcopy
 from typing import Any
 
-import numpy as np
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.policy.latents import latent_size, pack, reject_num_frames, unpack
 from fastflowgrpo.policy.protocol import Conditioning
+from fastflowgrpo.policy.schedules import shifted_sigmas, token_shift
 
 
 class PackedPolicy(DiffusersPolicy):
@@ -29,17 +27,8 @@ class PackedPolicy(DiffusersPolicy):
 
     def sigmas(self, num_steps: int, shape: tuple[int, ...]) -> Tensor:
         """Return the schedule of the pipeline, shifted by the number of tokens of a latent sample (C, H, W)."""
-        scheduler = deepcopy(self.pipeline.scheduler)
-        config = scheduler.config
-        mu = calculate_shift(
-            shape[1] // 2 * (shape[2] // 2),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu)
-        return scheduler.sigmas.cpu()
+        scheduler = self.pipeline.scheduler
+        return shifted_sigmas(scheduler, num_steps, token_shift(scheduler, shape[1] // 2 * (shape[2] // 2)))
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         velocity = self.transformer(

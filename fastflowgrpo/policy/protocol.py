@@ -19,6 +19,13 @@ class Policy(Protocol):
     transformer: torch.nn.Module
     """What `velocity` calls; the trainer replaces it by the wrapped one (DDP, FSDP)."""
 
+    def warnings(self, guided: bool) -> list[str]:
+        """Return what the user should know before training.
+
+        Args:
+            guided: the run samples or evaluates with classifier-free guidance.
+        """
+
     def encode(self, prompts: list[str]) -> Conditioning:
         """Embed prompts, one row each, without gradients."""
 

@@ -1,4 +1,4 @@
-"""Wan 2.1, text to video."""
+"""Wan 2.1, and Wan 2.2 TI2V-5B, text to video."""
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
@@ -17,16 +17,17 @@ class WanPolicy(DiffusersPolicy):
     """The transformer of a `WanPipeline`. Latents are (C, F, H, W), videos (F, 3, H, W).
 
     The pipeline ships a UniPC solver. Here Euler steps go through the same sigmas, which its `flow_shift` shifts, and
-    timesteps are not rounded to integers as UniPC's are.
+    timesteps are not rounded to integers as UniPC's are. Wan 2.2's pipeline gives TI2V-5B a timestep per token, which
+    is the same for all tokens without a source image; here there is one per video, and so less to compute.
     """
 
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
     makes_videos = True
 
     def __init__(self, pipeline: WanPipeline, config: PolicyConfig):
-        if pipeline.transformer_2 is not None or pipeline.config.expand_timesteps:
+        if pipeline.transformer_2 is not None or pipeline.config.boundary_ratio is not None:
             raise UserError(
-                "this WanPipeline is a Wan 2.2, with two transformers or timesteps per token; Wan 2.1 is supported"
+                "this WanPipeline has two transformers, as Wan 2.2 A14B; Wan 2.1 and Wan 2.2 TI2V-5B are supported"
             )
         scheduler = pipeline.scheduler
         if not (isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.get("use_flow_sigmas")):

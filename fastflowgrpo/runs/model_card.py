@@ -153,7 +153,9 @@ def _use(config: Config, checkpoint: Path) -> str:
         *(f"    {argument}," for argument in (model, *options)),
         ")",
         *load,
-        f"video = pipe(prompt{given}).frames[0]" if family.makes_videos else f"image = pipe(prompt{given}).images[0]",
+        f"video = pipe(prompt=prompt{given}).frames[0]"
+        if family.makes_videos
+        else f"image = pipe(prompt=prompt{given}).images[0]",
     ]
     return "\n".join(["## Use", "", "```python", *lines, "```"])
 

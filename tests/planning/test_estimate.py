@@ -7,9 +7,16 @@ from itertools import accumulate
 from math import prod
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
-from support.pipelines import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_wan_pipeline
+from support.pipelines import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_wan_pipeline,
+    tiny_z_image_pipeline,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -31,6 +38,7 @@ from fastflowgrpo.planning.meter import measure
 from fastflowgrpo.planning.micro_batch import available_memory, with_largest_micro_batch
 from fastflowgrpo.planning.passes import run_passes
 from fastflowgrpo.planning.plan import batch_plan
+from fastflowgrpo.planning.published_models import PUBLISHED
 from fastflowgrpo.policy import load_policy
 
 aten = torch.ops.aten
@@ -207,10 +215,18 @@ def test_flops_of_shared_passes_and_a_short_tail_are_those_of_real_epochs(tmp_pa
     assert 2 * (found.flops["rollout"] + found.flops["decode"]) == sampling.get_total_flops()
 
 
-@pytest.mark.parametrize("rank", [0, 4])
 @pytest.mark.parametrize(
-    ("build", "targets"),
-    [(tiny_flux_pipeline, ["to_q"]), (tiny_qwen_image_pipeline, ["to_q", "to_add_out"]), (tiny_wan_pipeline, None)],
+    ("build", "targets", "rank"),
+    [
+        (tiny_flux_pipeline, ["to_q"], 4),
+        (tiny_qwen_image_pipeline, ["to_q", "to_add_out"], 4),
+        (tiny_wan_pipeline, None, 4),
+        (tiny_z_image_pipeline, None, 4),
+        (tiny_flux2_klein_pipeline, None, 4),
+        (tiny_flux_pipeline, None, 0),
+        (tiny_qwen_image_pipeline, None, 0),
+        (tiny_wan_pipeline, None, 0),
+    ],
 )
 def test_a_pass_of_each_family_is_the_real_one(build, targets, rank, tmp_path):
     build().save_pretrained(tmp_path)
@@ -222,7 +238,10 @@ def test_a_pass_of_each_family_is_the_real_one(build, targets, rank, tmp_path):
     found = run_passes(config, 2, 3, 1)
     policy = load_policy(config.model, config.policy)
     assert found.trained == sum(parameter.numel() for parameter in policy.trainable_parameters())
-    shape, conditioning = policy.latent_shape(16, 32, config.rollout.num_frames), policy.encode(["a cat"] * 3)
+    shape, conditioning = (
+        policy.latent_shape(16, 32, config.rollout.num_frames),
+        policy.encode(["two cats on a hill"] * 3),
+    )
     assert prod(found.latent_shape) == prod(shape)
     assert found.conditioning == sum(tensor[0].nbytes for tensor in conditioning.values())
     latents, sigma = torch.randn(3, *shape), torch.full((3,), 0.5)
@@ -240,6 +259,22 @@ def test_a_pass_of_each_family_is_the_real_one(build, targets, rank, tmp_path):
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counted:
         policy.decode(latents[:1])
     assert found.decode.flops == counted.get_total_flops()
+
+
+def test_published_transformers_have_the_sizes_in_their_names():
+    sizes = {
+        "stabilityai/stable-diffusion-3.5-large": 8.1,
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5,
+        "Tongyi-MAI/Z-Image": 6,
+        "black-forest-labs/FLUX.2-dev": 32,
+        "black-forest-labs/FLUX.2-klein-4B": 4,
+        "black-forest-labs/FLUX.2-klein-9B": 9,
+    }
+    for model, billions in sizes.items():
+        name, config = PUBLISHED[model]["transformer"]
+        with torch.device("meta"):
+            transformer = getattr(diffusers, name)(**config)
+        assert sum(p.numel() for p in transformer.parameters()) == pytest.approx(1e9 * billions, rel=0.04), model
 
 
 def test_memory_of_a_pass_is_that_of_real_tensors():

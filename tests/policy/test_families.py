@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +14,13 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage
 from safetensors.torch import load_file, save_file
 from support.pipelines import (
     perturb,
+    tiny_flux2_klein_pipeline,
+    tiny_flux2_pipeline,
     tiny_flux_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
     tiny_wan_pipeline,
+    tiny_z_image_pipeline,
 )
 from torch.nn import functional as F
 
@@ -24,8 +28,10 @@ from fastflowgrpo import Config, Trainer, load_policy
 from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.kernels.philox import philox_normal
+from fastflowgrpo.planning.passes import run_passes
 from fastflowgrpo.policy import FAMILIES, base, sd3
 from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.flux import FluxPolicy
 from fastflowgrpo.policy.latents import pack, unpack
 from fastflowgrpo.runs.report import Report
 from fastflowgrpo.sampling.ode import sample_ode
@@ -38,13 +44,18 @@ BUILD = {
     "flux": tiny_flux_pipeline,
     "qwen": tiny_qwen_image_pipeline,
     "wan": tiny_wan_pipeline,
+    "wan22": partial(tiny_wan_pipeline, high_compression=True),
+    "zimage": tiny_z_image_pipeline,
+    "flux2": tiny_flux2_pipeline,
+    "klein": tiny_flux2_klein_pipeline,
 }
-NEW = [name for name in BUILD if name != "sd3"]  # SD3 has tests of its own besides
+DISTINCT = [name for name in BUILD if name not in ("wan22", "flux2")]  # these differ little from wan and klein
+NEW = [name for name in DISTINCT if name != "sd3"]  # SD3 has tests of its own besides
+PACKED = ("flux", "qwen")  # their pipelines take latents as tokens
+VIDEO = ("wan", "wan22")
 SIZE = {
-    "sd3": {"height": 16, "width": 24},
-    "flux": {"height": 16, "width": 24},
-    "qwen": {"height": 16, "width": 24},
-    "wan": {"height": 16, "width": 32, "num_frames": 5},
+    name: {"height": 16, "width": 32, "num_frames": 5} if name in VIDEO else {"height": 16, "width": 24}
+    for name in BUILD
 }
 
 
@@ -91,21 +102,21 @@ class EulerOnUniPCsSigmas(FlowMatchEulerDiscreteScheduler):
 def pipeline_images(pipe, name, noise, prompts, num_steps, guidance):
     """Images of the unmodified pipeline's call, or videos, (B, ..., H, W, 3) from 0 to 255."""
     pipe.set_progress_bar_config(disable=True)
-    if name == "wan":
+    if name in VIDEO:
         pipe.scheduler = EulerOnUniPCsSigmas(shift=3.0)
     arguments = FAMILIES[type(pipe).__name__].guidance_arguments(PolicyConfig(), guidance)
     if "negative_prompt" in arguments:
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
     output = pipe(
-        prompts,
+        prompt=prompts,
         num_inference_steps=num_steps,
         max_sequence_length=12,
         output_type="np",
-        latents=noise if name in ("sd3", "wan") else pack(noise),
+        latents=pack(noise) if name in PACKED else noise,
         **arguments,
         **SIZE[name],
     )
-    return 255 * (output.frames if name == "wan" else output.images)
+    return 255 * (output.frames if name in VIDEO else output.images)
 
 
 def assert_same_images(images, expected):
@@ -120,8 +131,11 @@ def assert_same_images(images, expected):
 # velocity, schedule and decoding
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.5])
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize(
+    ("name", "guidance"),
+    # FLUX.2 dev's pipeline has no classifier-free guidance
+    [(name, guidance) for name in BUILD for guidance in (1.0, 4.5) if (name, guidance) != ("flux2", 4.5)],
+)
 def test_ode_samples_are_the_pipelines_own_images(folders, name, guidance, monkeypatch):
     policy = load(folders(name))
     noise = torch.randn(2, *policy.latent_shape(**SIZE[name]), generator=torch.Generator().manual_seed(3))
@@ -150,7 +164,7 @@ def test_example_conditioning_is_shaped_like_embeddings(folders, name):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_vae_and_text_encoders_have_dtypes_of_their_own(folders, name):
     single, half, mixed = (
         load(folders(name), dtype=dtype, **other)
@@ -179,7 +193,7 @@ def test_packed_latents_are_diffusers_own():
     assert torch.equal(unpack(pack(latents), 6, 10), latents)
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen"])
+@pytest.mark.parametrize("name", ["flux", "qwen", "klein"])
 def test_the_schedule_is_shifted_by_the_number_of_tokens(folders, name):
     policy = load(folders(name))
     small, large = policy.sigmas(4, (4, 8, 8)), policy.sigmas(4, (4, 128, 128))
@@ -210,9 +224,10 @@ def test_wan_takes_euler_steps_through_unipcs_sigmas(folders):
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
 
 
-def test_flux_is_told_the_distilled_guidance(folders):
-    low, high = (load(folders("flux"), distilled_guidance=guidance) for guidance in (3.5, 7.0))
-    latents, sigma, conditioning = inputs(low, "flux")
+@pytest.mark.parametrize("name", ["flux", "flux2"])
+def test_flux_is_told_the_distilled_guidance(folders, name):
+    low, high = (load(folders(name), distilled_guidance=guidance) for guidance in (3.5, 7.0))
+    latents, sigma, conditioning = inputs(low, name)
     with torch.no_grad():
         assert not torch.equal(low.velocity(latents, sigma, conditioning), high.velocity(latents, sigma, conditioning))
 
@@ -233,7 +248,53 @@ def test_padding_of_qwens_prompts_has_no_effect(folders):
         torch.testing.assert_close(short.velocity(latents[:1], sigma[:1], alone), velocity[:1], rtol=1e-4, atol=1e-5)
 
 
+def test_z_image_takes_prompts_of_any_length_together(folders):
+    policy = load(folders("zimage"), max_sequence_length=80)
+    prompts = ["snow", "two dogs on a hill and a cat in a tree by the sea"]  # of one and of two times 32 tokens
+    latents, sigma, conditioning = inputs(policy, "zimage", prompts)
+    assert (conditioning["lengths"] <= 32).tolist() == [True, False]
+    with torch.no_grad():
+        together = policy.velocity(latents, sigma, conditioning)
+        for i in range(2):
+            one = {name: tensor[i : i + 1] for name, tensor in conditioning.items()}
+            alone = policy.velocity(latents[i : i + 1], sigma[i : i + 1], one)
+            torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+            captions = policy.pipeline.encode_prompt(prompts[i : i + 1], max_sequence_length=80)[0]
+            timestep = 1 - sigma[i : i + 1]
+            plain = policy.module([latents[i].unsqueeze(1)], timestep, captions, return_dict=False)[0][0]
+            torch.testing.assert_close(alone[0], -plain.squeeze(1), rtol=1e-4, atol=1e-5)
+
+
+def test_warnings(folders, tmp_path):
+    for name, few_step, unguided in (("sd3", False, False), ("flux2", False, True), ("klein", False, False)):
+        policy = load(folders(name))
+        assert len(policy.warnings(guided=False)) == few_step
+        assert len(policy.warnings(guided=True)) == few_step + unguided
+    pipe = tiny_flux2_klein_pipeline(is_distilled=True)
+    pipe.save_pretrained(tmp_path / "klein")
+    distilled, guided = load(tmp_path / "klein").warnings(guided=True)
+    assert "klein was distilled to few steps" in distilled
+    assert "does not apply classifier-free guidance" in guided and "set rollout.guidance_scale and" in guided
+    pipe = tiny_flux_pipeline()
+    pipe.transformer.register_to_config(guidance_embeds=False)
+    assert "was distilled" in FluxPolicy(pipe, PolicyConfig()).warnings(guided=True)[0]
+    (tmp_path / "3.5-large-Turbo").symlink_to(folders("sd3"))
+    assert "was distilled" in load(tmp_path / "3.5-large-Turbo").warnings(guided=True)[0]
+
+
+def test_a_run_prints_the_warnings(folders, tmp_path, capsys):
+    Trainer(config_of(folders("flux2"), tmp_path, "flux2", guidance=2.0)).accelerator.end_training()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: the pipeline of")]
+    assert line.endswith("set rollout.guidance_scale and evaluation.guidance_scale to 1")
+
+
 def test_sizes(folders):
+    assert load(folders("zimage")).latent_shape(16, None) == (4, 8, 512)
+    klein = load(folders("klein"))
+    assert (klein.latent_shape(16, 24), klein.latent_shape(None, 16)) == ((16, 4, 6), (16, 64, 4))
+    with pytest.raises(UserError, match=r"rollout\.height 18 is not a positive multiple of 4"):
+        klein.latent_shape(18, 16)
+    assert load(folders("wan22")).latent_shape(16, 32, 5) == (4, 3, 4, 8)
     assert load(folders("flux")).latent_shape(16, 24) == (4, 8, 12)
     assert load(folders("qwen")).latent_shape(None, None) == (4, 128, 128)
     policy = load(folders("wan"))
@@ -244,7 +305,7 @@ def test_sizes(folders):
         policy.latent_shape(16, 32, 6)
     with pytest.raises(UserError, match=r"rollout\.height 18 is not a positive multiple of 4"):
         policy.latent_shape(18, 32, 5)
-    for name in ("sd3", "flux", "qwen"):
+    for name in ("sd3", "flux", "qwen", "zimage", "klein"):
         with pytest.raises(UserError, match=r"rollout\.num_frames 5: this model makes images"):
             load(folders(name)).latent_shape(16, 16, 5)
 
@@ -254,8 +315,11 @@ def test_other_wan_models_are_refused(folders, tmp_path):
     pipe.register_modules(transformer_2=pipe.transformer)
     pipe.register_to_config(boundary_ratio=0.8)
     pipe.save_pretrained(tmp_path / "two")
-    with pytest.raises(UserError, match=r"is a Wan 2\.2"):
+    with pytest.raises(UserError, match=r"has two transformers, as Wan 2\.2 A14B"):
         load(tmp_path / "two")
+    config = config_of(tmp_path / "two", tmp_path, "wan")
+    with pytest.raises(UserError, match=r"has two transformers"):
+        run_passes(config, 1, 1, 1)
     pipe = tiny_wan_pipeline()
     pipe.scheduler = UniPCMultistepScheduler()
     pipe.save_pretrained(tmp_path / "other")
@@ -329,7 +393,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(folders, tmp_path, nam
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of float32 norms: slower
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_the_ratio_is_exactly_one_in_full_fine_tuning_with_checkpointing(folders, tmp_path, name):
     config = config_of(
         folders(name), tmp_path, name, dtype="bfloat16", lora_rank=0, gradient_checkpointing=True, guidance=4.5
@@ -338,9 +402,8 @@ def test_the_ratio_is_exactly_one_in_full_fine_tuning_with_checkpointing(folders
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize("algorithm", ["nft", "awm"])
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize(("rank", "algorithm"), [(4, "nft"), (0, "awm")])
+@pytest.mark.parametrize("name", DISTINCT)
 def test_forward_process_methods_train_every_family(folders, tmp_path, name, rank, algorithm):
     config = config_of(folders(name), tmp_path, name, dtype="bfloat16", lora_rank=rank, guidance=1.0)
     size = SIZE[name]
@@ -353,8 +416,9 @@ def test_forward_process_methods_train_every_family(folders, tmp_path, name, ran
     assert metrics["kl"] > 0 and metrics["old_distance"] > 0
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize(
+    ("name", "rank"), [(name, rank) for name in BUILD for rank in (0, 4) if rank or name in DISTINCT]
+)
 def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipeline(
     folders, tmp_path, name, rank, monkeypatch
 ):
@@ -393,7 +457,7 @@ def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipel
     shape = load(folder, lora_rank=4).latent_shape(**SIZE[name])
     noise = philox_normal(sample_seeds(range(len(PROMPTS)), 2), 0, (2 * len(PROMPTS), *shape))
     expected = pipeline_images(pipe, name, noise, [prompt for prompt in PROMPTS for _ in range(2)], 3, 1.0)
-    if name == "wan":
+    if name in VIDEO:
         expected = expected[:, 2]  # the middle one of 5 frames
     assert_same_images(shown[-1].shown.images.flatten(0, 1), expected)
     assert (shown[-1].shown.images != shown[0].shown.images).any()
@@ -402,7 +466,7 @@ def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipel
 # a LoRA to continue from
 
 
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_training_continues_from_a_saved_lora(folders, tmp_path, name):
     first = load(folders(name), lora_rank=3, lora_alpha=5)
     perturb(first.trainable_parameters())
@@ -425,7 +489,7 @@ def test_training_continues_from_a_saved_lora(folders, tmp_path, name):
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_a_float32_adapter_computes_what_the_saved_one_does_in_the_models_dtype(folders, tmp_path, name, dtype):
     policy = load(folders(name), dtype=dtype)
     perturb(policy.trainable_parameters())
@@ -467,14 +531,15 @@ def test_a_lora_that_does_not_fit_is_refused(folders, tmp_path):
 # memory and speed
 
 
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_checkpointing_computes_the_same_gradients_again(folders, name):
     gradients, calls = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)  # of the adapter
         policy = load(folders(name), gradient_checkpointing=checkpointing)
         perturb(policy.trainable_parameters())
-        blocks = getattr(policy.module, "transformer_blocks", getattr(policy.module, "blocks", None))
+        names = ("transformer_blocks", "blocks", "layers")
+        blocks = next(getattr(policy.module, name) for name in names if hasattr(policy.module, name))
         count = []
         blocks[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
         policy.velocity(*inputs(policy, name)).square().sum().backward()
@@ -502,7 +567,8 @@ def test_attention_backends(folders, name, own_backend, monkeypatch):
 
     plain = load(folders(name))
     chosen = load(folders(name), attention="_native_math")
-    assert {p._attention_backend.value for p in chosen.module.attn_processors.values()} == {"_native_math"}
+    processors = [module.processor for module in chosen.module.modules() if hasattr(module, "processor")]
+    assert {processor._attention_backend.value for processor in processors} == {"_native_math"}
     latents, sigma, conditioning = inputs(plain, name)
     with torch.no_grad():
         torch.testing.assert_close(
@@ -567,7 +633,7 @@ def test_sd3_without_xformers(folders, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", DISTINCT)
 def test_compiled_blocks_are_the_same_in_rollout_and_update(folders, tmp_path, name, monkeypatch):
     from diffusers import ModelMixin
     from torch._dynamo.backends.debugging import aot_eager

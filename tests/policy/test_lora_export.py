@@ -8,10 +8,12 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from support.pipelines import (
     perturb,
+    tiny_flux2_klein_pipeline,
     tiny_flux_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
     tiny_wan_pipeline,
+    tiny_z_image_pipeline,
 )
 
 from fastflowgrpo.config import PolicyConfig
@@ -28,10 +30,14 @@ BUILD = {
     "flux": (tiny_flux_pipeline, {"height": 16, "width": 24}),
     "qwen": (tiny_qwen_image_pipeline, {"height": 16, "width": 24}),
     "wan": (tiny_wan_pipeline, {"height": 16, "width": 32, "num_frames": 3}),
+    "zimage": (tiny_z_image_pipeline, {"height": 16, "width": 24}),
+    "klein": (tiny_flux2_klein_pipeline, {"height": 16, "width": 24}),
 }
 LAYOUTS = {"comfyui": comfyui, "kohya": kohya}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+Z_BLOCKS = ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1"]
+FLUX2_DOUBLE = [f"{stream}_{name}" for stream in ("img", "txt") for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
 LAYERS = {  # of the tiny pipelines' default LoRA
     ("sd3", "comfyui"): [
         *(f"transformer.transformer_blocks.0.attn.{name}" for name in ATTENTION),
@@ -74,6 +80,18 @@ LAYERS = {  # of the tiny pipelines' default LoRA
     ],
     ("wan", "kohya"): [
         f"lora_unet_blocks_{i}_{block}_attn_{name}" for i in (0, 1) for block in ("self", "cross") for name in "qkvo"
+    ],
+    ("zimage", "comfyui"): [f"transformer.{block}.attention.{name}" for block in Z_BLOCKS for name in ATTENTION[:4]],
+    ("zimage", "kohya"): [
+        f"lora_unet_{block}_attention_{name}".replace(".", "_") for block in Z_BLOCKS for name in ATTENTION[:4]
+    ],
+    ("klein", "comfyui"): [
+        *(f"diffusion_model.double_blocks.0.{name}" for name in FLUX2_DOUBLE),
+        "diffusion_model.single_blocks.0.linear1",
+    ],
+    ("klein", "kohya"): [
+        *(f"lora_unet_double_blocks_0_{name.replace('.', '_')}" for name in FLUX2_DOUBLE),
+        "lora_unet_single_blocks_0_linear1",
     ],
 }
 SUFFIXES = {

@@ -4,9 +4,16 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, ZImagePipeline
 from support.no_sync import NoSynchronisation
-from support.pipelines import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline, tiny_wan_pipeline
+from support.pipelines import (
+    tiny_flux2_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_wan_pipeline,
+    tiny_z_image_pipeline,
+)
 
 from fastflowgrpo.kernels.sde_step import sde_step
 from fastflowgrpo.sampling.coefficients import DYNAMICS, step_coefficients
@@ -401,6 +408,13 @@ def wan_velocity(transformer, call, sample, timestep):
     return uncond + GUIDANCE * (velocity - uncond)
 
 
+def z_image_velocity(transformer, call, sample, timestep):
+    latents = sample.to(transformer.dtype).repeat(2, 1, 1, 1).unsqueeze(2)
+    call |= {"x": list(latents), "t": (1000 - timestep.expand(4)) / 1000}
+    positive, negative = torch.stack(transformer(**call)[0]).float().chunk(2)
+    return -(positive + GUIDANCE * (positive - negative)).squeeze(2)
+
+
 def wan_with_euler():
     """Wan's pipeline with an Euler scheduler, which ours replaces; its own scheduler is UniPC."""
     pipe = tiny_wan_pipeline()
@@ -419,6 +433,8 @@ PIPELINES = {
         {"height": 16, "width": 16, "true_cfg_scale": GUIDANCE, "negative_prompt": ["", ""], "guidance_scale": None},
     ),
     "wan": (wan_with_euler, wan_velocity, 2, {"height": 16, "width": 16, "num_frames": 3}),
+    "zimage": (tiny_z_image_pipeline, z_image_velocity, 1, {"height": 16, "width": 16}),
+    "flux2": (tiny_flux2_pipeline, flux_velocity, 1, {"height": 16, "width": 16}),
 }
 
 
@@ -434,7 +450,7 @@ def generate(pipeline, scheduler, **kwargs):
     pipe, _, arguments = pipeline
     original, pipe.scheduler = pipe.scheduler, scheduler(pipe.scheduler)
     try:
-        output = pipe(PROMPTS, generator=torch.Generator().manual_seed(0), **{**arguments, **kwargs})
+        output = pipe(prompt=list(PROMPTS), generator=torch.Generator().manual_seed(0), **{**arguments, **kwargs})
         return output.frames if isinstance(pipe, WanPipeline) else output.images, pipe.scheduler
     finally:
         pipe.scheduler = original
@@ -454,7 +470,8 @@ def test_pipeline_without_noise_is_the_original(pipeline, dtype):
     finally:
         pipe.to(torch.float32)
     assert torch.equal(ours, expected)
-    assert scheduler.trajectory.prev_sample_list[-1].dtype == dtype
+    kept = torch.float32 if isinstance(pipe, ZImagePipeline) else dtype  # Z-Image converts each velocity
+    assert scheduler.trajectory.prev_sample_list[-1].dtype == kept
 
 
 @pytest.mark.parametrize("settings", [{}, {"dynamics": "flow_cps"}, {"dynamics": "dance_sde"}, {"window": (1, 2)}])
@@ -463,7 +480,10 @@ def test_pipeline_replayed_from_its_trajectory_has_the_same_log_probs(pipeline, 
     pipe, (velocity, per_step), _ = pipeline
     pipe.to(dtype)
     calls = []
-    hook = pipe.transformer.register_forward_pre_hook(lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True)
+    names = list(inspect.signature(pipe.transformer.forward).parameters)
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(dict(zip(names, args, strict=False)) | kwargs), with_kwargs=True
+    )
     try:
         latents, scheduler = generate(pipeline, drop_in(seed=0, **settings))
         hook.remove()

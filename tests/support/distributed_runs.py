@@ -92,6 +92,13 @@ def config_of(
     return config
 
 
+def z_image_config(folder: Path, output: Path) -> Config:
+    """Z-Image, whose transformer takes lists and not tensors."""
+    config = config_of(folder / "z_image", output)
+    config.rollout.height = config.rollout.width = 16
+    return config
+
+
 def train(config: Config) -> dict:
     """Two epochs as `Trainer.run` has them, and what this process sees of them."""
     trainer = Trainer(config)
@@ -200,6 +207,8 @@ def main(rank: int, count: int, port: int, log: Path, folder: Path, output: Path
         seen["full"] = train(config_of(folder, output / "full", rank=0))
         forget_accelerator()
         seen["nft"] = train(config_of(folder, output / "nft", algorithm="nft"))
+        forget_accelerator()
+        seen["z_image"] = train(z_image_config(folder, output / "z_image"))
         pretend_gpus("fsdp2")
         seen["nft sharded"] = train(config_of(folder, output / "nft sharded", algorithm="nft"))
         pretend_gpus("fsdp2")

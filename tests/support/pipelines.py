@@ -2,14 +2,19 @@
 
 import json
 from collections.abc import Iterable
+from copy import copy
 from functools import cache
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Pipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -19,6 +24,8 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
     WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -26,9 +33,14 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -42,6 +54,7 @@ CLIP_LENGTH = 24
 CLIP_WIDTH = 16
 T5_WIDTH = 32
 QWEN_WIDTH = 32
+FLUX2_WIDTH = 16
 
 
 def perturb(parameters: Iterable[torch.nn.Parameter], scale: float = 0.05, seed: int = 1) -> None:
@@ -141,11 +154,28 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
     return pipe
 
 
-def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
-    """Return a WanPipeline with Wan 2.1's schedule (UniPC, flow_shift 3), 2 n + 1 frames, 16 n px a side."""
+def tiny_wan_pipeline(seed: int = 0, *, high_compression: bool = False) -> WanPipeline:
+    """Return a WanPipeline with Wan 2.1's schedule (UniPC, flow_shift 3), 2 n + 1 frames, 16 n px a side.
+
+    Args:
+        seed: of the weights.
+        high_compression: what distinguishes Wan 2.2 TI2V-5B: another VAE, and a timestep per token.
+    """
+    vae = _VIDEO_VAE | {"scale_factor_temporal": 2, "scale_factor_spatial": 2}
+    if high_compression:
+        vae |= {
+            "is_residual": True,
+            "dim_mult": [1, 1],
+            "patch_size": 2,
+            "in_channels": 12,
+            "out_channels": 12,
+            "decoder_base_dim": 8,
+        }
+        vae["scale_factor_spatial"] = 4
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = WanPipeline(
+            expand_timesteps=high_compression,
             transformer=WanTransformer3DModel(
                 patch_size=(1, 2, 2),
                 num_attention_heads=2,
@@ -161,12 +191,102 @@ def tiny_wan_pipeline(seed: int = 0) -> WanPipeline:
             scheduler=UniPCMultistepScheduler(
                 flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction", num_train_timesteps=1000
             ),
-            vae=AutoencoderKLWan(**_VIDEO_VAE, scale_factor_temporal=2, scale_factor_spatial=2).eval(),
+            vae=AutoencoderKLWan(**vae).eval(),
             text_encoder=_umt5(),
             tokenizer=_t5_tokenizer(),
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_z_image_pipeline(seed: int = 0) -> ZImagePipeline:
+    """Return a ZImagePipeline with Z-Image-Turbo's schedule (shift 3), 4 n px a side."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = ZImagePipeline(
+            transformer=ZImageTransformer2DModel(
+                in_channels=4,
+                dim=32,
+                n_layers=2,
+                n_refiner_layers=1,
+                n_heads=2,
+                n_kv_heads=2,
+                cap_feat_dim=QWEN_WIDTH,
+                axes_dims=[4, 4, 8],
+                axes_lens=[128, 64, 64],
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=_vae(),
+            text_encoder=Qwen3Model(_qwen3_config(QWEN_WIDTH, num_layers=2)).eval(),
+            tokenizer=_chat_tokenizer(),
+        )
+        # as zeros, padding would not matter
+        perturb([pipe.transformer.x_pad_token, pipe.transformer.cap_pad_token], scale=0.5)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_flux2_klein_pipeline(seed: int = 0, *, is_distilled: bool = False) -> Flux2KleinPipeline:
+    """Return a Flux2KleinPipeline with FLUX.2's scheduler, 4 n px a side, 16 channels of a token."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = Flux2KleinPipeline(
+            transformer=_flux2_transformer(guidance_embeds=False),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=_flux2_vae(),
+            text_encoder=Qwen3ForCausalLM(_qwen3_config(FLUX2_WIDTH, num_layers=28)).eval(),
+            tokenizer=_chat_tokenizer(),
+            is_distilled=is_distilled,
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_flux2_pipeline(seed: int = 0) -> Flux2Pipeline:
+    """Return a Flux2Pipeline with an embedded guidance, and a plain tokenizer for the processor of its text encoder.
+
+    The processor of the published pipeline needs torchvision. It tokenizes the text and adds nothing to it.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        pipe = Flux2Pipeline(
+            transformer=_flux2_transformer(guidance_embeds=True),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+            vae=_flux2_vae(),
+            text_encoder=_mistral(),
+            tokenizer=_chat_tokenizer("[1]['content'][0]['text']"),
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _flux2_transformer(*, guidance_embeds: bool) -> Flux2Transformer2DModel:
+    return Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * FLUX2_WIDTH,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=guidance_embeds,
+    )
+
+
+def _flux2_vae() -> AutoencoderKLFlux2:
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+        up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=1,
+        batch_norm_eps=0.1,  # large, to be seen
+    ).eval()
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    return vae
 
 
 # for Wan's VAE and Qwen-Image's
@@ -248,6 +368,50 @@ def _qwen_tokenizer() -> Qwen2Tokenizer:
         merges=[tuple(pair) for pair in model["merges"]],
         additional_special_tokens=["<|im_start|>", "<|im_end|>"],
     )
+
+
+def _chat_tokenizer(content: str = "[0]['content']") -> Qwen2Tokenizer:
+    """A tokenizer whose chat template has the text of a message only, without those around it."""
+    tokenizer = copy(_qwen_tokenizer())
+    tokenizer.chat_template = "<|im_start|>{{ messages" + content + " }}<|im_end|>"
+    return tokenizer
+
+
+def _qwen3_config(width: int, num_layers: int) -> Qwen3Config:
+    return Qwen3Config(
+        vocab_size=len(_qwen_tokenizer()),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.2,
+    )
+
+
+def _mistral() -> Mistral3ForConditionalGeneration:
+    config = Mistral3Config(
+        text_config={
+            "model_type": "mistral",
+            "vocab_size": len(_qwen_tokenizer()),
+            "hidden_size": FLUX2_WIDTH,
+            "intermediate_size": 2 * FLUX2_WIDTH,
+            "num_hidden_layers": 31,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "initializer_range": 0.2,
+        },
+        vision_config={
+            "model_type": "pixtral",
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+        },
+    )
+    return Mistral3ForConditionalGeneration(config).eval()
 
 
 def _qwen() -> Qwen2_5_VLForConditionalGeneration:
