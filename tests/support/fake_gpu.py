@@ -1,20 +1,21 @@
 """A pretended GPU: tensors of the CPU that say that they are on `cuda:0`, with the errors and races of a real one.
 
-The place of a tensor is kept on its storage, so views share it. Every operation of torch is checked, forward and backward.
+The place of a tensor is kept on its storage, so views share it. Every operation of torch is checked, also those of
+the backward pass.
 """
 
-from collections.abc import Iterator
+import traceback
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from support import happens_before
+from support.happens_before import Block, Order
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-
-from support import happens_before
-from support.happens_before import Block, Order
+from torch.utils._pytree import tree_map
 
 CUDA = torch.device("cuda", 0)
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim")
@@ -30,11 +31,12 @@ class FakeGpu:
     inside `step_loop`. Both are also raised, where no other thread hides them.
     """
 
-    def __init__(self, monkeypatch: Any, pipeline: Any):
+    def __init__(self, monkeypatch: Any, pipeline: Any, may_wait: Collection[str] = ()):
+        self.may_wait = may_wait  # functions of other libraries
         self.order = Order()
         self.races = self.order.races
         self.errors: list[str] = []
-        self.in_step_loop = False
+        self.in_step_loop = self.in_backward = False
         happens_before.install(self.order, monkeypatch, pipeline)
         autocast = torch.autocast
         monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kw: autocast("cpu", *args, **kw))
@@ -60,7 +62,7 @@ class FakeGpu:
 
     def wait(self, reason: object) -> None:
         """Let the host wait for the current stream."""
-        if self.in_step_loop:
+        if self.in_step_loop and not any(frame.name in self.may_wait for frame in traceback.extract_stack(limit=8)):
             self.fail(f"the host waits in a step loop: {reason}")
         self.order.stream.synchronize()
 
@@ -79,6 +81,15 @@ def on_gpu(tensor: Tensor) -> bool:
     return block is not None and block.place == "cuda"
 
 
+def tensors_of(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, and in lists and tuples of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_of(value)
+
+
 class _Operations(TorchDispatchMode):
     """Checks the operations that torch runs: devices, waits, and the accesses to memory."""
 
@@ -88,10 +99,11 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        gpu, name, given = self.gpu, func.overloadpacket.__name__, [*args, *kwargs.values()]
-        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        gpu, name = self.gpu, func.overloadpacket.__name__
+        tensors = list(tensors_of((*args, *kwargs.values())))
         places = {on_gpu(tensor) for tensor in tensors if tensor.ndim or on_gpu(tensor)}
-        gpu_called = True in places
+        # Where autograd makes zeros, it does so on the device of the forward pass.
+        gpu_called = True in places or (not tensors and gpu.in_backward)
         # Indexing takes indices of the CPU, and then copies them while the host waits.
         if len(places) == 2 and name not in ("copy_", "_to_copy"):
             if name not in INDEXING:
@@ -100,9 +112,10 @@ class _Operations(TorchDispatchMode):
         output = func(*args, **kwargs)
         if any(result.alias_info and not result.alias_info.is_write for result in func._schema.returns):
             return output  # a view
-        for tensor in tree_leaves(output):
-            if gpu_called and isinstance(tensor, Tensor) and block_of(tensor) is None:
-                gpu.place(tensor, "cuda")
+        if gpu_called:
+            for tensor in tensors_of((output,)):
+                if block_of(tensor) is None:
+                    gpu.place(tensor, "cuda")
         self._access(func, args, kwargs, tensors, output, by_host=not gpu_called)
         blocking = name == "copy_" and len(places) == 2 and not (kwargs.get("non_blocking") or args[2:3] == (True,))
         by_mask = name in INDEXING and any(index.dtype == torch.bool for index in args[1] if index is not None)
@@ -117,7 +130,7 @@ class _Operations(TorchDispatchMode):
             if argument.alias_info and argument.alias_info.is_write
         ]
         written += [value for name, value in kwargs.items() if name.startswith("out")]
-        results = [leaf for leaf in tree_leaves([written, output]) if isinstance(leaf, Tensor)]
+        results = tensors_of((*written, output))
         reads, writes = ([block for t in part if (block := block_of(t))] for part in (tensors, results))
         if reads or writes:
             self.gpu.order.access(reads, writes, by_host)
@@ -141,6 +154,12 @@ class _Calls(TorchFunctionMode):
             self.gpu.wait(func)
         if func in MOVES:
             return self._move(func, args, kwargs)
+        if func is Tensor.backward:
+            self.gpu.in_backward = True
+            try:
+                return func(*args, **kwargs)
+            finally:
+                self.gpu.in_backward = False
         pinned = kwargs.pop("pin_memory", False)
         device = kwargs.get("device")
         wanted = device is not None and torch.device(device).type == "cuda"
@@ -164,7 +183,8 @@ class _Calls(TorchFunctionMode):
         goes = func is Tensor.cuda or (goes and func is not Tensor.cpu)
 
         def on_cpu(value: Any) -> Any:
-            return torch.device("cpu") if isinstance(value, (str, torch.device)) else value
+            is_device = isinstance(value, (str, torch.device)) and torch.device(value).type == "cuda"
+            return "cpu" if is_device else value
 
         rest, kwargs = tree_map(on_cpu, (rest, kwargs))
         if goes == on_gpu(source):
