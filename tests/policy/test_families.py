@@ -703,7 +703,7 @@ def test_compiled_the_rollout_saves_nothing_and_a_smaller_micro_batch_is_not_com
     saving_nothing = peak_bytes(velocity)
     monkeypatch.setattr(base, "saved_tensors_hooks", lambda *_: nullcontext())
     saving = peak_bytes(velocity)
-    assert saving_nothing < 0.7 * saving
+    assert saving_nothing < 0.8 * saving  # of the two blocks, one is held at a time
 
 
 def test_repeats_in_a_smaller_micro_batch_change_nothing(folders, tmp_path):
