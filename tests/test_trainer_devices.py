@@ -6,7 +6,14 @@ from functools import wraps
 import pytest
 import torch
 from support.fake_gpu import CUDA, FakeGpu
-from support.pipelines import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline, tiny_wan_pipeline
+from support.pipelines import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_wan_pipeline,
+    tiny_z_image_pipeline,
+)
 
 import fastflowgrpo.trainer
 from fastflowgrpo import Config, Trainer
@@ -20,8 +27,12 @@ SIZES = {
     "sd3": (tiny_sd3_pipeline, {"height": 16, "width": 16}),
     "flux": (tiny_flux_pipeline, {"height": 16, "width": 16}),
     "qwen": (tiny_qwen_image_pipeline, {"height": 16, "width": 16}),
+    "zimage": (tiny_z_image_pipeline, {"height": 16, "width": 16}),
+    "klein": (tiny_flux2_klein_pipeline, {"height": 16, "width": 16}),
     "wan": (tiny_wan_pipeline, {"height": 16, "width": 16, "num_frames": 3}),
 }
+ONCE_PER_PASS = ("transformer_qwenimage.compute_text_seq_len_from_mask", "z_image.predict")
+"""Known waits: for a number that diffusers copies to the device, and for the lengths of Z-Image's prompts."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +52,7 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def gpu(monkeypatch):
     """The device of the trainer; the steps of rollout and update may not wait for it."""
-    gpu = FakeGpu(monkeypatch, pipeline, may_wait=("compute_text_seq_len_from_mask",))  # of diffusers' Qwen-Image
+    gpu = FakeGpu(monkeypatch, pipeline, may_wait=ONCE_PER_PASS)
     make = fastflowgrpo.trainer.make_accelerator
 
     def on_gpu(*arguments):

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from support.pipelines import tiny_flux_pipeline, tiny_qwen_image_pipeline, tiny_sd3_pipeline, tiny_wan_pipeline
+from support.pipelines import (
+    tiny_flux2_klein_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_image_pipeline,
+    tiny_sd3_pipeline,
+    tiny_wan_pipeline,
+    tiny_z_image_pipeline,
+)
 
 import fastflowgrpo.trainer
 from fastflowgrpo import Config, Trainer
@@ -14,6 +21,8 @@ BUILD = {
     "sd3": (tiny_sd3_pipeline, {}),
     "flux": (tiny_flux_pipeline, {}),
     "qwen": (tiny_qwen_image_pipeline, {}),
+    "zimage": (tiny_z_image_pipeline, {}),
+    "klein": (tiny_flux2_klein_pipeline, {}),
     "wan": (tiny_wan_pipeline, {"num_frames": 3}),
 }
 

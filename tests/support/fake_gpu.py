@@ -7,6 +7,7 @@ the backward pass.
 import traceback
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class FakeGpu:
     """
 
     def __init__(self, monkeypatch: Any, pipeline: Any, may_wait: Collection[str] = ()):
-        self.may_wait = may_wait  # functions of other libraries
+        self.may_wait = may_wait  # known functions, as module.function
         self.order = Order()
         self.races = self.order.races
         self.errors: list[str] = []
@@ -62,9 +63,16 @@ class FakeGpu:
 
     def wait(self, reason: object) -> None:
         """Let the host wait for the current stream."""
-        if self.in_step_loop and not any(frame.name in self.may_wait for frame in traceback.extract_stack(limit=8)):
+        if self.in_step_loop and self._caller() not in self.may_wait:
             self.fail(f"the host waits in a step loop: {reason}")
         self.order.stream.synchronize()
+
+    @staticmethod
+    def _caller() -> str:
+        """The function that called torch, as module.function."""
+        frames = [frame for frame in traceback.extract_stack() if "/torch/" not in frame.filename]
+        frame = next(frame for frame in reversed(frames) if frame.filename != __file__)
+        return f"{Path(frame.filename).stem}.{frame.name}"
 
     def place(self, tensor: Tensor, place: str) -> None:
         """Give a tensor's memory a place: "cuda" or "pinned"."""
