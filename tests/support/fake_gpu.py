@@ -37,7 +37,8 @@ class FakeGpu:
         self.order = Order()
         self.races = self.order.races
         self.errors: list[str] = []
-        self.in_step_loop = self.in_backward = False
+        self.in_step_loop = False
+        self.makes_tensors = False  # without a device that is named, as inside a backward pass
         happens_before.install(self.order, monkeypatch, pipeline)
         autocast = torch.autocast
         monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kw: autocast("cpu", *args, **kw))
@@ -110,8 +111,7 @@ class _Operations(TorchDispatchMode):
         gpu, name = self.gpu, func.overloadpacket.__name__
         tensors = list(tensors_of((*args, *kwargs.values())))
         places = {on_gpu(tensor) for tensor in tensors if tensor.ndim or on_gpu(tensor)}
-        # Where autograd makes zeros, it does so on the device of the forward pass.
-        gpu_called = True in places or (not tensors and gpu.in_backward)
+        gpu_called = True in places or (not tensors and gpu.makes_tensors)
         # Indexing takes indices of the CPU, and then copies them while the host waits.
         if len(places) == 2 and name not in ("copy_", "_to_copy"):
             if name not in INDEXING:
@@ -162,18 +162,16 @@ class _Calls(TorchFunctionMode):
             self.gpu.wait(func)
         if func in MOVES:
             return self._move(func, args, kwargs)
-        if func is Tensor.backward:
-            self.gpu.in_backward = True
-            try:
-                return func(*args, **kwargs)
-            finally:
-                self.gpu.in_backward = False
         pinned = kwargs.pop("pin_memory", False)
         device = kwargs.get("device")
         wanted = device is not None and torch.device(device).type == "cuda"
         if wanted:
             kwargs["device"] = "cpu"
-        made = func(*args, **kwargs)
+        outer, self.gpu.makes_tensors = self.gpu.makes_tensors, device is None and any(map(on_gpu, tensors_of(args)))
+        try:
+            made = func(*args, **kwargs)
+        finally:
+            self.gpu.makes_tensors = outer
         if wanted or pinned:
             if func in (torch.tensor, torch.as_tensor):
                 self.gpu.wait(f"{func} copies numbers to the device")
