@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Runs everything that needs a GPU, in under 8 minutes: benchmarks/gpu.sh OUT
+# Runs everything that needs a GPU, in under 11 minutes: benchmarks/gpu.sh OUT
 #
 # It installs the checkout beside the torch and triton that are there. Then it runs the tests of the compiled kernels,
-# their benchmarks, an epoch at the size of SD3.5-M, and the report. Results and logs are left in OUT. If a part fails or
-# runs out of time, the others still run, and the exit code is 1.
+# tiny epochs of each family under torch's and NVIDIA's sanitizers, the kernels' benchmarks, an epoch at the size of
+# SD3.5-M, and the report. Results and logs are left in OUT. If a part fails or runs out of time, the others still run, and
+# the exit code is 1.
 #
 # PYTHON  the interpreter, by default python3
 # WHEELS  a folder with wheels of missing packages, for a machine without a network
@@ -60,6 +61,14 @@ part tests 95 "$python" -m pytest tests/kernels/test_*kernel*.py "${workers[@]}"
 # Triton's interpreter would leave no compiled kernels.
 part compiled 5 "$python" -c "import glob, sys; count = len(glob.glob('$TRITON_CACHE_DIR/**/*.cubin', recursive=True))
 print(count, 'kernels were compiled'); sys.exit(not count)"
+# Torch's sanitizer follows streams and events, and compute-sanitizer the accesses of each kernel.
+part streams 60 env TORCH_CUDA_SANITIZER=1 "$python" -m pytest tests/test_trainer_gpu.py -q -W default -p no:cacheprovider
+if command -v compute-sanitizer >/dev/null; then
+  part memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m pytest tests/test_trainer_gpu.py \
+    -k "sd3 and 4" -q -W default -p no:cacheprovider
+else
+  echo "== memcheck: left out, compute-sanitizer is not installed (it comes with the CUDA toolkit)"
+fi
 bench sde_step 45 work
 bench grpo_loss 80 direction
 part model 40 "$python" -m benchmarks.random_sd35 "$work/sd35"

@@ -36,7 +36,9 @@ def philox_normal(
     size = math.prod(shape[1:])
     index = torch.arange(-(-size // 4), device=seed.device)
     key = seed[:, None]
-    stream = torch.as_tensor(offset, device=seed.device).reshape(-1, 1)
+    if not isinstance(offset, Tensor):
+        offset = torch.full((1,), offset, device=seed.device)  # filled there: a copied number would make the host wait
+    stream = offset.to(seed.device, non_blocking=True)[:, None]
     a, b, c, d = philox_words((index, index >> 32, stream, stream >> 32), (key, key >> 32))
     normals = torch.stack([*box_muller(a, b, dtype), *box_muller(c, d, dtype)], dim=-1)
     return normals.flatten(1)[:, :size].reshape(*shape)

@@ -130,7 +130,7 @@ class Learner:
             for i in progress("update", range(num_passes)):
                 with self.processes.backward_pass(self.policy.transformer, last=i + 1 == last):
                     if i < len(micro_batches):
-                        loss, pair_statistics = self.objective.loss(batch, *micro_batches[i])
+                        loss, pair_statistics = self._loss(batch, *micro_batches[i])
                         self.processes.backward(scale * loss.sum())
                         statistics.append(pair_statistics)
                     else:
@@ -145,6 +145,19 @@ class Learner:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         torch._foreach_mul_(gradients, mean_factor / scale)
         return statistics
+
+    def _loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, Statistics]:
+        """The objective's loss of a micro-batch; with `policy.compile`, computed in a full one.
+
+        The last pair is repeated and the repeats' losses left out, so that no other size is compiled. With an
+        `update.kl_share` below 1 the repeats would change which pairs have a KL.
+        """
+        pairs, size = len(rows), self.objective.batch_size // self.objective.samples_per_pair
+        if not self.config.policy.compile or self.config.update.kl_share < 1 or pairs >= size:
+            return self.objective.loss(batch, rows, slots)
+        full = torch.arange(size).clamp(max=pairs - 1)
+        loss, statistics = self.objective.loss(batch, rows[full], slots[full])
+        return loss[:pairs], {name: tensor[:pairs] for name, tensor in statistics.items()}
 
     def _accumulate_groups(self, batch: Batch, begin: int, count: int) -> list[Statistics]:
         return self.accumulate(batch, self.objective.micro_batches(batch, begin, count))
@@ -183,7 +196,7 @@ class Learner:
             first = micro_batches[0][0]
             for rows, slots in ((first, torch.arange(len(first)) % self.objective.slots), micro_batches[-1]):
                 # Only the statistics are kept: the loss would hold its graph beside the next one.
-                statistics = self.objective.loss(batch, rows, slots)[1]
+                statistics = self._loss(batch, rows, slots)[1]
                 difference = statistics["log_prob_difference"].abs().cpu()
                 replayed.append((batch.trajectory.steps[rows, slots], difference))
         else:

@@ -5,7 +5,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderKLFlux2, DiffusionPipeline, Mode
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
@@ -145,8 +146,10 @@ class DiffusersPolicy(ABC):
         # Weights trained in full are float32; autocast gives them the compute dtype, in rollout and update alike.
         autocast = not self.uses_lora and self.dtype != torch.float32
         # The compiler fuses a pass without gradients differently, which rounds differently. Compiled, the rollout
-        # therefore runs with gradients too, as the update does.
+        # therefore runs with gradients too, as the update does, but saves nothing for a backward pass.
+        unsaved = self.config.compile and not with_graph
         with (
+            saved_tensors_hooks(_drop, _no_backward) if unsaved else nullcontext(),
             torch.set_grad_enabled(with_graph or self.config.compile),
             torch.autocast(self.device.type, self.dtype, enabled=autocast),
         ):
@@ -267,7 +270,7 @@ class DiffusersPolicy(ABC):
             if module is not None:
                 # SD3's transformer does not name its repeated blocks
                 module._repeated_blocks = module._repeated_blocks or module._no_split_modules
-                module.compile_repeated_blocks(fullgraph=True)
+                module.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     def _attention_sample(self, name: str) -> Tensor:
         """Choose the attention backend and return its output for an input that requires a gradient."""
@@ -276,3 +279,11 @@ class DiffusersPolicy(ABC):
         mask = torch.ones(1, 1, 1, 16, dtype=torch.bool, device=self.device) if self.has_attention_mask else None
         query.requires_grad_()
         return dispatch_attention_fn(query, query, query, attn_mask=mask, backend=AttentionBackendName(name))
+
+
+def _drop(tensor: Tensor) -> None:
+    """Save nothing in the place of a tensor."""
+
+
+def _no_backward(_: None) -> Tensor:
+    raise RuntimeError("the graph of a rollout's pass has no backward pass")

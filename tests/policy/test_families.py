@@ -2,13 +2,22 @@
 
 import math
 import os
-from functools import partial
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial, partialmethod
+from itertools import accumulate
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    UniPCMultistepScheduler,
+    WanPipeline,
+)
 from diffusers.models import attention_processor
 from diffusers.pipelines.qwenimage import pipeline_qwenimage
 from safetensors.torch import load_file, save_file
@@ -22,18 +31,21 @@ from support.pipelines import (
     tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
+from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
 from fastflowgrpo import Config, Trainer, load_policy
 from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.kernels.philox import philox_normal
+from fastflowgrpo.learning.learner import concatenate
 from fastflowgrpo.planning.passes import run_passes
 from fastflowgrpo.policy import FAMILIES, base, sd3
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.policy.flux import FluxPolicy
 from fastflowgrpo.policy.latents import pack, unpack
 from fastflowgrpo.runs.report import Report
+from fastflowgrpo.sampling.conditioning import repeat_rows
 from fastflowgrpo.sampling.ode import sample_ode
 from fastflowgrpo.sampling.rollout import sample_seeds
 from fastflowgrpo.train import main
@@ -635,9 +647,6 @@ def test_sd3_without_xformers(folders, monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
 @pytest.mark.parametrize("name", DISTINCT)
 def test_compiled_blocks_are_the_same_in_rollout_and_update(folders, tmp_path, name, monkeypatch):
-    from diffusers import ModelMixin
-    from torch._dynamo.backends.debugging import aot_eager
-
     with_graph = []
     compile_blocks = ModelMixin.compile_repeated_blocks
 
@@ -645,9 +654,9 @@ def test_compiled_blocks_are_the_same_in_rollout_and_update(folders, tmp_path, n
         with_graph.append(torch.is_grad_enabled())
         return aot_eager(graph, inputs)
 
-    def quickly(self, fullgraph):
-        assert fullgraph
-        compile_blocks(self, fullgraph=True, backend=backend)
+    def quickly(self, **settings):
+        assert settings == {"fullgraph": True, "dynamic": False}
+        compile_blocks(self, backend=backend, **settings)
 
     monkeypatch.setattr(ModelMixin, "compile_repeated_blocks", quickly)
     torch._dynamo.reset()
@@ -655,6 +664,67 @@ def test_compiled_blocks_are_the_same_in_rollout_and_update(folders, tmp_path, n
     assert with_graph
     assert all(with_graph)
     assert (found == 1).all()
+
+
+def peak_bytes(work):
+    """The most bytes that were allocated at once beyond those at the start."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_the_rollout_saves_nothing_and_a_smaller_micro_batch_is_not_compiled(folders, tmp_path, monkeypatch):
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(inputs)
+        return aot_eager(graph, inputs)
+
+    compile_blocks = ModelMixin.compile_repeated_blocks
+    monkeypatch.setattr(ModelMixin, "compile_repeated_blocks", partialmethod(compile_blocks, backend=backend))
+    torch._dynamo.reset()
+    trainer = Trainer(config_of(folders("sd3"), tmp_path, "sd3", compile=True))
+    perturb(trainer.learner.parameters)
+    batch, _ = trainer.collect(0)
+    batch.advantages = torch.arange(1.0, 7.0)  # all pairs are trained on
+    trainer.learner.update(batch)
+    graphs = len(compiled)
+    trainer.learner.update(replace(batch, advantages=torch.tensor([1.0, -1.0, 0.0, 2.0, -2.0, 1.0])))
+    assert len(compiled) == graphs > 0
+
+    inputs = batch.trajectory.final, torch.full((6,), 0.5), repeat_rows(batch.conditioning, torch.arange(6) // 3)
+
+    @torch.no_grad()
+    def velocity():
+        trainer.policy.velocity(*inputs)
+
+    saving_nothing = peak_bytes(velocity)
+    monkeypatch.setattr(base, "saved_tensors_hooks", lambda *_: nullcontext())
+    saving = peak_bytes(velocity)
+    assert saving_nothing < 0.8 * saving  # of the two blocks, one is held at a time
+
+
+def test_repeats_in_a_smaller_micro_batch_change_nothing(folders, tmp_path):
+    trainer = Trainer(config_of(folders("sd3"), tmp_path, "sd3"))
+    perturb(trainer.learner.parameters)
+    batch, _ = trainer.collect(0)
+    batch.advantages = torch.tensor([1.0, -1.0, 0.5, 2.0, -2.0, 0.0])
+    found = {}
+    for compiled in (False, True):  # only as the learner sees it
+        trainer.learner.config.policy.compile = compiled
+        micro_batches = trainer.objective.micro_batches(batch, 0, 6)
+        statistics = trainer.learner.accumulate(batch, micro_batches)
+        gradients = [parameter.grad.clone() for parameter in trainer.learner.parameters]
+        found[compiled] = gradients, concatenate(statistics)
+        trainer.learner.optimizer.zero_grad()
+    assert len(micro_batches[-1][0]) < 6
+    for gradient, padded in zip(found[False][0], found[True][0], strict=True):
+        torch.testing.assert_close(padded, gradient, rtol=1e-4, atol=1e-6)
+    assert found[True][1].keys() == found[False][1].keys()
+    for name, value in found[False][1].items():
+        torch.testing.assert_close(found[True][1][name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
