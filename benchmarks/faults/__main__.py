@@ -58,9 +58,10 @@ def table(rows: list[tuple[Case, bool, str]], seed: int) -> str:
     lines = [
         "# Faults tried by machine",
         "",
-        f"`python -m benchmarks.faults --seed {seed} --output docs/faults.md` has put each of these faults into a training",
-        "run of the bundled model, and written this page. *The same bits* means that the rows of `metrics.jsonl` (without",
-        "times) and the tensors of the last checkpoint are those of a run to which nothing happened.",
+        f"`python -m benchmarks.faults --seed {seed} --output docs/faults.md` has put each of these faults",
+        "into a training run of the bundled model, and written this page. *The same bits* means that the rows",
+        "of `metrics.jsonl` (without times) and the tensors of the last checkpoint are those of a run to which",
+        "nothing happened.",
         "",
         "| group | cases | as expected |",
         "|-|-|-|",
