@@ -17,6 +17,12 @@ class PolicyConfig:
     """Dtype of the VAE, which decodes the images that are scored."""
     text_encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the text encoders; their embeddings are rounded to dtype. Default: dtype."""
+    quantization: Literal["int8", "float8", "nf4"] | None = None
+    """Format of the linear layers' weights in the frozen transformer under a LoRA, the KL's reference too: int8 or
+    float8 (torchao) take one byte a weight, nf4 (bitsandbytes, GPUs only) half a byte. Default: dtype."""
+    offload: bool = False
+    """Keep the text encoders, the VAE and the reference of full training in the CPU's memory, and on the GPU only while
+    they are used."""
     lora_rank: int | None = None
     """Rank of the LoRA adapter; 0 trains the whole transformer. Default: 32, for the bundled model 0."""
     lora_alpha: int = 64

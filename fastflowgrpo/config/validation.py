@@ -155,6 +155,7 @@ MAY_CHANGE = (
     "max_missing",
     "policy.decode_batch_size",
     "policy.embeddings_dir",
+    "policy.offload",
     "policy.gradient_checkpointing",
     "policy.attention",
     "policy.compile",
@@ -244,6 +245,11 @@ def _check_lora(config: Config) -> None:
     if policy.lora is not None and policy.lora_rank == 0:
         raise UserError(
             "policy.lora_rank: is 0, which trains the whole transformer; leave it out to continue from policy.lora"
+        )
+    is_full = policy.lora_rank == 0 or (policy.lora_rank is None and config.model == Config().model)
+    if policy.quantization is not None and policy.lora is None and is_full:
+        raise UserError(
+            f"policy.quantization: {policy.quantization} weights cannot be trained: set policy.lora_rank above 0"
         )
     if policy.lora_rank != 0 and policy.lora_targets == []:
         raise UserError("policy.lora_targets: is empty; set policy.lora_rank to 0 to train the whole transformer")

@@ -37,6 +37,8 @@ class Learner:
         update = config.update
         if update.halve_batch_size and processes.sharded:
             raise UserError("update.halve_batch_size: the ranks of a sharded model (FSDP2) cannot repeat a pass alone")
+        if config.policy.quantization is not None and processes.sharded:
+            raise UserError("policy.quantization: FSDP2 cannot shard quantised weights; launch with DDP instead")
         optimizer = torch.optim.AdamW(
             policy.trainable_parameters(),
             lr=update.learning_rate,

@@ -5,7 +5,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.lora import add_lora, load_lora, load_lora_weights, save_lora
+from fastflowgrpo.policy.offload import OffloadedModule
 from fastflowgrpo.policy.protocol import Conditioning
+from fastflowgrpo.policy.quantization import prepare_quantised
 from fastflowgrpo.policy.weights import FULL
 
 # Blocks are compiled separately with and without the adapter, for each batch shape and for each kind of block: more
@@ -58,12 +60,15 @@ class DiffusersPolicy(ABC):
         length = config.max_sequence_length
         self.sequence_length = self.default_sequence_length(absent) if length is None else length
         self._reference_module: ModelMixin | None = None
+        self._offloaded: dict[nn.Module, OffloadedModule] = {}
         self._freeze()
         if config.attention is not None:
             self.set_attention(config.attention)
         if config.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
         self._make_trainable()
+        if config.quantization is not None:
+            prepare_quantised(self.module)
         if config.compile:
             self._compile()
         self.transformer = self.module
@@ -166,7 +171,28 @@ class DiffusersPolicy(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         batches = latents.split(self.config.decode_batch_size)
         decoded = (self.decode_batch(batch.to(self.pipeline.vae.dtype)).float() for batch in batches)
-        return torch.cat([(images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for images in decoded])
+        with self._on_device(self.pipeline.vae):
+            return torch.cat([(images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for images in decoded])
+
+    def offload(self) -> None:
+        """Move the text encoders, the VAE and the reference of full training to the CPU, from where they are fetched."""
+        for module in (*self.text_encoders().values(), self.pipeline.vae, self._reference_module):
+            if module is not None:
+                self._offloaded[module] = OffloadedModule(module, self.device)
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        # The VAE too: a pipeline encodes on the device of its first component, which may be the VAE.
+        with self._on_device(*self.text_encoders().values(), self.pipeline.vae):
+            yield
+
+    @contextmanager
+    def _on_device(self, *modules: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in modules:
+                if module in self._offloaded:
+                    stack.enter_context(self._offloaded[module].on_device())
+            yield
 
     def set_attention(self, name: str) -> None:
         """Use a backend of diffusers for the transformer's attention, and try it forward and backward.
@@ -195,7 +221,8 @@ class DiffusersPolicy(ABC):
         else:
             trained, self.transformer = self.transformer, self._reference_module
             try:
-                yield
+                with self._on_device(self._reference_module):
+                    yield
             finally:
                 self.transformer = trained
 
@@ -229,6 +256,8 @@ class DiffusersPolicy(ABC):
         return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
     def drop_encoders(self) -> None:
+        for encoder in self.text_encoders().values():
+            self._offloaded.pop(encoder, None)
         self.pipeline.register_modules(**dict.fromkeys(self.text_encoders()))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
