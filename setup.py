@@ -52,6 +52,7 @@ TRITON = ["triton>=3.6; sys_platform == 'linux'"]
 OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3"]
 DATASETS = ["pyarrow>=21"]
 PADDLE = ["paddleocr>=3", "paddlepaddle>=3", "rapidfuzz>=3"]
+TORCHAO = ["torchao>=0.18"]
 DEMO = ["gradio>=6.31"]
 TEST = [
     "pytest>=9",
@@ -124,11 +125,12 @@ setup(
         "tensorboard>=2.17",
     ],
     extras_require={
-        "test": [*TEST, *BUILD, *TRITON, *OCR, *SERVE, *DEMO, *DATASETS],
+        "test": [*TEST, *BUILD, *TRITON, *OCR, *SERVE, *DEMO, *DATASETS, *TORCHAO],
         "bench": ["pytest-benchmark>=5", "matplotlib>=3.8"],
         "gpu": [*TRITON, "xformers; sys_platform == 'linux'"],
         "ocr": OCR,
         "paddle": PADDLE,
+        "quantized": [*TORCHAO, "bitsandbytes>=0.50; sys_platform == 'linux'"],
         "datasets": DATASETS,
         "track": ["wandb>=0.20"],
         "serve": SERVE,

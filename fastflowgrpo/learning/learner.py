@@ -133,6 +133,8 @@ class Learner:
                 with self.processes.backward_pass(self.policy.transformer, last=i + 1 == last):
                     if i < len(micro_batches):
                         loss, pair_statistics = self.objective.loss(batch, *micro_batches[i])
+                        if i + 1 < len(micro_batches):
+                            self.objective.prefetch(batch, *micro_batches[i + 1])
                         self.processes.backward(scale * loss.sum())
                         statistics.append(pair_statistics)
                     else:

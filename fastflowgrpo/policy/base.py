@@ -175,7 +175,7 @@ class DiffusersPolicy(ABC):
             return torch.cat([(images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for images in decoded])
 
     def offload(self) -> None:
-        """Move the text encoders, the VAE and the reference of full training to the CPU, from where they are fetched."""
+        """Keep the text encoders, the VAE and the reference of full training on the CPU while they are not used."""
         for module in (*self.text_encoders().values(), self.pipeline.vae, self._reference_module):
             if module is not None:
                 self._offloaded[module] = OffloadedModule(module, self.device)

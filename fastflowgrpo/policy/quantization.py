@@ -72,3 +72,10 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return gradient @ ctx.weight.dequantize().to(gradient.dtype), None, None
+
+
+def quantised_bytes(kind: str, rows: int, columns: int) -> int:
+    """Return the bytes of a linear layer's quantised weight (rows, columns), with its scales."""
+    if kind == "nf4":
+        return rows * columns // 2 + 4 * (rows * columns // NF4_BLOCK)
+    return rows * columns + (5 if kind == "int8" else 4) * rows  # a float32 scale a row, and int8's zero point

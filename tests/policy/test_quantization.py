@@ -159,6 +159,10 @@ def test_ddp_leaves_the_quantised_weights_alone(tiny_sd3_folder, tmp_path):
 def test_what_cannot_be_quantised_is_refused(tiny_sd3_folder, monkeypatch):
     with pytest.raises(UserError, match=r"policy\.quantization: int8 weights cannot be trained: set policy\.lora_rank"):
         parse(["--policy.quantization", "int8"])
+    with pytest.raises(
+        UserError, match=r"policy\.quantization: quantised layers are not compiled: set policy\.compile"
+    ):
+        parse(["--policy.quantization", "int8", "--policy.lora_rank", "4", "--policy.compile", "true"])
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'float8 needs torchao: pip install "fastflowgrpo\[quantized\]"'):
         load(tiny_sd3_folder, "float8")
