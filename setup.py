@@ -129,6 +129,7 @@ setup(
         "gpu": [*TRITON, "xformers; sys_platform == 'linux'"],
         "ocr": OCR,
         "paddle": PADDLE,
+        "quantized": ["torchao>=0.18", "bitsandbytes>=0.50; sys_platform == 'linux'"],
         "datasets": DATASETS,
         "track": ["wandb>=0.20"],
         "serve": SERVE,

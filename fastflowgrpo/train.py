@@ -111,12 +111,17 @@ def _processes_to_start(config: Config) -> int:
 def _dry_run(config: Config) -> None:
     """Prints what a run would do and cost."""
     from fastflowgrpo.planning.estimate import estimate
+    from fastflowgrpo.planning.fit import fitting
     from fastflowgrpo.planning.micro_batch import available_memory, with_largest_micro_batch
     from fastflowgrpo.planning.plan import launched_processes
     from fastflowgrpo.planning.roofline import roofline_table
 
     processes = config.num_processes or launched_processes() or 1
-    if not config.update.batch_size:
+    if config.fit is not None:
+        config, chosen = fitting(config, processes, float(config.fit.removesuffix("GB")) * 1e9)
+        settings = " ".join(f"--{name} {str(value).lower()}" for name, value in chosen.items())
+        print(f"fits     {config.fit} with {settings or 'the settings as they are'}")
+    elif not config.update.batch_size:
         memory = available_memory(config)
         config = with_largest_micro_batch(config, processes, memory)
         print(f"chosen   update.batch_size {config.update.batch_size}, by {memory / 1e9:.3g} GB of memory a process")

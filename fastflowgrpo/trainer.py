@@ -39,6 +39,7 @@ from fastflowgrpo.runs.signals import Signals
 from fastflowgrpo.runs.state import RunState
 from fastflowgrpo.sampling.coefficients import step_coefficients
 from fastflowgrpo.sampling.groups import GroupSampler
+from fastflowgrpo.sampling.host_trajectory import HostTrajectory
 from fastflowgrpo.sampling.rollout import Trajectory, sample_seeds
 from fastflowgrpo.scoring.exploration import exploration_metrics, explore
 from fastflowgrpo.scoring.gather import check_missing, gather_scores
@@ -262,12 +263,12 @@ class Trainer:
                     part = self.sampler.sample(starts, noise, of_groups, unconditional, steps.update)
                 with self.report.phase("decode"):
                     images = self.scoring.submit(part.final, prompts[groups], size)
-                parts.append(part)
+                parts.append(HostTrajectory.of(part) if rollout.offload_trajectory else part)
                 if begin < num_shown:
                     shown.append(images[: (num_shown - begin) * size])
             with self.report.phase("score"):
                 scores = self.scoring.finish(steps.set_postfix_str)
-        return Trajectory.cat(parts), conditioning, unconditional, torch.cat(shown), scores, candidates
+        return type(parts[0]).cat(parts), conditioning, unconditional, torch.cat(shown), scores, candidates
 
     def check_replay(self, batch: Batch) -> None:
         """Compute log-probs of the rollout's steps again, with the weights that sampled them, and compare.

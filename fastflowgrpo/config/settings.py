@@ -17,6 +17,12 @@ class PolicyConfig:
     """Dtype of the VAE, which decodes the images that are scored."""
     text_encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the text encoders; their embeddings are rounded to dtype. Default: dtype."""
+    quantization: Literal["int8", "float8", "nf4"] | None = None
+    """Format of the linear layers' weights in the frozen transformer under a LoRA, the KL's reference too: int8 or
+    float8 (torchao) take one byte a weight, nf4 (bitsandbytes, GPUs only) half a byte. Default: dtype."""
+    offload: bool = False
+    """Keep the text encoders, the VAE and the reference of full training in the CPU's memory, and on the GPU only while
+    they are used."""
     lora_rank: int | None = None
     """Rank of the LoRA adapter; 0 trains the whole transformer. Default: 32, for the bundled model 0."""
     lora_alpha: int = 64
@@ -96,6 +102,8 @@ class RolloutConfig:
     """Classifier-free guidance scale in training; 1 means no guidance, and only the conditional branch runs."""
     keep_unconditional: bool = False
     """Keep the unconditional velocities of the trained steps, so that an epoch's first update need not compute them."""
+    offload_trajectory: bool = False
+    """Keep the trained steps in the CPU's memory, from where each micro-batch is copied ahead. For videos."""
     same_noise: bool = False
     """Start all images of a group from the same initial noise; the steps before its window are computed once."""
     height: int | None = None
@@ -248,6 +256,9 @@ class Config:
     physical core. A dry run assumes the launcher's number or 1 if this is not set."""
     memory_gb: float | None = None
     """Memory that a process may fill in 10^9 bytes, for update.batch_size 0. Default: 90 % of what is free."""
+    fit: str | None = None
+    """Memory of a GPU, such as 24GB (10^9 bytes): dry_run chooses the settings with which the run fits, and prints
+    them."""
     gpu: Literal["a800", "a100", "h100", "h200", "4090"] | None = None
     """GPU on which dry_run says how many seconds an epoch takes at least. Default: it does not say."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])

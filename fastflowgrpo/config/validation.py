@@ -1,5 +1,6 @@
 """Limits of single settings, and checks that settings fit together."""
 
+import re
 from operator import attrgetter
 from typing import Any
 
@@ -106,6 +107,7 @@ _USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
         "update.kl",
         "update.kl_share",
         "rollout.keep_unconditional",
+        "rollout.offload_trajectory",
     ),
     ("update.algorithm", ("grpo",)): ("update.trust_region",),
     ("update.trust_region", ("clip",)): ("update.clip_range",),
@@ -139,6 +141,7 @@ START_SETTINGS = (
     "dry_run",
     "num_processes",
     "memory_gb",
+    "fit",
     "gpu",
     "hub_model_id",
     "hub_private",
@@ -155,10 +158,12 @@ MAY_CHANGE = (
     "max_missing",
     "policy.decode_batch_size",
     "policy.embeddings_dir",
+    "policy.offload",
     "policy.gradient_checkpointing",
     "policy.attention",
     "policy.compile",
     "rollout.batch_size",
+    "rollout.offload_trajectory",
     "update.batch_size",
     "update.halve_batch_size",
     "update.learning_rate",
@@ -191,6 +196,7 @@ def validate(config: Config) -> None:
         for value in _numbers(config, name):
             if not value < 1:
                 raise UserError(f"{name}: must be below 1, got {value}")
+    _check_fit(config)
     _check_lora(config)
     _check_sampling_and_updates(config)
     _check_unused(config)
@@ -239,12 +245,28 @@ def _check_minimum(config: Any, limits: dict[int, tuple[str, ...]]) -> None:
                     raise UserError(f"{name}: must be at least {limit}, got {value}")
 
 
+def _check_fit(config: Config) -> None:
+    if config.fit is None:
+        return
+    if not re.fullmatch(r"\d+(\.\d+)?GB", config.fit):
+        raise UserError(f"fit: must be a size such as 24GB, got {config.fit}")
+    if not config.dry_run:
+        raise UserError("fit: only --dry_run reads it: start the run with the settings that it prints")
+
+
 def _check_lora(config: Config) -> None:
     policy = config.policy
     if policy.lora is not None and policy.lora_rank == 0:
         raise UserError(
             "policy.lora_rank: is 0, which trains the whole transformer; leave it out to continue from policy.lora"
         )
+    is_full = policy.lora_rank == 0 or (policy.lora_rank is None and config.model == Config().model)
+    if policy.quantization is not None and policy.lora is None and is_full:
+        raise UserError(
+            f"policy.quantization: {policy.quantization} weights cannot be trained: set policy.lora_rank above 0"
+        )
+    if policy.quantization is not None and policy.compile:
+        raise UserError("policy.quantization: quantised layers are not compiled: set policy.compile to false")
     if policy.lora_rank != 0 and policy.lora_targets == []:
         raise UserError("policy.lora_targets: is empty; set policy.lora_rank to 0 to train the whole transformer")
 

@@ -37,6 +37,8 @@ class Learner:
         update = config.update
         if update.halve_batch_size and processes.sharded:
             raise UserError("update.halve_batch_size: the ranks of a sharded model (FSDP2) cannot repeat a pass alone")
+        if config.policy.quantization is not None and processes.sharded:
+            raise UserError("policy.quantization: FSDP2 cannot shard quantised weights; launch with DDP instead")
         optimizer = torch.optim.AdamW(
             policy.trainable_parameters(),
             lr=update.learning_rate,
@@ -131,6 +133,8 @@ class Learner:
                 with self.processes.backward_pass(self.policy.transformer, last=i + 1 == last):
                     if i < len(micro_batches):
                         loss, pair_statistics = self._loss(batch, *micro_batches[i])
+                        if i + 1 < len(micro_batches):
+                            self.objective.prefetch(batch, *micro_batches[i + 1])
                         self.processes.backward(scale * loss.sum())
                         statistics.append(pair_statistics)
                     else:

@@ -97,6 +97,9 @@ class Objective(ABC):
     def loss(self, batch: Batch, rows: Tensor, slots: Tensor) -> tuple[Tensor, Statistics]:
         """Loss of each pair, (N,), and its statistics; rows and slots are int64 (N,) on the CPU."""
 
+    def prefetch(self, batch: Batch, rows: Tensor, slots: Tensor) -> None:  # noqa: B027  most read nothing from the host
+        """Start to read what the loss of these pairs needs; they are the next whose loss is computed."""
+
     def micro_batches(self, batch: Batch, begin: int, count: int) -> MicroBatches:
         """The pairs of samples begin, ..., begin + count - 1 in micro-batches (rows, slots) of `batch_size`.
 

@@ -16,8 +16,9 @@ from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import guided_velocity
 from fastflowgrpo.learning.guards import mask_by_divergence, norm_guard, norm_ratio
 from fastflowgrpo.learning.objective import Batch, Objective, Statistics
-from fastflowgrpo.policy import Conditioning
-from fastflowgrpo.sampling.coefficients import resolve_log_prob
+from fastflowgrpo.learning.step_reader import KeptSteps, StepReader
+from fastflowgrpo.policy import Conditioning, Policy
+from fastflowgrpo.sampling.coefficients import StepCoefficients, resolve_log_prob
 from fastflowgrpo.sampling.conditioning import expand_row, repeat_rows
 
 
@@ -30,6 +31,13 @@ class GRPO(Objective):
     uses_log_probs = True
     uses_guard_ratio: ClassVar[bool] = False
     """Whether the ratio is GRPO-Guard's."""
+
+    def __init__(self, config: Config, policy: Policy, coefficients: StepCoefficients, window_size: int):
+        super().__init__(config, policy, coefficients, window_size)
+        self.reader = StepReader(policy.device)
+
+    def prefetch(self, batch: Batch, rows: Tensor, slots: Tensor) -> None:
+        self.reader.prefetch(batch.trajectory, rows, slots)
 
     @classmethod
     def keeps_velocities(cls, config: Config) -> bool:
@@ -45,11 +53,13 @@ class GRPO(Objective):
         step = self.coefficients.at(trajectory.steps[rows, slots], device)
         advantages = batch.advantages[rows].float().to(device, non_blocking=True)
         distinct, repeated = self.distinct_pairs(rows, slots)
+        on_host = rows, slots
         rows, slots = rows.to(device, non_blocking=True), slots.to(device, non_blocking=True)
-        sample, prev_sample = trajectory.latents[rows, slots], trajectory.latents[rows, slots + 1]
+        kept = self.reader.read(trajectory, on_host, (rows, slots))
+        sample, prev_sample = kept.sample, kept.prev_sample
         conditioning = repeat_rows(batch.conditioning, rows // self.group_size)
         inputs = sample[distinct], step.sigma[distinct]
-        velocity_uncond = self.unconditional_velocity(batch, rows, slots, *inputs, repeated)
+        velocity_uncond = self.unconditional_velocity(batch, kept, *inputs, repeated)
         guidance = velocity_uncond, self.config.rollout.guidance_scale
         velocity_ref, kl_scale, own_statistics = None, 1.0, Statistics()
         if update.kl_weight or update.norm_guard_weight:
@@ -63,7 +73,8 @@ class GRPO(Objective):
             guided = guided_velocity(velocity.detach(), *guidance)
             velocity_ref = guided.index_copy(0, chosen, velocity_ref.to(guided.dtype))
         if update.trust_region == "divergence":
-            velocities = guided_velocity(velocity.detach(), *guidance), trajectory.velocities[rows, slots]
+            assert kept.velocity is not None
+            velocities = guided_velocity(velocity.detach(), *guidance), kept.velocity
             advantages, own_statistics = mask_by_divergence(
                 *velocities, sample, prev_sample, step, advantages, update.divergence_limit
             )
@@ -80,7 +91,7 @@ class GRPO(Objective):
             clip_range=update.clip_range if update.trust_region == "clip" else math.inf,
             advantage_clip=self.config.advantage.clip,
             velocity_ref=velocity_ref,
-            velocity_old=trajectory.velocities[rows, slots] if self.uses_guard_ratio else None,
+            velocity_old=kept.velocity if self.uses_guard_ratio else None,
             velocity_uncond=velocity_uncond,
             guidance_scale=guidance[1],
             kl=update.kl,
@@ -99,15 +110,14 @@ class GRPO(Objective):
     def unconditional_velocity(
         self,
         batch: Batch,
-        rows: Tensor,
-        slots: Tensor,
+        kept: KeptSteps,
         sample: Tensor,
         sigma: Tensor,
         repeated: Tensor | slice,
     ) -> Tensor | None:
         """The unconditional velocity of each pair, kept or computed at the distinct inputs; None without guidance."""
         if batch.has_rollout_weights and self.config.rollout.keep_unconditional:
-            return batch.trajectory.unconditional[rows, slots]
+            return kept.unconditional
         unconditional = expand_row(batch.unconditional, len(sample))
         return None if unconditional is None else self.policy.velocity(sample, sigma, unconditional)[repeated]
 

@@ -9,23 +9,28 @@ but a rollout's pass keeps its activations, which is not counted here.
 
 Memory of a process, in bytes:
 
-- weights: trained weights in float32, the transformer's others in policy.dtype, text encoders and VAE in dtypes of
-  their own. Full training keeps a frozen copy of the transformer, the reference.
+- weights: trained weights in float32, the transformer's others in policy.dtype or as policy.quantization says, text
+  encoders and VAE in dtypes of their own. Full training keeps a frozen copy of the transformer, the reference. What
+  policy.offload keeps on the CPU is counted in the passes that use it, and text encoders that policy.embeddings_dir
+  frees are counted under encode.
 - gradients, optimiser, average: 4, 8 and 4 for each trained parameter.
 - trajectory: for each of the process's images (trained steps + 2) latents in policy.dtype and 4 bytes per log-prob;
   grpo_guard and update.trust_region divergence also keep each step's velocity, and rollout.keep_unconditional its
-  unconditional one; algorithms without log-probs keep only the last latents.
+  unconditional one; algorithms without log-probs keep only the last latents. With rollout.offload_trajectory the
+  steps of one batch or of two micro-batches are there at a time, and the others on the CPU.
 - old policy: 4 for each trained parameter, for nft and awm.
 - embeddings: those of the process's groups, and the 512 in the cache.
 - passes: the larger of two sums, since the two phases do not overlap: the forward pass of a rollout (or evaluation)
   with the decoding of the previous images; the forward and backward pass of an update. Full training in a lower
-  precision adds autocast's copy of the trained weights.
+  precision adds autocast's copy of the trained weights, and quantisation the dequantised copies of the largest weight.
+- encode: with policy.offload, text encoders and VAE while a prompt is encoded. With policy.embeddings_dir this happens
+  before training, so that only what exceeds the memory of gradients, optimiser, average and trajectory is counted.
 
 Reward networks on the same device come on top.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -37,11 +42,13 @@ from fastflowgrpo.planning.passes import Passes, run_passes
 from fastflowgrpo.planning.plan import Plan, batch_plan
 from fastflowgrpo.planning.roofline import Work
 from fastflowgrpo.policy import component_dtypes
-from fastflowgrpo.policy.embeddings import CACHED_PROMPTS
+from fastflowgrpo.policy.embeddings import BATCH, CACHED_PROMPTS
+from fastflowgrpo.policy.quantization import quantised_bytes
 from fastflowgrpo.sampling.rollout import sliding_start
 from fastflowgrpo.sampling.window import rollout_passes
 
 FLOAT32 = 4  # bytes
+DEQUANTISED = 10  # bytes for each element of a weight while it is dequantised: torchao goes through float32
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ class Estimate:
     memory: dict[str, int]
     """Bytes that a process always holds, by purpose."""
     passes: dict[str, int]
-    """Bytes that a pass of each phase adds: rollout, update, update with gradient checkpointing."""
+    """Bytes that a pass of each phase adds: rollout, update, update with gradient checkpointing, and encode if the text
+    encoders are not always there."""
     flops: dict[str, int]
     """FLOPs of an epoch on all processes together: candidates (their passes, if there are any), rollout, update,
     reference, decode (candidates too), checkpointing (what gradient checkpointing would add to the update)."""
@@ -67,7 +75,7 @@ class Estimate:
     def total_memory(self, checkpointing: bool = False) -> int:
         """Return the peak bytes of a process."""
         update = self.passes["update with gradient checkpointing" if checkpointing else "update"]
-        return sum(self.memory.values()) + max(self.passes["rollout"], update)
+        return sum(self.memory.values()) + max(self.passes["rollout"], update, self.passes.get("encode", 0))
 
     @property
     def total_flops(self) -> int:
@@ -95,12 +103,13 @@ class Estimate:
         )
 
 
-def estimate(config: Config, processes: int = 1) -> Estimate:
+def estimate(config: Config, processes: int = 1, run: Callable[..., Passes] | None = None) -> Estimate:
     """Estimate what a run costs.
 
     Args:
         config: validated.
         processes: that train together.
+        run: in place of `run_passes`.
 
     Raises:
         UserError: there are more processes than groups in an update, the model cannot be described, its family is not
@@ -112,21 +121,16 @@ def estimate(config: Config, processes: int = 1) -> Estimate:
     decoded = max(plan.rollout_batch_size, plan.candidate_batch_size, plan.candidates)
     decoded = min(config.policy.decode_batch_size, decoded)
     with torch.random.fork_rng(devices=[]):  # a run's random numbers do not depend on whether it was estimated
-        passes = run_passes(config, sampled, micro_batch, decoded)
-    size = getattr(torch, config.policy.dtype).itemsize
-    autocast = 0 if passes.uses_lora or size == FLOAT32 else passes.trained * size
+        passes = (run or run_passes)(config, sampled, micro_batch, decoded)
     flops = _flops(config, plan, passes)
+    memory = _memory(config, plan, passes)
     return Estimate(
         model=config.model,
         plan=plan,
         trained=passes.trained,
         frozen=passes.frozen,
-        memory=_memory(config, plan, passes),
-        passes={
-            "rollout": passes.forward.peak + passes.decode.peak + autocast,
-            "update": passes.train.peak + autocast,
-            "update with gradient checkpointing": passes.checkpointed.peak + autocast,
-        },
+        memory=memory,
+        passes=_pass_memory(config, passes, memory),
         flops=flops,
         work=_work(config, plan, passes, flops),
     )
@@ -136,19 +140,24 @@ def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     """Return `Estimate.memory`."""
     size, latent = getattr(torch, config.policy.dtype).itemsize, prod(passes.latent_shape)
     objective, groups = OBJECTIVES[config.update.algorithm], plan.groups_per_process[1]
-    kept = latent * size  # bytes of an image's trajectory
+    offloads = config.rollout.offload_trajectory
+    pairs, steps = plan.pairs_per_image, 0  # bytes of an image's latents and velocities in its window
     if objective.uses_log_probs:
-        kept += plan.pairs_per_image * (latent * size + FLOAT32) + latent * size
+        steps += (pairs + 1) * latent * size
     if config.rollout.keep_unconditional:
-        kept += plan.pairs_per_image * latent * size
+        steps += pairs * latent * size
     if objective.keeps_velocities(config):
-        kept += plan.pairs_per_image * latent * (FLOAT32 if _branches(config) == 2 else size)
+        steps += pairs * latent * (FLOAT32 if _branches(config) == 2 else size)
+    kept = latent * size + objective.uses_log_probs * pairs * FLOAT32
+    images = groups * plan.group_size
+    # offloaded, those of one batch of the rollout, before they are copied, or of two micro-batches
+    on_device = min(images, max(plan.rollout_batch_size, 2 * plan.micro_batch_size)) if offloads else images
     memory = {
-        "weights": passes.trained * FLOAT32 + _frozen_bytes(config, passes),
+        "weights": passes.trained * FLOAT32 + _held_bytes(config, passes),
         "gradients": passes.trained * FLOAT32,
         "optimiser": 2 * passes.trained * FLOAT32,
         "average": passes.trained * FLOAT32 if config.update.ema_decay else 0,
-        "trajectory": groups * plan.group_size * kept,
+        "trajectory": images * kept + on_device * steps,
         "embeddings": (CACHED_PROMPTS + groups) * passes.conditioning,
     }
     if objective.uses_old_policy:
@@ -156,9 +165,55 @@ def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     return memory
 
 
-def _frozen_bytes(config: Config, passes: Passes) -> int:
-    dtypes = component_dtypes(config.policy)
-    return sum(count * dtypes.get(name, dtypes["default"]).itemsize for name, count in passes.frozen.items())
+def _pass_memory(config: Config, passes: Passes, memory: dict[str, int]) -> dict[str, int]:
+    """Return `Estimate.passes`."""
+    policy, size = config.policy, getattr(torch, config.policy.dtype).itemsize
+    extra = 0 if passes.uses_lora or size == FLOAT32 else passes.trained * size  # autocast's copy
+    if policy.quantization is not None:
+        extra += DEQUANTISED * max(rows * columns for rows, columns in passes.linears)
+    weights = _frozen_bytes(config, passes)
+    encoders = sum(count for name, count in weights.items() if name.startswith("text_encoder"))
+    vae = weights["vae"] if policy.offload else 0
+    reference = weights["transformer"] if policy.offload and not passes.uses_lora else 0
+    in_rollout, in_update = config.update.data == "offline", _uses_reference(config)
+    found = {
+        "rollout": passes.forward.peak + passes.decode.peak + extra + vae + in_rollout * reference,
+        "update": passes.train.peak + extra + in_update * reference,
+        "update with gradient checkpointing": passes.checkpointed.peak + extra + in_update * reference,
+    }
+    if passes.encode is not None and policy.embeddings_dir is not None:
+        encode = encoders + vae + BATCH * passes.encode.peak
+        found["encode"] = max(0, encode - sum(memory.values()) + memory["weights"])
+    elif passes.encode is not None and policy.offload:
+        found["encode"] = encoders + vae + passes.encode.peak
+    return found
+
+
+def _held_bytes(config: Config, passes: Passes) -> int:
+    """Return the bytes of the frozen weights that are always on the device."""
+    weights, policy = _frozen_bytes(config, passes), config.policy
+    if policy.offload or policy.embeddings_dir is not None:
+        weights = {name: count for name, count in weights.items() if not name.startswith("text_encoder")}
+    if policy.offload:
+        del weights["vae"]
+        if not passes.uses_lora:
+            del weights["transformer"]
+    return sum(weights.values())
+
+
+def _frozen_bytes(config: Config, passes: Passes) -> dict[str, int]:
+    """Return the bytes of each component's frozen weights."""
+    dtypes, kind = component_dtypes(config.policy), config.policy.quantization
+    found = {name: count * dtypes.get(name, dtypes["default"]).itemsize for name, count in passes.frozen.items()}
+    if kind is not None:
+        for rows, columns in passes.linears:
+            found["transformer"] += quantised_bytes(kind, rows, columns) - rows * columns * dtypes["default"].itemsize
+    return found
+
+
+def _uses_reference(config: Config) -> bool:
+    update = config.update
+    return bool(OBJECTIVES[update.algorithm].uses_reference or update.kl_weight or update.norm_guard_weight)
 
 
 def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
@@ -167,8 +222,7 @@ def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     trained_images = plan.pairs * objective.samples_per_pair
     distinct = _distinct_images(config, plan, trained_images)
     forward, train = passes.forward.flops_per_sample, passes.train.flops_per_sample
-    uses_reference = objective.uses_reference or config.update.kl_weight or config.update.norm_guard_weight
-    reference = passes.reference.flops_per_sample if uses_reference else 0
+    reference = passes.reference.flops_per_sample if _uses_reference(config) else 0
     trained_branches = branches if objective.uses_log_probs else 1  # the other losses have no guidance
     unconditional = distinct * (trained_branches - 1) * forward
     if config.rollout.keep_unconditional:  # the first update of an epoch has them
@@ -191,7 +245,7 @@ def _work(config: Config, plan: Plan, passes: Passes, flops: dict[str, int]) -> 
     """Return `Estimate.work`: no embedding is cached in memory, and each phase has the fewest passes possible."""
     rollout, policy, groups, branches = config.rollout, config.policy, plan.groups_per_process[1], _branches(config)
     work: dict[str, Work] = {}
-    if passes.encode is None:
+    if config.gpu is None or passes.encode is None:
         return work
     if policy.embeddings_dir is None:
         prompts, dtype = groups + branches - 1, policy.text_encoder_dtype or policy.dtype

@@ -84,7 +84,7 @@ def helpful_settings(config: Config, processes: int, phase: str, count: int = 3)
     try:
         before = _peak(config, phase, processes)
         saved = {name: before - _peak(other, phase, processes) for name, other in _smaller(config)}
-        if config.policy.embeddings_dir is None:
+        if config.policy.embeddings_dir is None and not config.policy.offload:
             saved["policy.embeddings_dir FOLDER"] = _text_encoders(config, processes)
     except Exception:  # a model that cannot be described; the name of a setting is better than nothing
         return ", ".join(name for name, _ in _smaller(config))
@@ -101,9 +101,9 @@ def _peak(config: Config, phase: str, processes: int) -> int:
     """The estimated bytes of a process in a phase."""
     # The dry run counts the larger batch of rollout and evaluation.
     if phase == "rollout":
-        config = _with(config, "evaluation.batch_size", 1)
+        config = with_setting(config, "evaluation.batch_size", 1)
     if phase == "evaluate":
-        config = _with(config, "rollout.batch_size", config.rollout.group_size)
+        config = with_setting(config, "rollout.batch_size", config.rollout.group_size)
     cost = estimate(config, processes)
     update = "update with gradient checkpointing" if config.policy.gradient_checkpointing else "update"
     return sum(cost.memory.values()) + cost.passes[update if phase == "update" else "rollout"]
@@ -118,10 +118,11 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
         "evaluation.batch_size": config.evaluation.batch_size // 2,
         "policy.decode_batch_size": config.policy.decode_batch_size // 2,
         "policy.gradient_checkpointing": not config.policy.gradient_checkpointing,
+        "policy.offload": not config.policy.offload,
     }
     for name, value in values.items():
         if value:
-            yield f"{name} {str(value).lower()}", _with(config, name, value)
+            yield f"{name} {str(value).lower()}", with_setting(config, name, value)
 
 
 def _text_encoders(config: Config, processes: int) -> int:
@@ -130,7 +131,7 @@ def _text_encoders(config: Config, processes: int) -> int:
     return count * component_dtypes(config.policy)["text_encoder"].itemsize
 
 
-def _with(config: Config, name: str, value: Any) -> Config:
+def with_setting(config: Config, name: str, value: Any) -> Config:
     group, _, field = name.partition(".")
     return replace(config, **{group: replace(getattr(config, group), **{field: value})})
 

@@ -33,6 +33,8 @@ class Passes:
     """Trained parameters."""
     frozen: dict[str, int]
     """Frozen parameters of each component; the reference's, for a transformer that is trained in full."""
+    linears: tuple[tuple[int, int], ...]
+    """Rows and columns of the frozen weights that `policy.quantization` changes."""
     uses_lora: bool
     latent_shape: tuple[int, ...]
     """Of one sample."""
@@ -47,7 +49,7 @@ class Passes:
     """Forward and backward with gradient checkpointing."""
     decode: BatchCost
     encode: BatchCost | None
-    """All text encoders for one prompt of the embedding's length, if `gpu` is set."""
+    """All text encoders for one prompt of the embedding's length, if a setting needs it."""
 
 
 def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> Passes:
@@ -62,7 +64,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     Raises:
         UserError: the model cannot be described, its family is not supported, or a policy setting does not fit it.
     """
-    policy, frozen = _meta_policy(config)
+    policy, frozen, linears = _meta_policy(config)
     trained = policy.trainable_parameters()
     for parameter in trained:
         # Gradients exist from the second micro-batch on: they are not part of the pass.
@@ -80,12 +82,14 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
             reference = _measure_batch(lambda: policy.predict(*inputs), sampled)
         decoded_latents = latents.new_empty(decoded, *latents.shape[1:], dtype=policy.pipeline.vae.dtype)
         decode = _measure_batch(lambda: policy.decode_batch(decoded_latents), decoded)
-        encode = _measure_batch(lambda: _encode(policy), 1) if config.gpu is not None else None
+        needs_encode = config.gpu is not None or config.policy.offload or config.policy.embeddings_dir is not None
+        encode = _measure_batch(lambda: _encode(policy), 1) if needs_encode else None
     train = _measure_batch(update, micro_batch)
     policy.module.enable_gradient_checkpointing()
     return Passes(
         trained=sum(parameter.numel() for parameter in trained),
         frozen=frozen,
+        linears=linears,
         uses_lora=policy.uses_lora,
         latent_shape=tuple(latents.shape[1:]),
         conditioning=sum(tensor[0].numel() * tensor.element_size() for tensor in conditioning.values()),
@@ -103,20 +107,26 @@ def _measure_batch(function: Callable[[], object], batch_size: int) -> BatchCost
     return BatchCost(cost.flops, cost.peak, cost.weights, batch_size)
 
 
-def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int]]:
-    """Return the policy of a run on the meta device, and the frozen parameters of each component."""
+def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int], tuple[tuple[int, int], ...]]:
+    """Return the policy of a run on the meta device, the frozen parameters of each component, and `Passes.linears`."""
     settings = with_default_rank(config.model, config.policy)
     # The passes are measured with and without checkpointing; neither kernels nor a compiler run on the meta device.
-    settings = replace(settings, gradient_checkpointing=False, attention=None, compile=False)
+    settings = replace(settings, gradient_checkpointing=False, attention=None, compile=False, quantization=None)
     pipeline = meta_pipeline(config.model, component_dtypes(settings))
     names = ["transformer", *(name for name in pipeline.components if name.startswith("text_encoder")), "vae"]
     modules = {name: pipeline.components[name] for name in names if pipeline.components[name] is not None}
     frozen = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
+    kept = pipeline.transformer._keep_in_fp32_modules or ()
+    linears = tuple(
+        (layer.out_features, layer.in_features)
+        for name, layer in pipeline.transformer.named_modules()
+        if type(layer) is nn.Linear and not any(part in name.split(".") for part in kept)
+    )
     policy = family_of(config.model, type(pipeline).__name__)(pipeline, settings)
     if not policy.uses_lora:
         # The meta device has no autocast, which computes in this dtype: give the weights themselves the dtype.
         nn.Module.to(policy.module, policy.dtype)
-    return policy, frozen
+    return policy, frozen, linears
 
 
 def _encode(policy: DiffusersPolicy) -> None:

@@ -5,7 +5,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.lora import add_lora, load_lora, load_lora_weights, save_lora
+from fastflowgrpo.policy.offload import OffloadedModule
 from fastflowgrpo.policy.protocol import Conditioning
+from fastflowgrpo.policy.quantization import prepare_quantised
 from fastflowgrpo.policy.weights import FULL
 
 # Blocks are compiled separately with and without the adapter, for each batch shape and for each kind of block: more
@@ -59,12 +61,15 @@ class DiffusersPolicy(ABC):
         length = config.max_sequence_length
         self.sequence_length = self.default_sequence_length(absent) if length is None else length
         self._reference_module: ModelMixin | None = None
+        self._offloaded: dict[nn.Module, OffloadedModule] = {}
         self._freeze()
         if config.attention is not None:
             self.set_attention(config.attention)
         if config.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
         self._make_trainable()
+        if config.quantization is not None:
+            prepare_quantised(self.module)
         if config.compile:
             self._compile()
         self.transformer = self.module
@@ -169,7 +174,28 @@ class DiffusersPolicy(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         batches = latents.split(self.config.decode_batch_size)
         decoded = (self.decode_batch(batch.to(self.pipeline.vae.dtype)).float() for batch in batches)
-        return torch.cat([(images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for images in decoded])
+        with self._on_device(self.pipeline.vae):
+            return torch.cat([(images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for images in decoded])
+
+    def offload(self) -> None:
+        """Keep the text encoders, the VAE and the reference of full training on the CPU while they are not used."""
+        for module in (*self.text_encoders().values(), self.pipeline.vae, self._reference_module):
+            if module is not None:
+                self._offloaded[module] = OffloadedModule(module, self.device)
+
+    @contextmanager
+    def encoding(self) -> Iterator[None]:
+        # The VAE too: a pipeline encodes on the device of its first component, which may be the VAE.
+        with self._on_device(*self.text_encoders().values(), self.pipeline.vae):
+            yield
+
+    @contextmanager
+    def _on_device(self, *modules: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            for module in modules:
+                if module in self._offloaded:
+                    stack.enter_context(self._offloaded[module].on_device())
+            yield
 
     def set_attention(self, name: str) -> None:
         """Use a backend of diffusers for the transformer's attention, and try it forward and backward.
@@ -198,7 +224,8 @@ class DiffusersPolicy(ABC):
         else:
             trained, self.transformer = self.transformer, self._reference_module
             try:
-                yield
+                with self._on_device(self._reference_module):
+                    yield
             finally:
                 self.transformer = trained
 
@@ -232,6 +259,8 @@ class DiffusersPolicy(ABC):
         return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
     def drop_encoders(self) -> None:
+        for encoder in self.text_encoders().values():
+            self._offloaded.pop(encoder, None)
         self.pipeline.register_modules(**dict.fromkeys(self.text_encoders()))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -58,13 +58,14 @@ class EmbeddingCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             missing = [prompt for prompt in dict.fromkeys(prompts) if not self._has(prompt)]
-            for begin in progress("encoding prompts", range(0, len(missing), BATCH)):
-                batch = missing[begin : begin + BATCH]
-                for prompt, row in zip(batch, self._encode(batch), strict=True):
-                    path = self._path(prompt)
-                    unfinished = path.with_suffix(f".{uuid4().hex}")
-                    save_file(row, unfinished)
-                    unfinished.replace(path)
+            with self.policy.encoding() if missing else nullcontext():
+                for begin in progress("encoding prompts", range(0, len(missing), BATCH)):
+                    batch = missing[begin : begin + BATCH]
+                    for prompt, row in zip(batch, self._encode(batch), strict=True):
+                        path = self._path(prompt)
+                        unfinished = path.with_suffix(f".{uuid4().hex}")
+                        save_file(row, unfinished)
+                        unfinished.replace(path)
             if missing:
                 self._remove_abandoned(self._path(missing[-1]).stat().st_mtime)
         except OSError as error:
@@ -86,8 +87,9 @@ class EmbeddingCache:
             UserError: a file in the folder is missing or damaged.
         """
         distinct = dict.fromkeys(prompts)
-        for prompt in distinct:
-            if prompt not in self.rows:
+        missing = [prompt for prompt in distinct if prompt not in self.rows]
+        with self.policy.encoding() if missing and not self.folder else nullcontext():
+            for prompt in missing:
                 # One prompt at a time: its bits can depend on the batch, and a resumed run has other batches.
                 self.rows[prompt] = self._read(prompt) if self.folder else self._encode([prompt])[0]
         for prompt in distinct:

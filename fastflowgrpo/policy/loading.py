@@ -10,6 +10,7 @@ from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.families import family_of
 from fastflowgrpo.policy.protocol import Policy
+from fastflowgrpo.policy.quantization import quantization_config
 from fastflowgrpo.shapes import PIPELINE
 
 
@@ -39,9 +40,10 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
         device: where it runs.
 
     Raises:
-        UserError: there is no such pipeline or its family is not supported.
+        UserError: there is no such pipeline, its family is not supported, or it cannot be quantised here.
     """
     config = with_default_rank(model, config)
+    quantization = quantization_config(config)
     source = str(PIPELINE) if model == "shapes" else model
     try:
         index = DiffusionPipeline.load_config(source)
@@ -50,7 +52,7 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
         # A pipeline saved without a component (SD3 without T5) loads only if told so.
         absent = [key for key, value in index.items() if isinstance(value, list) and value[0] is None]
         pipeline = getattr(diffusers, name).from_pretrained(
-            source, dtype=component_dtypes(config), **dict.fromkeys(absent)
+            source, dtype=component_dtypes(config), quantization_config=quantization, **dict.fromkeys(absent)
         )
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
@@ -58,4 +60,7 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
             f'model "{source}" is neither a diffusers folder nor a hub id that can be read ({reason}); '
             "a gated model needs `hf auth login`"
         ) from error
-    return family(pipeline.to(device), config)
+    policy = family(pipeline.to(device), config)
+    if config.offload:
+        policy.offload()
+    return policy

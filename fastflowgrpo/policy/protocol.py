@@ -27,7 +27,10 @@ class Policy(Protocol):
         """
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Embed prompts, one row each, without gradients."""
+        """Embed prompts, one row each, without gradients; inside `encoding`."""
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """Return a context in which the text encoders are where `encode` needs them."""
 
     def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]:
         """Return the shape of one latent sample.

@@ -1,0 +1,81 @@
+"""A frozen transformer in 8 or 4 bits under a LoRA: `policy.quantization`.
+
+int8     torchao, one scale per output; weights only, activations keep the compute dtype
+float8   torchao, float8_e4m3fn with one scale per output; weights only
+nf4      bitsandbytes' 4-bit NormalFloat of QLoRA (arXiv 2305.14314), one scale per 64 weights; diffusers loads it only
+         on a GPU
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from diffusers import BitsAndBytesConfig, ModelMixin, PipelineQuantizationConfig, TorchAoConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastflowgrpo.config import PolicyConfig
+from fastflowgrpo.errors import UserError
+
+NF4_BLOCK = 64  # weights that share a scale, bitsandbytes' default
+
+
+def quantization_config(config: PolicyConfig) -> PipelineQuantizationConfig | None:
+    """Return what diffusers' loader needs to quantise the transformer, None without `policy.quantization`.
+
+    Raises:
+        UserError: a package or the GPU that it needs is missing.
+    """
+    kind = config.quantization
+    if kind is None:
+        return None
+    package = "bitsandbytes" if kind == "nf4" else "torchao"
+    if find_spec(package) is None:
+        raise UserError(f'policy.quantization: {kind} needs {package}: pip install "fastflowgrpo[quantized]"')
+    if kind == "nf4":
+        if not torch.cuda.is_available():
+            raise UserError("policy.quantization: nf4 needs a GPU; int8 and float8 also run on a CPU")
+        settings: Any = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, config.dtype)
+        )
+    else:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        settings = TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
+    return PipelineQuantizationConfig(quant_mapping={"transformer": settings})
+
+
+def prepare_quantised(module: ModelMixin) -> None:
+    """Make a quantised transformer with its adapter ready for the backward pass and for DDP."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear and type(layer.weight) is not nn.Parameter:  # a tensor of torchao's
+            # Its own forward pass would keep a dequantised copy of every weight for the backward pass.
+            layer.__class__ = _DequantisedAgainLinear
+    # DDP would broadcast the weights from rank 0, which torchao's do not support. All ranks have loaded the same ones.
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    module._ddp_params_and_buffers_to_ignore = frozen
+
+
+class _DequantisedAgainLinear(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return _FrozenLinear.apply(input, self.weight, self.bias)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """A linear layer without a gradient for its weights, which the backward pass dequantises again."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient @ ctx.weight.dequantize().to(gradient.dtype), None, None
+
+
+def quantised_bytes(kind: str, rows: int, columns: int) -> int:
+    """Return the bytes of a linear layer's quantised weight (rows, columns), with its scales."""
+    if kind == "nf4":
+        return rows * columns // 2 + 4 * (rows * columns // NF4_BLOCK)
+    return rows * columns + (5 if kind == "int8" else 4) * rows  # a float32 scale a row, and int8's zero point

@@ -1,0 +1,174 @@
+"""A LoRA over a quantised transformer, on the CPU with torchao's int8 and float8."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastflowgrpo import Trainer
+from fastflowgrpo.config import PolicyConfig, parse
+from fastflowgrpo.errors import UserError
+from fastflowgrpo.evaluate import main as evaluate
+from fastflowgrpo.policy import load_policy, quantization
+from fastflowgrpo.runs.checkpoints import list_checkpoints
+from fastflowgrpo.train import main
+
+TorchAOBaseTensor = pytest.importorskip(
+    "torchao.utils", reason="torchao is not installed; CI runs this file with it"
+).TorchAOBaseTensor
+CONFIG = PolicyConfig(dtype="bfloat16", lora_rank=4, max_sequence_length=8)
+
+
+def load(folder, kind="int8", **settings):
+    return load_policy(str(folder), replace(CONFIG, quantization=kind, **settings))
+
+
+def frozen(policy):
+    """The stored bytes of all weights without a gradient, by name."""
+
+    def stored(tensor):
+        if not isinstance(tensor, TorchAOBaseTensor):
+            return (tensor.detach().clone(),)
+        return tuple(getattr(tensor, name).clone() for name in tensor.__tensor_flatten__()[0])
+
+    return {name: stored(weight) for name, weight in policy.module.named_parameters() if not weight.requires_grad}
+
+
+def inputs(policy):
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 4, 8, 8, generator=generator).to(policy.dtype)
+    return latents, torch.tensor([0.3, 0.8]), policy.encode(["a cat", "snow"])
+
+
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_the_base_is_quantised_and_only_the_adapter_is_trained(tiny_sd3_folder, kind):
+    policy, plain = load(tiny_sd3_folder, kind), load(tiny_sd3_folder, None)
+    before, given = frozen(policy), inputs(policy)
+    linears = [layer for layer in plain.module.modules() if type(layer) is nn.Linear]
+    assert sum(value[0].element_size() == 1 for value in before.values()) == len(linears)
+    with torch.no_grad():
+        base, exact = policy.velocity(*given), plain.velocity(*given)
+    assert 0 < (base - exact).abs().max() < 0.1 * exact.abs().max()
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=1e-2)
+    for _ in range(2):
+        policy.velocity(*given).square().mean().backward()
+        optimizer.step()
+    assert all(map(torch.equal, sum(before.values(), ()), sum(frozen(policy).values(), ())))
+    with torch.no_grad():
+        assert not torch.equal(policy.velocity(*given), base)
+        with policy.reference():
+            assert torch.equal(policy.velocity(*given), base)
+
+
+def test_the_backward_pass_is_that_of_the_dequantised_weights_and_keeps_no_copy_of_them(tiny_sd3_folder):
+    policy = load(tiny_sd3_folder)
+    (layer,) = [layer for name, layer in policy.module.named_modules() if name.endswith("blocks.0.ff.net.2")]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        x = torch.randn(3, layer.in_features, dtype=torch.bfloat16, requires_grad=True)
+        y = layer(x)
+        policy.velocity(*inputs(policy))
+    kept = {tuple(tensor.shape) for tensor in saved if tensor.ndim == 2}
+    weights = {tuple(weight.shape) for weight in policy.module.parameters() if isinstance(weight, TorchAOBaseTensor)}
+    assert not kept & {shape[::-1] for shape in weights if shape[0] != shape[1]}
+    y.backward(torch.ones_like(y))
+    assert torch.equal(x.grad, torch.ones_like(y) @ layer.weight.dequantize())
+
+
+def command(folder, output, **settings):
+    settings = {
+        "model": folder,
+        "output_dir": output,
+        "trackers": "[]",
+        "prompts.train": folder.parent / "prompts.txt",
+        "prompts.per_epoch": 2,
+        "rewards": '{"jpeg_compressibility": 1}',
+        "policy.quantization": "int8",
+        "policy.lora_rank": 4,
+        "policy.max_sequence_length": 8,
+        "rollout.group_size": 4,
+        "rollout.batch_size": 8,
+        "rollout.num_steps": 4,
+        "rollout.window_size": 2,
+        "rollout.window_start": "[0,2]",
+        "update.batch_size": 8,
+        "update.kl_weight": 0.1,
+        "evaluation.every": 0,
+        "evaluation.num_steps": 2,
+        "evaluation.images_per_prompt": 2,
+        "update.learning_rate": 1e-2,
+        "epochs": 2,
+        **settings,
+    }
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+def rows(run):
+    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in row.keys() - {"wall_s", "seconds", "images_per_s"}} for row in read]
+
+
+@pytest.mark.slow
+def test_the_command_trains_resumes_and_evaluates_a_quantised_model(tiny_sd3_folder, tmp_path, capsys):
+    (tiny_sd3_folder.parent / "prompts.txt").write_text("a cat\ntwo dogs\nsnow\na ball")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(command(tiny_sd3_folder, whole)) == 0
+    assert main(command(tiny_sd3_folder, parts, epochs=1)) == 0
+    assert main(command(tiny_sd3_folder, parts, resume="latest")) == 0
+    last, again = list_checkpoints(whole)[-1], list_checkpoints(parts)[-1]
+    files = [path.relative_to(last) for path in last.rglob("*.safetensors")]
+    assert len(files) > 3
+    for name in files:
+        one, other = load_file(last / name), load_file(again / name)
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    evaluated, *trained, _ = rows(whole)
+    assert [row["kl"] > 0 for row in trained] == [True, True] and "eval" in evaluated
+    results = tmp_path / "evaluation"
+    assert evaluate(["--run", str(whole), "--output_dir", str(results), "--num_steps", "2"]) == 0
+    found = json.loads((results / "evaluation.json").read_text())
+    before, after = (found[weights]["Diversity"]["pixels"]["mean"] for weights in ("base", "trained"))
+    row = rows(whole)[-1]["eval"]
+    assert before != after and after == pytest.approx(row["diversity"], rel=1e-6), (found, row)
+
+
+def test_the_ratio_is_exactly_one_and_the_kl_zero_before_the_first_update(tiny_sd3_folder, tmp_path):
+    (tiny_sd3_folder.parent / "prompts.txt").write_text("a cat\ntwo dogs\nsnow\na ball")
+    for dtype in ("float32", "bfloat16"):
+        trainer = Trainer(parse(command(tiny_sd3_folder, tmp_path / dtype, **{"policy.dtype": dtype})))
+        batch, _ = trainer.collect(0)
+        for rows, slots in trainer.objective.micro_batches(batch, 0, len(batch.advantages)):
+            statistics = trainer.objective.loss(batch, rows, slots)[1]
+            assert (statistics["ratio"] == 1).all() and (statistics["kl"] == 0).all()
+        trainer.accelerator.end_training()
+        trainer.lock.close()
+
+
+def test_ddp_leaves_the_quantised_weights_alone(tiny_sd3_folder, tmp_path):
+    policy = load(tiny_sd3_folder)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        policy.transformer = DistributedDataParallel(policy.module)
+        policy.velocity(*inputs(policy)).square().mean().backward()
+    finally:
+        distributed.destroy_process_group()
+    assert any(parameter.grad.any() for parameter in policy.trainable_parameters())
+
+
+def test_what_cannot_be_quantised_is_refused(tiny_sd3_folder, monkeypatch):
+    with pytest.raises(UserError, match=r"policy\.quantization: int8 weights cannot be trained: set policy\.lora_rank"):
+        parse(["--policy.quantization", "int8"])
+    with pytest.raises(
+        UserError, match=r"policy\.quantization: quantised layers are not compiled: set policy\.compile"
+    ):
+        parse(["--policy.quantization", "int8", "--policy.lora_rank", "4", "--policy.compile", "true"])
+    monkeypatch.setattr(quantization, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'float8 needs torchao: pip install "fastflowgrpo\[quantized\]"'):
+        load(tiny_sd3_folder, "float8")
+    monkeypatch.setattr(quantization, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"policy\.quantization: nf4 needs a GPU"):
+        load(tiny_sd3_folder, "nf4")
