@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 import torch
 
+from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
+from fastflowgrpo.policy import load_policy
+from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.prompts.images import read_image
 from fastflowgrpo.rewards import RewardBatch
 from fastflowgrpo.rewards.shapes_edit import ShapesEdit, check_edit
+from fastflowgrpo.sampling.ode import sample_ode
 from fastflowgrpo.shapes.edits import (
     CONTENTS,
     HELD_OUT,
@@ -79,3 +84,14 @@ def test_training_never_has_a_held_out_edit_or_an_evaluated_sentence():
     texts = {text for text, _, _ in pretraining_edits(3000, 0.3, seed=0)}
     assert texts.isdisjoint(p.text for p in held_out) and {p.text for p in train} <= texts
     ShapesEdit().check_prompts([*train, *held_out])
+
+
+def test_the_bundled_model_makes_about_half_of_the_edits_and_keeps_the_rest():
+    policy, prompts = load_policy("shapes_edit", PolicyConfig()), eval_prompts(per_action=24)
+    shape = policy.latent_shape(None, None)
+    noise = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(0))
+    images = policy.decode(sample_ode(policy, EmbeddingCache(policy, shape=shape)(prompts), 8, noise))
+    sources = [read_image(prompt.image, 48, 48) for prompt in prompts]
+    metadata = [prompt.metadata for prompt in prompts]
+    scores = ShapesEdit()(RewardBatch(images, ["p"] * len(prompts), metadata, torch.arange(len(prompts)), sources))
+    assert 0.4 < scores.details["done"].mean() < 0.8 and scores.details["kept"].mean() > 0.9
