@@ -35,7 +35,8 @@ def check_edit(metadata: dict[str, str], source: Cells, result: Cells) -> tuple[
         source, result: the objects of both images.
 
     Returns:
-        Whether the object was recoloured, added or removed, 1 or 0; and of the other cells the share that is unchanged.
+        Whether the object was recoloured, added or removed, 1 or 0; and the share that is unchanged of the other cells
+        that have an object in the source or the result.
     """
     action, wanted = metadata["tag"], (metadata["class"], metadata["color"])
     grid = [(column, row) for column in range(GRID) for row in range(GRID)]
@@ -52,9 +53,9 @@ def check_edit(metadata: dict[str, str], source: Cells, result: Cells) -> tuple[
         done = bool(targets) and all(
             result.get(cell) == ([wanted] if action == "recolor" else None) for cell in targets
         )
-    others = [cell for cell in grid if cell not in targets]
-    kept = sum(source.get(cell) == result.get(cell) for cell in others) / len(others)
-    return float(done), kept
+    others = (source.keys() | result.keys()) - set(targets)
+    same = sum(source.get(cell) == result.get(cell) for cell in others)
+    return float(done), same / len(others) if others else 1.0
 
 
 class ShapesEdit:

@@ -48,24 +48,23 @@ def test_the_reward_is_1_for_the_edit_and_0_for_another_one_or_none():
 
 
 @pytest.mark.parametrize(
-    "tag, changes, done, changed",
+    "tag, changes, done, kept",
     [
-        ("recolor", {(0, 0): [("circle", "green")]}, 1, 0),
-        ("recolor", {(0, 0): [("circle", "green")], (2, 1): [("cross", "green")]}, 1, 1),
-        ("recolor", {(0, 0): [("square", "green")]}, 0, 0),
-        ("recolor", {(0, 0): None, (1, 1): [("circle", "green")]}, 0, 1),
-        ("remove", {(0, 0): None}, 0, 1),
-        ("add", {(1, 1): [("circle", "green")]}, 1, 0),
-        ("add", {(1, 1): [("circle", "green")], (0, 2): [("circle", "green")]}, 1, 1),
-        ("add", {(0, 0): [("circle", "green")]}, 0, 1),
-        ("add", {(1, 1): [("circle", "green"), ("cross", "red")]}, 0, 1),
+        ("recolor", {(0, 0): [("circle", "green")]}, 1, 1),
+        ("recolor", {(0, 0): [("circle", "green")], (2, 1): [("cross", "green")]}, 1, 0),
+        ("recolor", {(0, 0): [("square", "green")]}, 0, 1),
+        ("recolor", {(0, 0): None, (1, 1): [("circle", "green")]}, 0, 1 / 2),
+        ("remove", {(0, 0): None}, 0, 1 / 2),
+        ("add", {(1, 1): [("circle", "green")]}, 1, 1),
+        ("add", {(1, 1): [("circle", "green")], (0, 2): [("circle", "green")]}, 1, 2 / 3),
+        ("add", {(0, 0): [("circle", "green")]}, 0, 1 / 2),
+        ("add", {(1, 1): [("circle", "green"), ("cross", "red")]}, 0, 2 / 3),
     ],
 )
-def test_what_must_not_change_is_scored(tag, changes, done, changed):
+def test_what_must_not_change_is_scored(tag, changes, done, kept):
     result = {cell: objects for cell, objects in (SOURCE | changes).items() if objects}
-    others = 9 if (tag == "add" and not done) or tag == "remove" else 8
     found = check_edit({"tag": tag, "class": "circle", "color": "green"}, SOURCE, result)
-    assert found == (done, pytest.approx(1 - changed / others))
+    assert found == (done, pytest.approx(kept))
 
 
 def test_prompts_without_an_edit_are_refused():
@@ -94,4 +93,4 @@ def test_the_bundled_model_makes_about_half_of_the_edits_and_keeps_the_rest():
     sources = [read_image(prompt.image, 48, 48) for prompt in prompts]
     metadata = [prompt.metadata for prompt in prompts]
     scores = ShapesEdit()(RewardBatch(images, ["p"] * len(prompts), metadata, torch.arange(len(prompts)), sources))
-    assert 0.4 < scores.details["done"].mean() < 0.8 and scores.details["kept"].mean() > 0.9
+    assert 0.4 < scores.details["done"].mean() < 0.8 and scores.details["kept"].mean() > 0.8
