@@ -101,7 +101,7 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     package_data={
         "fastflowgrpo": ["py.typed"],
-        "fastflowgrpo.shapes": ["pipeline/**/*"],
+        "fastflowgrpo.shapes": ["pipeline/**/*", "edit_pipeline/**/*"],
         "fastflowgrpo.viewing": ["pages/**/*"],
     },
     install_requires=[

@@ -22,7 +22,7 @@ from fastflowgrpo.planning.memory import warn_if_short
 from fastflowgrpo.planning.micro_batch import with_micro_batch
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
-from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.embeddings import EmbeddingCache, check_source_images
 from fastflowgrpo.prompts import Prompt, epoch_prompts
 from fastflowgrpo.prompts.geneval import MIX
 from fastflowgrpo.prompts.sources import run_prompts
@@ -94,6 +94,7 @@ class Trainer:
             warn_if_short(config, self.processes.count, self.accelerator.device)
         self.policy = load_policy(config.model, config.policy, self.accelerator.device)
         self.shape = self.policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
+        check_source_images(self.policy, [*self.train_prompts, *self.eval_prompts])
         self.embed = self._embeddings()
         scoring = self.policy.decode, self.policy.device, config.reward_frames
         self.scoring = self.evaluation_scoring = Scoring(self.rewards, *scoring)
@@ -242,7 +243,7 @@ class Trainer:
         indices = self.processes.padded_rank_indices(len(prompts))
         prompts, seeds = [prompts[i] for i in indices], [group_seed(self.config.seed, epoch, i) for i in indices]
         with self.report.phase("encode"):
-            conditioning = self.embed([prompt.text for prompt in prompts])
+            conditioning = self.embed(prompts)
             unconditional = self.embed([""]) if rollout.guidance_scale != 1 else None
         candidates, noise_seeds = None, sample_seeds(seeds, size).view(-1, size)
         if rollout.candidates:
@@ -332,12 +333,13 @@ class Trainer:
     def _embeddings(self) -> EmbeddingCache:
         """The prompt embeddings; with `policy.embeddings_dir` all of them are made now, by all processes together."""
         folder = self.config.policy.embeddings_dir
-        embed = EmbeddingCache(self.policy, folder)
+        embed = EmbeddingCache(self.policy, folder, shape=self.shape)
         if folder is not None:
-            texts = ["", *dict.fromkeys(prompt.text for prompt in [*self.train_prompts, *self.eval_prompts])]
-            embed.write(texts[self.processes.rank :: self.processes.count])
+            both = [Prompt(""), *self.train_prompts, *self.eval_prompts]
+            distinct = list({(prompt.text, prompt.image): prompt for prompt in both}.values())
+            embed.write(distinct[self.processes.rank :: self.processes.count])
             self.processes.wait()  # where the disk is not shared, each process then encodes what it lacks
-            embed.prepare(texts)
+            embed.prepare(distinct)
         return embed
 
     def _sample_evaluation(self) -> Samples:

@@ -122,6 +122,8 @@ class Demo:
             policy = load_policy(config.model, config.policy, device)
         else:  # the smallest adapter, which is never switched on, takes less memory than a second transformer
             policy = load_policy(config.model, replace(config.policy, lora_rank=1), device)
+        if policy.edits_images:
+            raise UserError(f'model "{config.model}" edits images, and the demo takes texts only: use evaluate')
         return cls(config, policy, loaded, prompts, rewards)
 
     def checkpoints(self) -> list[str]:

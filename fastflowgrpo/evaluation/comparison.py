@@ -16,7 +16,7 @@ from fastflowgrpo.evaluation.statistics import SectionStatistics, difference, st
 from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.evaluation.tables import Table, markdown
 from fastflowgrpo.policy import Policy, load_policy
-from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.embeddings import EmbeddingCache, check_source_images
 from fastflowgrpo.policy.trained import load_trained
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.prompts.sources import evaluation_prompts, run_prompts
@@ -115,11 +115,13 @@ def _load(config: EvaluateConfig, checkpoint: Path | None) -> _Loaded:
         policy = load_trained(config.model, checkpoint, config.policy, device)
     else:  # the smallest adapter, which is never switched on, takes less memory than a second transformer
         policy = load_policy(config.model, replace(config.policy, lora=None, lora_rank=1), device)
+    check_source_images(policy, prompts)
+    shape = policy.latent_shape(config.height, config.width, config.num_frames)
     return _Loaded(
         prompts=prompts,
         policy=policy,
-        shape=policy.latent_shape(config.height, config.width, config.num_frames),
-        embed=EmbeddingCache(policy, config.policy.embeddings_dir),
+        shape=shape,
+        embed=EmbeddingCache(policy, config.policy.embeddings_dir, shape=shape),
         scoring=Scoring(rewards, policy.decode, policy.device, config.reward_frames),
         clip=clip,
     )
@@ -132,7 +134,7 @@ def _measure(
     prompts = loaded.prompts
     local_prompts = [(i, prompts[i]) for i in processes.padded_rank_indices(len(prompts))]
     if config.policy.embeddings_dir is not None:
-        loaded.embed.prepare(["", *(prompt.text for _, prompt in local_prompts)])
+        loaded.embed.prepare(["", *(prompt for _, prompt in local_prompts)])
     embed_images = None if loaded.clip is None else loaded.clip.embed_images
     evaluations = {}
     for column in columns:

@@ -65,7 +65,7 @@ def sample_and_score(
     unconditional = embed([""]) if guidance_scale != 1 else None
     for begin in progress("evaluation", range(0, len(prompts), prompts_at_once)):
         indices, batch = zip(*prompts[begin : begin + prompts_at_once], strict=True)
-        conditioning = embed([prompt.text for prompt in batch])
+        conditioning = embed(batch)
         rows = torch.arange(len(batch), device=policy.device).repeat_interleave(images_per_prompt)
         seeds = sample_seeds([index + (seed << 32) for index in indices], images_per_prompt).to(policy.device)
         latents = sample_ode(

@@ -58,15 +58,16 @@ class GRPO(Objective):
         kept = self.reader.read(trajectory, on_host, (rows, slots))
         sample, prev_sample = kept.sample, kept.prev_sample
         conditioning = repeat_rows(batch.conditioning, rows // self.group_size)
-        inputs = sample[distinct], step.sigma[distinct]
+        inputs = sample[distinct], step.sigma[distinct], repeat_rows(conditioning, distinct)
         velocity_uncond = self.unconditional_velocity(batch, kept, *inputs, repeated)
         guidance = velocity_uncond, self.config.rollout.guidance_scale
         velocity_ref, kl_scale, own_statistics = None, 1.0, Statistics()
         if update.kl_weight or update.norm_guard_weight:
             chosen = self.kl_pairs(trajectory.seeds[rows], slots)
-            conditionings = repeat_rows(conditioning, chosen), expand_row(batch.unconditional, len(chosen))
+            of_chosen = repeat_rows(conditioning, chosen)
+            conditionings = of_chosen, expand_row(batch.unconditional, of_chosen)
             velocity_ref = self.reference_velocity(sample[chosen], step.sigma[chosen], *conditionings)
-        velocity = self.policy.velocity(*inputs, repeat_rows(conditioning, distinct))[repeated]
+        velocity = self.policy.velocity(*inputs)[repeated]
         if velocity_ref is not None and len(velocity_ref) < len(rows):
             kl_scale = len(rows) / len(velocity_ref)
             # The other pairs are their own reference: a KL and a norm guard of 0, without a gradient.
@@ -113,12 +114,13 @@ class GRPO(Objective):
         kept: KeptSteps,
         sample: Tensor,
         sigma: Tensor,
+        conditioning: Conditioning,
         repeated: Tensor | slice,
     ) -> Tensor | None:
         """The unconditional velocity of each pair, kept or computed at the distinct inputs; None without guidance."""
         if batch.has_rollout_weights and self.config.rollout.keep_unconditional:
             return kept.unconditional
-        unconditional = expand_row(batch.unconditional, len(sample))
+        unconditional = expand_row(batch.unconditional, conditioning)
         return None if unconditional is None else self.policy.velocity(sample, sigma, unconditional)[repeated]
 
     def distinct_pairs(self, rows: Tensor, slots: Tensor) -> tuple[Tensor | slice, Tensor | slice]:

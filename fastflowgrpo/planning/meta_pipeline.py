@@ -13,15 +13,15 @@ from torch import nn
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.planning.published_models import PUBLISHED
 from fastflowgrpo.policy import family_of
-from fastflowgrpo.shapes import PIPELINE
+from fastflowgrpo.shapes import BUNDLED
 
 
 def meta_pipeline(model: str, dtypes: Mapping[str, torch.dtype]) -> DiffusionPipeline:
     """Build a model's pipeline without weights and tokenizers, and with a scheduler of default settings.
 
     Args:
-        model: a local folder in diffusers' layout, a hub id, or "shapes". The configurations of a hub id that is not in
-            `PUBLISHED` are fetched, a few kB.
+        model: a local folder in diffusers' layout, a hub id, or one of BUNDLED. The configurations of a hub id that is
+            not in `PUBLISHED` are fetched, a few kB.
         dtypes: of the parameters of each component, and of all others as "default".
 
     Raises:
@@ -31,7 +31,7 @@ def meta_pipeline(model: str, dtypes: Mapping[str, torch.dtype]) -> DiffusionPip
         name, settings = PUBLISHED[model]["pipeline"]
         modules = {key: _from_published(*part) for key, part in PUBLISHED[model].items() if key != "pipeline"}
     else:
-        source = str(PIPELINE) if model == "shapes" else model
+        source = str(BUNDLED.get(model, model))
         try:
             index = DiffusionPipeline.load_config(source)
             name = index["_class_name"]

@@ -142,4 +142,7 @@ def _example_inputs(policy: DiffusersPolicy, config: Config, batch_size: int) ->
     rollout = config.rollout
     shape = policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
     latents = torch.empty(batch_size, *shape, dtype=policy.dtype, device=policy.device)
-    return latents, torch.empty(batch_size, device=policy.device), policy.example_conditioning(batch_size)
+    conditioning = policy.example_conditioning(batch_size)
+    if policy.edits_images:
+        conditioning["source"] = torch.empty_like(latents)
+    return latents, torch.empty(batch_size, device=policy.device), conditioning

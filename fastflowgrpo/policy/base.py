@@ -24,6 +24,7 @@ from fastflowgrpo.policy.offload import OffloadedModule
 from fastflowgrpo.policy.protocol import Conditioning
 from fastflowgrpo.policy.quantization import prepare_quantised
 from fastflowgrpo.policy.weights import FULL
+from fastflowgrpo.prompts.images import read_image
 
 # Blocks are compiled separately with and without the adapter, for each batch shape and for each kind of block: more
 # variants than the 8 that torch allows by default.
@@ -35,7 +36,8 @@ class DiffusersPolicy(ABC):
 
     The methods of `Policy` that stand here without a docstring are described there. A family adds `encode`,
     `latent_shape`, `predict` and `example_conditioning`. It overrides `sigmas` if its pipeline passes sigmas or a shift
-    to its scheduler, `decode_batch` for a VAE other than FLUX's and SD3's, and what else differs.
+    to its scheduler, `decode_batch` and, if it edits images, `encode_source` for a VAE other than FLUX's and SD3's, and
+    what else differs.
 
     Args:
         pipeline: on the device where it runs, its components in the dtypes of `component_dtypes`; its transformer is
@@ -52,6 +54,7 @@ class DiffusersPolicy(ABC):
     has_attention_mask: ClassVar[bool] = False
     """Whether attention gets a mask, which some backends do not take."""
     makes_videos: ClassVar[bool] = False
+    edits_images: bool = False
 
     def __init__(self, pipeline: DiffusionPipeline, config: PolicyConfig):
         self.pipeline, self.config = pipeline, config
@@ -169,6 +172,13 @@ class DiffusersPolicy(ABC):
         """
         vae = self.pipeline.vae
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
+
+    @torch.no_grad()
+    def encode_source(self, image: Path | bytes, shape: tuple[int, ...]) -> Tensor:
+        vae, factor = self.pipeline.vae, self.pipeline.vae_scale_factor
+        pixels = read_image(image, shape[1] * factor, shape[2] * factor)[None].to(self.device, vae.dtype) / 127.5 - 1
+        latents = vae.encode(pixels).latent_dist.mode()
+        return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).to(self.dtype).contiguous()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

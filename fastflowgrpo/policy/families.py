@@ -4,6 +4,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.policy.flux import FluxPolicy
 from fastflowgrpo.policy.flux2 import Flux2KleinPolicy, Flux2Policy
+from fastflowgrpo.policy.flux_kontext import FluxKontextPolicy
 from fastflowgrpo.policy.qwen_image import QwenImagePolicy
 from fastflowgrpo.policy.sd3 import SD3Policy
 from fastflowgrpo.policy.wan import WanPolicy
@@ -12,6 +13,7 @@ from fastflowgrpo.policy.z_image import ZImagePolicy
 FAMILIES: dict[str, type[DiffusersPolicy]] = {
     "StableDiffusion3Pipeline": SD3Policy,
     "FluxPipeline": FluxPolicy,
+    "FluxKontextPipeline": FluxKontextPolicy,
     "QwenImagePipeline": QwenImagePolicy,
     "WanPipeline": WanPolicy,
     "ZImagePipeline": ZImagePolicy,

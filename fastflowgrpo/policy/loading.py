@@ -11,16 +11,16 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.families import family_of
 from fastflowgrpo.policy.protocol import Policy
 from fastflowgrpo.policy.quantization import quantization_config
-from fastflowgrpo.shapes import PIPELINE
+from fastflowgrpo.shapes import BUNDLED
 
 
 def with_default_rank(model: str, config: PolicyConfig) -> PolicyConfig:
-    """Return `config` with the default of `lora_rank`: 32, or 0 (full training) for the bundled model.
+    """Return `config` with the default of `lora_rank`: 32, or 0 (full training) for the bundled models.
 
     A `config.lora` keeps the rank at None: the adapter has its own.
     """
     if config.lora_rank is None and config.lora is None:
-        return replace(config, lora_rank=0 if model == "shapes" else 32)
+        return replace(config, lora_rank=0 if model in BUNDLED else 32)
     return config
 
 
@@ -35,7 +35,7 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
     """Load a diffusers pipeline for training.
 
     Args:
-        model: a local folder in diffusers' layout, a hub id, or "shapes" for the bundled model.
+        model: a local folder in diffusers' layout, a hub id, or "shapes" or "shapes_edit" for a bundled model.
         config: dtypes, adapter and embedding settings.
         device: where it runs.
 
@@ -44,7 +44,7 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
     """
     config = with_default_rank(model, config)
     quantization = quantization_config(config)
-    source = str(PIPELINE) if model == "shapes" else model
+    source = str(BUNDLED.get(model, model))
     try:
         index = DiffusionPipeline.load_config(source)
         name = index["_class_name"]

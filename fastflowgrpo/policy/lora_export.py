@@ -132,6 +132,7 @@ ORIGINAL: dict[str, dict[str, tuple[str, Layers]]] = {
     "Flux2Pipeline": FLUX2,
     "Flux2KleinPipeline": FLUX2,
 }
+ORIGINAL["FluxKontextPipeline"] = ORIGINAL["FluxPipeline"]
 
 
 def read_lora(file: Path) -> dict[str, Factors]:

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 Conditioning = dict[str, Tensor]
-"""Prompt embeddings under the names of the transformer's arguments; every tensor has one row per prompt."""
+"""Prompt embeddings under the names of the transformer's arguments; every tensor has one row per prompt.
+
+Of an edit, `source` is the encoded source image."""
 
 
 class Policy(Protocol):
     """A flow-matching model under training. Rollout and update call the same `velocity`."""
 
+    edits_images: bool
+    """Whether every prompt has a source image."""
     dtype: torch.dtype
     device: torch.device
     transformer: torch.nn.Module
@@ -31,6 +35,14 @@ class Policy(Protocol):
 
     def encoding(self) -> AbstractContextManager[None]:
         """Return a context in which the text encoders are where `encode` needs them."""
+
+    def encode_source(self, image: Path | bytes, shape: tuple[int, ...]) -> Tensor:
+        """Encode the source image of an edit, without gradients; one row, which the conditioning has as `source`.
+
+        Args:
+            image: as in `read_image`.
+            shape: of one latent sample; the image is scaled and cut to the size that it is decoded to.
+        """
 
     def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]:
         """Return the shape of one latent sample.

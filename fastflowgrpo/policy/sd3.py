@@ -4,17 +4,22 @@ from collections.abc import Collection
 from functools import partial
 
 import torch
+from diffusers import StableDiffusion3Pipeline
 from diffusers.models.attention_processor import XFormersJointAttnProcessor
 from diffusers.utils import is_xformers_available
 from torch import Tensor
 
+from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.policy.latents import latent_size, reject_num_frames
 from fastflowgrpo.policy.protocol import Conditioning
 
 
 class SD3Policy(DiffusersPolicy):
-    """The transformer of a `StableDiffusion3Pipeline`. Latents are (C, H, W)."""
+    """The transformer of a `StableDiffusion3Pipeline`. Latents are (C, H, W).
+
+    A transformer that takes twice the channels that it gives edits images: the further ones are those of the source.
+    """
 
     # those of the Flow-GRPO paper
     lora_targets = (
@@ -27,6 +32,10 @@ class SD3Policy(DiffusersPolicy):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
+
+    def __init__(self, pipeline: StableDiffusion3Pipeline, config: PolicyConfig):
+        super().__init__(pipeline, config)
+        self.edits_images = self.module.config.in_channels == 2 * self.module.config.out_channels
 
     @classmethod
     def default_sequence_length(cls, absent: Collection[str]) -> int:
@@ -54,10 +63,13 @@ class SD3Policy(DiffusersPolicy):
         factor = self.pipeline.vae_scale_factor
         default = self.pipeline.default_sample_size * factor
         size = latent_size(height, width, factor, self.pipeline.patch_size, (default, default))
-        return (self.module.config.in_channels, *size)
+        return (self.module.config.out_channels, *size)
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         timestep = sigma * self.pipeline.scheduler.config.num_train_timesteps
+        if "source" in conditioning:
+            latents = torch.cat([latents, conditioning["source"]], 1)
+            conditioning = {name: tensor for name, tensor in conditioning.items() if name != "source"}
         return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]
 
     def _attention_sample(self, name: str) -> Tensor:

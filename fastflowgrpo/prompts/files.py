@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fastflowgrpo.errors import did_you_mean
+from fastflowgrpo.prompts.images import check_image, load_pairs
 from fastflowgrpo.prompts.prompt import RELATIONS, TAGS, Prompt
 from fastflowgrpo.prompts.tables import is_table, load_table
 
-BUILT_IN = "shapes, geneval, ocr or general"  # prompts that need no file, see sources.py
+BUILT_IN = "shapes, shapes_edit, geneval, ocr or general"  # prompts that need no file, see sources.py
 
 
 def load_prompts(source: str) -> list[Prompt]:
@@ -18,8 +19,9 @@ def load_prompts(source: str) -> list[Prompt]:
 
     Args:
         source: a UTF-8 file: .txt with one prompt a line, or .jsonl with one GenEval metadata object a line (see
-            `check_metadata`) whose text is under "prompt". Blank lines are skipped. Or a column of a table, as in
-            `load_table`.
+            `check_metadata`) whose text is under "prompt". A line with the source image of an edit under "image", a
+            path relative to the file, need not have GenEval's keys. Blank lines are skipped. Or a folder, as in
+            `load_pairs`, or a column of a table, as in `load_table`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -28,10 +30,13 @@ def load_prompts(source: str) -> list[Prompt]:
     if is_table(source):
         return load_table(source)
     path = Path(source)
+    if path.is_dir():
+        return load_pairs(path)
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(
             f"{source}: expected a .txt file (one prompt a line), a GenEval .jsonl file, FILE.csv:COLUMN, "
-            f"FILE.parquet:COLUMN, hf:OWNER/NAME:COLUMN, or {BUILT_IN}"
+            "FILE.parquet:COLUMN, hf:OWNER/NAME:COLUMN, a folder of NAME.png and NAME.txt, "
+            f"or {BUILT_IN}"
         )
     if not path.is_file():
         hint = did_you_mean(path.name, (sibling.name for sibling in path.parent.glob("*")))
@@ -45,14 +50,22 @@ def load_prompts(source: str) -> list[Prompt]:
         raise ValueError(f"{source}: there is no prompt in it")
     if path.suffix == ".txt":
         return [Prompt(line) for _, line in lines]
-    return [_geneval_prompt(line, f"{source}, line {number}") for number, line in lines]
+    return [_json_prompt(line, path.parent, f"{source}, line {number}") for number, line in lines]
 
 
-def _geneval_prompt(line: str, where: str) -> Prompt:
+def _json_prompt(line: str, folder: Path, where: str) -> Prompt:
+    """The prompt of a line; the path of its image is relative to the folder."""
     try:
-        metadata = json.loads(line)
-        check_metadata(metadata)
-        return Prompt(_field(metadata, "prompt", "", "the prompt's text", _is_text), metadata)
+        metadata, image = json.loads(line), None
+        if isinstance(metadata, dict) and "image" in metadata:
+            name = _field(metadata, "image", "", "the path of an image", _is_text)
+            try:
+                image = check_image(folder / name)
+            except ValueError as error:
+                raise ValueError(f"image: {error}") from None
+        else:
+            check_metadata(metadata)
+        return Prompt(_field(metadata, "prompt", "", "the prompt's text", _is_text), metadata, image)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
     except ValueError as error:

@@ -1,6 +1,7 @@
-"""A prompt and its metadata."""
+"""A prompt, its metadata and its source image."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -9,7 +10,14 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's text, and the GenEval metadata that rewards may use, {} for a plain text."""
+    """A prompt's text, with what goes with it.
+
+    Attributes:
+        text: the prompt, or the instruction of an editing model.
+        metadata: what rewards may use, such as GenEval's; {} for a plain text.
+        image: the image that an editing model starts from, as a file or a file's contents; None for text-to-image.
+    """
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+    image: Path | bytes | None = None

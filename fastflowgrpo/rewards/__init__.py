@@ -20,6 +20,7 @@ from fastflowgrpo.rewards.imagereward import ImageReward
 from fastflowgrpo.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from fastflowgrpo.rewards.judges import DeQA, QwenVL, UnifiedReward
 from fastflowgrpo.rewards.ocr import OCR
+from fastflowgrpo.rewards.shapes_edit import ShapesEdit
 from fastflowgrpo.scoring.client import RemoteReward
 from fastflowgrpo.scoring.contract import Reward, RewardBatch, Scores
 from fastflowgrpo.scoring.weighted import WeightedRewards
@@ -29,6 +30,7 @@ __all__ = ["REWARDS", "Reward", "RewardBatch", "Scores", "WeightedRewards", "bui
 
 REWARDS: dict[str, Callable[..., Reward]] = {
     "geneval": GenEval,
+    "shapes_edit": ShapesEdit,
     "jpeg_compressibility": jpeg_compressibility,
     "jpeg_incompressibility": jpeg_incompressibility,
     "ocr": OCR,

@@ -16,7 +16,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.lora_export import Lora, comfyui, kohya, merge, read_lora
 from fastflowgrpo.policy.weights import FULL, LORA, holds_weights
 from fastflowgrpo.runs.files import atomic_write
-from fastflowgrpo.shapes import PIPELINE
+from fastflowgrpo.shapes import BUNDLED
 
 LAYOUTS: dict[str, Callable[[str, Lora], dict[str, Tensor]]] = {"comfyui": comfyui, "kohya": kohya}
 MAX_SHARD_SIZE = "10GB"
@@ -48,7 +48,7 @@ def export(run: Path, checkpoint: Path, form: str, output: Path, dtype: str | No
         raise UserError(f"--output {output}: expected a .safetensors file")
     if output.exists():
         raise UserError(f"--output {output} exists: give another")
-    source = str(PIPELINE) if config.model == "shapes" else config.model
+    source = str(BUNDLED.get(config.model, config.model))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         if merged:

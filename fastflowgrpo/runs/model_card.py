@@ -19,7 +19,7 @@ from fastflowgrpo.policy import FAMILIES
 from fastflowgrpo.policy.weights import FULL, LORA, holds_weights
 from fastflowgrpo.results import versions
 from fastflowgrpo.runs.files import BEFORE_AFTER, CURVE, METRICS, read_rows, writing
-from fastflowgrpo.shapes import PIPELINE
+from fastflowgrpo.shapes import BUNDLED
 
 CARD = "README.md"
 PICTURES = {BEFORE_AFTER: "Images before and after", CURVE: "Scores while training"}
@@ -71,14 +71,17 @@ def _metadata(config: Config, checkpoint: Path, name: str) -> ModelCardData:
     """The YAML block at the head of the card, which the hub reads."""
     lora = (checkpoint / LORA).is_file()
     pipeline = getattr(diffusers, _index(config)["_class_name"])
-    video = "num_frames" in inspect.signature(pipeline.__call__).parameters
-    on_the_hub = config.model != "shapes" and not Path(config.model).exists()
+    parameters = inspect.signature(pipeline.__call__).parameters
+    task = "text-to-video" if "num_frames" in parameters else "text-to-image"
+    if FAMILIES[pipeline.__name__].edits_images:
+        task = "image-to-image"
+    on_the_hub = config.model not in BUNDLED and not Path(config.model).exists()
     return ModelCardData(
         model_name=name,
         base_model=config.model if on_the_hub else None,
         base_model_relation=("adapter" if lora else "finetune") if on_the_hub else None,
         library_name="diffusers",
-        pipeline_tag="text-to-video" if video else "text-to-image",
+        pipeline_tag=task,
         tags=["flow-grpo", "reinforcement-learning", *(["lora"] if lora else [])],
     )
 
@@ -116,6 +119,8 @@ def _evaluation(run: Path, step: int) -> str:
 
 def _use(config: Config, checkpoint: Path) -> str:
     """Code that loads the weights and draws an image as the evaluations did."""
+    if config.model == "shapes_edit":
+        return ""  # diffusers has no pipeline that gives this transformer its source
     index, rollout = _index(config), config.rollout
     model = "PIPELINE" if config.model == "shapes" else repr(config.model)
     absent = [name for name, value in index.items() if isinstance(value, list) and value[0] is None]
@@ -147,15 +152,15 @@ def _use(config: Config, checkpoint: Path) -> str:
         "max_sequence_length": length,
     }
     given = "".join(f", {name}={json.dumps(value)}" for name, value in arguments.items() if value is not None)
+    inputs = "image=source_image, prompt=prompt" if family.edits_images else "prompt=prompt"
+    call = f"pipe({inputs}{given})"
     lines += [
         "",
         "pipe = DiffusionPipeline.from_pretrained(",
         *(f"    {argument}," for argument in (model, *options)),
         ")",
         *load,
-        f"video = pipe(prompt=prompt{given}).frames[0]"
-        if family.makes_videos
-        else f"image = pipe(prompt=prompt{given}).images[0]",
+        f"video = {call}.frames[0]" if family.makes_videos else f"image = {call}.images[0]",
     ]
     return "\n".join(["## Use", "", "```python", *lines, "```"])
 
@@ -175,4 +180,4 @@ def _versions() -> str:
 
 def _index(config: Config) -> dict[str, Any]:
     """The model_index.json of the base pipeline."""
-    return DiffusionPipeline.load_config(str(PIPELINE) if config.model == "shapes" else config.model)
+    return DiffusionPipeline.load_config(str(BUNDLED.get(config.model, config.model)))

@@ -136,8 +136,17 @@ def config_as_json(config: Config) -> dict[str, Any]:
 
 
 def prompts_digest(prompts: Sequence[Prompt]) -> str:
-    """A checksum of prompts and their metadata."""
-    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts]).encode()).hexdigest()
+    """A checksum of prompts, their metadata and the names of their source images."""
+    return hashlib.sha256(json.dumps([_record(prompt) for prompt in prompts]).encode()).hexdigest()
+
+
+def _record(prompt: Prompt) -> dict[str, Any]:
+    """A prompt in JSON's types; a source image by its file's name, so that the folder may move."""
+    record = asdict(prompt)
+    image = record.pop("image")
+    if image is None:
+        return record
+    return {**record, "image": hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image.name}
 
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,12 @@ def repeat_rows(conditioning: Conditioning, rows: Tensor | slice) -> Conditionin
     return {name: tensor[rows] for name, tensor in conditioning.items()}
 
 
-def expand_row(conditioning: Conditioning | None, batch_size: int) -> Conditioning | None:
-    """A conditioning of one row expanded to a batch, without a copy; None stays None."""
-    if conditioning is None:
+def expand_row(unconditional: Conditioning | None, conditioning: Conditioning) -> Conditioning | None:
+    """The empty prompt's conditioning, of one row, expanded to the rows of a conditioning without a copy.
+
+    What it lacks, such as the source image of an edit, is that of the conditioning. None stays None.
+    """
+    if unconditional is None:
         return None
-    return {name: tensor.expand(batch_size, *tensor.shape[1:]) for name, tensor in conditioning.items()}
+    batch_size = len(next(iter(conditioning.values())))
+    return conditioning | {name: tensor.expand(batch_size, *tensor.shape[1:]) for name, tensor in unconditional.items()}

@@ -82,7 +82,7 @@ def ode_steps(
         on_step: called after each step.
     """
     sigma = coefficients.sigma.to(policy.device, torch.float32, non_blocking=True)
-    unconditional = expand_row(unconditional, len(sample))
+    unconditional = expand_row(unconditional, conditioning)
     for i in steps:
         step_sigma = sigma[i].expand(len(sample))
         velocity, velocity_uncond = branch_velocities(policy, sample, step_sigma, conditioning, unconditional)
@@ -133,7 +133,7 @@ def solve_rows(
     for end in num_steps[num_steps > 0].unique().tolist():
         rows = torch.from_numpy(np.flatnonzero(num_steps > begin)).to(policy.device, non_blocking=True)
         part, previous, of_rows = sample[rows], previous_clean[rows], repeat_rows(conditioning, rows)
-        uncond_of_rows = expand_row(unconditional, len(rows))
+        uncond_of_rows = expand_row(unconditional, of_rows)
         for step in table[begin:end, rows]:
             sigma, of_x, of_v, of_clean, of_previous = (value.view(-1, *[1] * (sample.ndim - 1)) for value in step.T)
             branches = branch_velocities(policy, part, sigma.flatten(), of_rows, uncond_of_rows)
@@ -146,7 +146,7 @@ def solve_rows(
         begin = end
     for _ in range(begin, num_passes):
         one = sample[:1], torch.ones(1, device=policy.device), repeat_rows(conditioning, slice(1))
-        branch_velocities(policy, *one, expand_row(unconditional, 1))
+        branch_velocities(policy, *one, expand_row(unconditional, one[2]))
         on_step()
     return sample
 

@@ -161,7 +161,7 @@ def _take_steps(
     for i in range(len(schedule.sigma)):
         distinct, repeated = schedule.distinct if i == 0 else (slice(None), slice(None))
         inputs = sample[distinct], schedule.sigma[i][distinct], repeat_rows(conditioning, distinct)
-        branches = branch_velocities(policy, *inputs, expand_row(unconditional, len(inputs[0])))
+        branches = branch_velocities(policy, *inputs, expand_row(unconditional, inputs[2]))
         velocity = branches[0][repeated]
         velocity_uncond = None if branches[1] is None else branches[1][repeated]
         next_sample, step_log_prob = sde_step(

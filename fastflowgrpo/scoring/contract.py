@@ -19,16 +19,20 @@ class RewardBatch:
         prompts: the text each image was made from.
         metadata: each prompt's GenEval metadata, {} if it has none.
         group_ids: int64 (B,); images of one group share their prompt.
+        sources: of an editing model, the source image of each, uint8 (3, H, W) on the CPU; images of one group share
+            theirs. None for text-to-image.
     """
 
     images: torch.Tensor
     prompts: list[str]
     metadata: list[dict[str, Any]]
     group_ids: torch.Tensor
+    sources: list[torch.Tensor] | None = None
 
     def rows(self, rows: slice) -> "RewardBatch":
         """Return a part of the batch."""
-        return RewardBatch(self.images[rows], self.prompts[rows], self.metadata[rows], self.group_ids[rows])
+        sources = None if self.sources is None else self.sources[rows]
+        return RewardBatch(self.images[rows], self.prompts[rows], self.metadata[rows], self.group_ids[rows], sources)
 
     def whole_groups(self, size: int) -> list[slice]:
         """Cut the batch into slices of whole groups, with at most `size` images unless one group is larger."""

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.prompts.images import read_image
 from fastflowgrpo.scoring.contract import RewardBatch, Scores, checked_scores
 from fastflowgrpo.scoring.weighted import WeightedRewards
 
@@ -61,11 +62,17 @@ class Scoring:
         while len(self.in_flight) >= MAX_BATCHES_IN_FLIGHT:
             self._wait_for_oldest()
         images, host, events = self._decoded(latents)
-        repeated = [prompt for prompt in prompts for _ in range(images_per_prompt)]
-        texts, metadata = [prompt.text for prompt in repeated], [prompt.metadata for prompt in repeated]
-        group_ids = torch.arange(len(prompts)).repeat_interleave(images_per_prompt)
+        sources = _sources(prompts, images.shape[-2:])
+        rows = [i for i in range(len(prompts)) for _ in range(images_per_prompt)]
+        batch = RewardBatch(
+            host,
+            [prompts[i].text for i in rows],
+            [prompts[i].metadata for i in rows],
+            torch.arange(len(prompts)).repeat_interleave(images_per_prompt),
+            [sources[i] for i in rows] if sources else None,
+        )
         futures = {
-            name: thread.score(RewardBatch(images if thread.on_device else host, texts, metadata, group_ids), events)
+            name: thread.score(replace(batch, images=images) if thread.on_device else batch, events)
             for name, thread in self.threads.items()
         }
         self.in_flight.append((futures, events))
@@ -129,6 +136,11 @@ class Scoring:
 
 
 _Events = tuple[torch.cuda.Event, torch.cuda.Event]  # the images are decoded, and copied to the CPU
+
+
+def _sources(prompts: Sequence[Prompt], size: Sequence[int]) -> list[Tensor]:
+    """The source images of prompts at a size (height, width); none if a prompt has none."""
+    return [read_image(prompt.image, size[0], size[1]) for prompt in prompts if prompt.image is not None]
 
 
 def _unfinished(futures: dict[str, Future[Scores]]) -> str:

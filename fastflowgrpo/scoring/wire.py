@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from urllib3.filepost import encode_multipart_formdata
 
+from fastflowgrpo.errors import UserError
 from fastflowgrpo.scoring.contract import RewardBatch, Scores
 
 MEDIA_TYPES = {"raw": "application/octet-stream", "png": "image/png", "jpeg": "image/jpeg"}
@@ -35,7 +36,8 @@ class Format:
 
 
 def _encode(name: str, batch: RewardBatch, encoding: str, timeout: float) -> tuple[str, bytes, str]:
-    """Encode as multipart/form-data: the JSON field `request`, and a file `images` for each image (docs/serving.md)."""
+    """Encode as multipart/form-data: the JSON field `request`, and for each image a file `images` and, in an edit,
+    a file `sources` (docs/serving.md)."""
     request = {
         "prompts": batch.prompts,
         "metadata": batch.metadata,
@@ -43,9 +45,14 @@ def _encode(name: str, batch: RewardBatch, encoding: str, timeout: float) -> tup
         "size": list(batch.images.shape[2:]),
         "timeout": timeout,
     }
-    raw = encoding == "raw"
-    images: Any = list(batch.images.contiguous().numpy()) if raw else _files(batch.images, encoding)
-    parts: list[Any] = [("images", (str(i), image, MEDIA_TYPES[encoding])) for i, image in enumerate(images)]
+    fields = {"images": batch.images}
+    if batch.sources is not None:
+        fields["sources"] = torch.stack(batch.sources)
+    parts: list[Any] = [
+        (field, (str(i), file, MEDIA_TYPES[encoding]))
+        for field, images in fields.items()
+        for i, file in enumerate(list(images.contiguous().numpy()) if encoding == "raw" else _files(images, encoding))
+    ]
     body, content_type = encode_multipart_formdata([("request", json.dumps(request)), *parts])
     return f"/score/{name}", body, content_type
 
@@ -66,6 +73,8 @@ def _encode_flow_grpo(name: str, batch: RewardBatch, encoding: str, timeout: flo
 
     The images are JPEG files with Pillow's default quality, as Flow-GRPO's client sends them.
     """
+    if batch.sources is not None:
+        raise UserError("format flow_grpo has no place for the source images of edits: leave it out")
     request = {
         "images": _files(batch.images, "jpeg"),
         "prompts": batch.prompts,

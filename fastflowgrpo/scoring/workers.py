@@ -125,6 +125,7 @@ class WorkerReward:
             batch.prompts[rows],
             batch.metadata[rows],
             batch.group_ids[rows].numpy(),
+            None if batch.sources is None else [source.numpy() for source in batch.sources[rows]],
         )
         reason = ""
         for _ in range(ATTEMPTS):
@@ -264,12 +265,14 @@ def _score(
     prompts: list[str],
     metadata: list[dict[str, Any]],
     group_ids: np.ndarray,
+    sources: list[np.ndarray] | None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray], str]:
     """Score the given rows of the images in shared memory, uint8 of the given shape."""
     memory = SharedMemory(memory_name)
     images = np.ndarray(shape, np.uint8, memory.buf)[rows].copy()
     memory.close()
-    batch = RewardBatch(torch.from_numpy(images), prompts, metadata, torch.from_numpy(group_ids))
+    originals = None if sources is None else [torch.from_numpy(source) for source in sources]
+    batch = RewardBatch(torch.from_numpy(images), prompts, metadata, torch.from_numpy(group_ids), originals)
     scores = checked_scores(name, reward, batch)
     details = {key: value.numpy() for key, value in scores.details.items()}
     return scores.values.numpy(), details, scores.error

@@ -44,13 +44,13 @@ def test_file_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere/else\.jsonl: no such file$"):
         load_prompts(str(tmp_path / "nowhere" / "else.jsonl"))
     (tmp_path / "folder.txt").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"folder\.txt: no such file"):
+    with pytest.raises(ValueError, match=r"folder\.txt: there is no pair NAME\.png and NAME\.txt in it"):
         load_prompts(str(tmp_path / "folder.txt"))
     for wrong in ("prompts.tsv", "shape"):
         with pytest.raises(
             ValueError,
             match=wrong
-            + r": expected a \.txt file .*GenEval \.jsonl file, .*COLUMN, or shapes, geneval, ocr or general",
+            + r": expected a \.txt file .*GenEval \.jsonl file, .* or shapes, shapes_edit, geneval, ocr or general",
         ):
             load_prompts(wrong)
     for name in ("empty.txt", "empty.jsonl"):

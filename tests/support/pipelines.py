@@ -15,6 +15,7 @@ from diffusers import (
     Flux2KleinPipeline,
     Flux2Pipeline,
     Flux2Transformer2DModel,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
@@ -120,6 +121,13 @@ def tiny_flux_pipeline(seed: int = 0) -> FluxPipeline:
             text_encoder_2=_t5(),
             tokenizer_2=_t5_tokenizer(),
         )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_flux_kontext_pipeline(seed: int = 0) -> FluxKontextPipeline:
+    """Return a FluxKontextPipeline of the components of `tiny_flux_pipeline`."""
+    pipe = FluxKontextPipeline(**tiny_flux_pipeline(seed).components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

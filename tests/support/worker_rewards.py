@@ -56,3 +56,9 @@ def bad(batch: RewardBatch, marks: str, times: int = 100) -> torch.Tensor:
         elif what == "shorten":
             return torch.zeros(0)
     return torch.ones(len(batch.prompts))
+
+
+def unlike_source(batch: RewardBatch) -> torch.Tensor:
+    """The mean difference between each image and its source."""
+    assert batch.sources is not None
+    return (batch.images.float() - torch.stack(batch.sources).float()).abs().mean((1, 2, 3))

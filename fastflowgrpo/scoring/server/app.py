@@ -49,14 +49,17 @@ def create_app(rewards: Mapping[str, Callable[[RewardBatch], Any]], config: Serv
 
     @app.post("/score/{reward}")
     async def score(
-        reward: str, request: Annotated[Json[ScoreRequest], Form()], images: list[UploadFile]
+        reward: str,
+        request: Annotated[Json[ScoreRequest], Form()],
+        images: list[UploadFile],
+        sources: list[UploadFile] | None = None,
     ) -> ScoreAnswer:
         """Score images. The form has the field `request` (JSON) and a file `images` for each image: PNG, JPEG, or raw
-        uint8 (3, height, width)."""
+        uint8 (3, height, width). Edited images also have a file `sources` each, of the same size."""
         scorer = _find(scorers, reward)
         if scorer.hangs:
             raise HTTPException(503, f"the reward {reward} hangs", {"Retry-After": "10"})
-        job = Job(await asyncio.to_thread(read_batch, reward, scorer.reward, request, images, config))
+        job = Job(await asyncio.to_thread(read_batch, reward, scorer.reward, request, images, sources, config))
         scorer.submit(job)
         timeout = min(config.timeout, request.timeout or math.inf)
         try:

@@ -28,7 +28,8 @@ class Job:
 class BatchingScorer:
     """A reward with two threads: one joins the images of several requests into a batch, the other scores batches.
 
-    The oldest request is joined by other requests with images of the same size. The batch is complete when it has
+    The oldest request is joined by other requests with images of the same size, all with sources or
+    all without. The batch is complete when it has
     `batch_size` images, or when the scorer is free and the request has waited for `delay` seconds. A request is never
     split, so that a reward sees whole groups.
     """
@@ -75,7 +76,7 @@ class BatchingScorer:
             taken: list[Job] = []
             images = 0
             for job in self.waiting:
-                if job.batch.images.shape[1:] == first.batch.images.shape[1:]:
+                if _kind(job) == _kind(first):
                     images += len(job.batch.images)
                     if taken and images > self.config.batch_size:
                         break
@@ -84,8 +85,8 @@ class BatchingScorer:
             return taken
 
     def _full(self) -> bool:
-        size = self.waiting[0].batch.images.shape[1:]
-        images = (len(job.batch.images) for job in self.waiting if job.batch.images.shape[1:] == size)
+        kind = _kind(self.waiting[0])
+        images = (len(job.batch.images) for job in self.waiting if _kind(job) == kind)
         return sum(images) >= self.config.batch_size
 
     def _score_batches(self) -> None:
@@ -130,6 +131,11 @@ class BatchingScorer:
             job.answer.set_result(ScoreAnswer(scores=values, details=details, error=error_text))
 
 
+def _kind(job: Job) -> tuple[torch.Size, bool]:
+    """What requests that share a batch have in common."""
+    return job.batch.images.shape[1:], job.batch.sources is None
+
+
 def _joined(batches: list[RewardBatch]) -> RewardBatch:
     """Join several batches into one; groups of different batches stay separate."""
     if len(batches) == 1:
@@ -143,6 +149,7 @@ def _joined(batches: list[RewardBatch]) -> RewardBatch:
         [prompt for batch in batches for prompt in batch.prompts],
         [metadata for batch in batches for metadata in batch.metadata],
         torch.cat(group_ids),
+        None if batches[0].sources is None else [source for batch in batches for source in batch.sources or ()],
     )
 
 

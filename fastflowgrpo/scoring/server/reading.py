@@ -33,9 +33,15 @@ def check_prompts(name: str, reward: Any, prompts: Sequence[Prompt]) -> None:
 
 
 def read_batch(
-    name: str, reward: Any, request: ScoreRequest, files: list[UploadFile], config: ServerConfig
+    name: str,
+    reward: Any,
+    request: ScoreRequest,
+    files: list[UploadFile],
+    source_files: list[UploadFile] | None,
+    config: ServerConfig,
 ) -> RewardBatch:
-    """Read the batch of a request for a reward: images uint8 (B, 3, H, W), and groups numbered from 0.
+    """Read the batch of a request for a reward: images uint8 (B, 3, H, W), their sources if there are files of them,
+    and groups numbered from 0.
 
     Raises:
         HTTPException: the request is too large, holds something else than images, its parts do not fit together, or the
@@ -46,22 +52,26 @@ def read_batch(
         raise HTTPException(413, f"{count} images, at most {config.max_images} are taken at once")
     metadata = request.metadata if request.metadata is not None else [{}] * count
     groups = request.group_ids if request.group_ids is not None else list(range(count))
-    for part, number in (("images", len(files)), ("metadata", len(metadata)), ("group_ids", len(groups))):
+    sizes = {"images": len(files), "metadata": len(metadata), "group_ids": len(groups)}
+    for part, number in {**sizes, "sources": len(source_files or ()) or count}.items():
         if number != count:
             raise HTTPException(422, f"{count} prompts, but {number} {part}")
     check_prompts(name, reward, [Prompt(*pair) for pair in zip(request.prompts, metadata, strict=True)])
     images: list[np.ndarray] = []
-    for i, file in enumerate(files):
-        pixels = _read_image(f"image {i}", file, request.size, config.max_pixels // count)
+    named = [(f"image {i}", file) for i, file in enumerate(files)]
+    named += [(f"source {i}", file) for i, file in enumerate(source_files or ())]
+    for title, file in named:
+        pixels = _read_image(title, file, request.size, config.max_pixels // len(named))
         if pixels.shape != (images or [pixels])[0].shape:
-            raise HTTPException(422, f"image {i}: another size than image 0")
+            raise HTTPException(422, f"{title}: another size than image 0")
         images.append(pixels)
     numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     return RewardBatch(
-        torch.from_numpy(np.stack(images)),
+        torch.from_numpy(np.stack(images[:count])),
         request.prompts,
         metadata,
         torch.tensor([numbers[group] for group in groups]),
+        [torch.from_numpy(pixels.copy()) for pixels in images[count:]] or None,
     )
 
 
