@@ -85,7 +85,7 @@ def test_weights_in_the_layout_of_open_clip(clip, tmp_path):
 def test_weights_that_do_not_fit(clip, tmp_path):
     state = open_clip_state(CLIPModel.from_pretrained(clip))
     torch.save({"state_dict": state | {"visual.proj": torch.zeros(32, 8)}}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"^rewards\.hpsv2: '.*other\.pt' does not fit '.*clip0': .*size mismatch"):
+    with pytest.raises(ValueError, match=r"^rewards\.hpsv2: '.*other\.pt' does not fit '.*clip.': .*size mismatch"):
         build_rewards({"hpsv2": {"model": clip, "weights": str(tmp_path / "other.pt")}})
     del state["ln_final.bias"]
     torch.save(state, tmp_path / "short.pt")

@@ -60,6 +60,7 @@ def decode(latents: torch.Tensor) -> torch.Tensor:
     policy = SimpleNamespace(
         config=SimpleNamespace(decode_batch_size=1),
         pipeline=SimpleNamespace(vae=vae),
+        _on_device=lambda *modules: nullcontext(),
         decode_batch=lambda batch: batch.repeat(1, 3, 2, 2) / 100,
     )
     return DiffusersPolicy.decode(policy, latents)
