@@ -154,7 +154,7 @@ def test_build_leaves_the_configuration_alone():
             {},
             r"rewards: name at least one; known: geneval, shapes_edit, .*, or my_module:my_reward for your",
         ),
-        ({"genevel": 1}, r"rewards: unknown reward 'genevel' \(did you mean 'geneval'\?\); known: geneval, shapes_edit"),
+        ({"genevel": 1}, r"rewards: unknown reward 'genevel' \(did you mean 'geneval'\?\); known: geneval, shap"),
         ({"zzz": 1}, r"rewards: unknown reward 'zzz'; known: geneval, "),
         ({"geneval": "high"}, r"rewards\.geneval: the weight must be a finite number, got 'high'"),
         ({"geneval": None}, r"rewards\.geneval: the weight must be a finite number, got None"),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.fake_gpu import CUDA, FakeGpu
 
+from fastflowgrpo.config import RolloutConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.prompts import Prompt
@@ -137,7 +138,7 @@ def an_epoch_of_the_trainer(module, gpu):
         none = torch.zeros(COPIES, 0, device=CUDA)
         return Trajectory(none, none, none, torch.zeros(COPIES, 0), torch.zeros(COPIES, device=CUDA), latents(), none)
 
-    rollout = SimpleNamespace(group_size=COPIES, batch_size=COPIES, guidance_scale=1, candidates=0, num_steps=1)
+    rollout = RolloutConfig(group_size=COPIES, batch_size=COPIES, num_steps=1)
     trainer = SimpleNamespace(
         config=SimpleNamespace(rollout=rollout, seed=0),
         processes=SimpleNamespace(padded_rank_indices=range, is_main=True),
