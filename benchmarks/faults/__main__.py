@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.faults.cases import Case, Place, all_cases
 
-SHORT = 12  # every so many cases in the short form
+SHORT = 13  # every so many cases in the short form
 
 
 def main(argv: list[str] | None = None) -> int:
