@@ -38,7 +38,8 @@ STEPS, BATCH, LEARNING_RATE = 800, 64, 1.5e-3
 
 def with_source_channels(transformer: SD3Transformer2DModel) -> SD3Transformer2DModel:
     """Return a copy that takes twice the channels; the weights of the new ones are 0, so its output is the same."""
-    wider = SD3Transformer2DModel.from_config({**transformer.config, "in_channels": 2 * transformer.config.in_channels})
+    settings = {name: value for name, value in transformer.config.items() if name != "_name_or_path"}
+    wider = SD3Transformer2DModel.from_config({**settings, "in_channels": 2 * transformer.config.in_channels})
     state = transformer.state_dict()
     weight = state["pos_embed.proj.weight"]
     wider.load_state_dict({**state, "pos_embed.proj.weight": torch.cat([weight, torch.zeros_like(weight)], dim=1)})
@@ -122,9 +123,17 @@ def main() -> None:
     ]
     tokenizer = build_tokenizer(instructions)
     modules = train(pipeline, tokenizer, arguments.seed, folder)
-    pipeline.register_modules(tokenizer=tokenizer, tokenizer_2=tokenizer, **modules)
     pipeline.vae.half()  # halves its size in the package; loading casts it to the dtype that is asked for
-    pipeline.save_pretrained(arguments.output)
+    # A new pipeline, since the old one would save the folder that it came from.
+    StableDiffusion3Pipeline(
+        scheduler=pipeline.scheduler,
+        vae=pipeline.vae,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        text_encoder_3=None,
+        tokenizer_3=None,
+        **modules,
+    ).save_pretrained(arguments.output)
     print(f"pipeline in {arguments.output}, {time.perf_counter() - start:.0f} s")
 
 

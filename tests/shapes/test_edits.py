@@ -13,6 +13,7 @@ from fastflowgrpo.prompts.images import read_image
 from fastflowgrpo.rewards import RewardBatch
 from fastflowgrpo.rewards.shapes_edit import ShapesEdit, check_edit
 from fastflowgrpo.sampling.ode import sample_ode
+from fastflowgrpo.shapes import BUNDLED
 from fastflowgrpo.shapes.edits import (
     CONTENTS,
     HELD_OUT,
@@ -94,3 +95,9 @@ def test_the_bundled_model_makes_about_half_of_the_edits_and_keeps_most_of_the_r
     metadata = [prompt.metadata for prompt in prompts]
     scores = ShapesEdit()(RewardBatch(images, ["p"] * len(prompts), metadata, torch.arange(len(prompts)), sources))
     assert 0.4 < scores.details["done"].mean() < 0.8 and scores.details["kept"].mean() > 0.7
+
+
+def test_the_bundled_pipelines_do_not_say_where_they_were_made():
+    for folder in BUNDLED.values():
+        for path in folder.rglob("*.json"):
+            assert "_name_or_path" not in path.read_text(), path
