@@ -12,6 +12,7 @@ from fastflowgrpo.config.parsing import (
     setting_types,
 )
 from fastflowgrpo.config.settings import (
+    BUNDLED_MODELS,
     TOKEN,
     AdvantageConfig,
     Config,
@@ -35,6 +36,7 @@ from fastflowgrpo.config.validation import (
 )
 
 __all__ = [
+    "BUNDLED_MODELS",
     "MAY_CHANGE",
     "POLICY_GRADIENTS",
     "PRIVATE_REWARD_SETTINGS",

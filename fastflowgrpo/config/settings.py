@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 TOKEN = "FASTFLOWGRPO_TOKEN"  # environment variable with the bearer token of reward servers and their clients
 Dynamics = Literal["flow_sde", "flow_cps", "dance_sde", "ode"]
+BUNDLED_MODELS = ("shapes", "shapes_edit")  # which are trained in full unless policy.lora_rank is set
 
 
 @dataclass
@@ -24,7 +25,7 @@ class PolicyConfig:
     """Keep the text encoders, the VAE and the reference of full training in the CPU's memory, and on the GPU only while
     they are used."""
     lora_rank: int | None = None
-    """Rank of the LoRA adapter; 0 trains the whole transformer. Default: 32, for the bundled model 0."""
+    """Rank of the LoRA adapter; 0 trains the whole transformer. Default: 32, for the bundled models 0."""
     lora_alpha: int = 64
     """Scale of the LoRA adapter: its output is multiplied by lora_alpha / lora_rank."""
     lora_targets: list[str] | None = None
@@ -233,7 +234,7 @@ class Config:
     """A Flow-GRPO training run. The defaults train the bundled shapes model on its own prompts."""
 
     model: str = "shapes"
-    """Diffusers pipeline: a local folder, a hub id, or "shapes" for the bundled model."""
+    """Diffusers pipeline: a local folder, a hub id, or "shapes" or "shapes_edit" for a bundled model."""
     output_dir: str = "runs/shapes"
     """Run directory: config, metrics, images, checkpoints."""
     overwrite: bool = False
@@ -288,7 +289,7 @@ class EvaluateConfig:
     run: str | None = None
     """Run directory. Its config.yaml gives all settings that are not set here, and its last checkpoint the weights."""
     model: str = "shapes"
-    """Diffusers pipeline: a local folder, a hub id, or "shapes" for the bundled model."""
+    """Diffusers pipeline: a local folder, a hub id, or "shapes" or "shapes_edit" for a bundled model."""
     checkpoint: str | None = None
     """Folder of trained weights, a LoRA or a whole transformer, as the train command writes it; or "best", the run's
     checkpoint with the best evaluation."""
@@ -332,7 +333,7 @@ class DemoConfig:
     run: str | None = None
     """Run directory. Its config.yaml gives all settings that are not set here, and its checkpoints are the choices."""
     model: str = "shapes"
-    """Diffusers pipeline: a local folder, a hub id, or "shapes" for the bundled model."""
+    """Diffusers pipeline: a local folder, a hub id, or "shapes" or "shapes_edit" for a bundled model."""
     checkpoint: str | None = None
     """Folder of trained weights, a LoRA or a whole transformer, as the train command writes it. Default: the
     checkpoints of the run, or policy.lora; without any of them the page shows the model alone."""

@@ -4,7 +4,7 @@ import re
 from operator import attrgetter
 from typing import Any
 
-from fastflowgrpo.config.settings import Config, DemoConfig, EvaluateConfig, guard_reward
+from fastflowgrpo.config.settings import BUNDLED_MODELS, Config, DemoConfig, EvaluateConfig, guard_reward
 from fastflowgrpo.errors import UserError
 
 POLICY_GRADIENTS = ("grpo", "grpo_guard")
@@ -260,7 +260,7 @@ def _check_lora(config: Config) -> None:
         raise UserError(
             "policy.lora_rank: is 0, which trains the whole transformer; leave it out to continue from policy.lora"
         )
-    is_full = policy.lora_rank == 0 or (policy.lora_rank is None and config.model == Config().model)
+    is_full = policy.lora_rank == 0 or (policy.lora_rank is None and config.model in BUNDLED_MODELS)
     if policy.quantization is not None and policy.lora is None and is_full:
         raise UserError(
             f"policy.quantization: {policy.quantization} weights cannot be trained: set policy.lora_rank above 0"

@@ -44,9 +44,10 @@ def shortage(config: Config, processes: int) -> str:
         UserError: the model cannot be described (see `estimate`).
     """
     free = available_memory(config)
-    if estimate(config, processes).total_memory(config.policy.gradient_checkpointing) <= free:
+    needed = estimate(config, processes).total_memory(config.policy.gradient_checkpointing)
+    if needed <= free:
         return ""
-    needed, phase = max((_peak(config, phase, processes), phase) for phase in PHASES)
+    phase = max(PHASES, key=lambda phase: _peak(config, phase, processes))
     return (
         f"this run is estimated to need {_gigabytes(needed)}, and {_gigabytes(free)} may be filled; "
         f"what helps most: {helpful_settings(config, processes, phase)}"

@@ -6,7 +6,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-from fastflowgrpo.config import PolicyConfig
+from fastflowgrpo.config import BUNDLED_MODELS, PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.families import family_of
 from fastflowgrpo.policy.protocol import Policy
@@ -20,7 +20,7 @@ def with_default_rank(model: str, config: PolicyConfig) -> PolicyConfig:
     A `config.lora` keeps the rank at None: the adapter has its own.
     """
     if config.lora_rank is None and config.lora is None:
-        return replace(config, lora_rank=0 if model in BUNDLED else 32)
+        return replace(config, lora_rank=0 if model in BUNDLED_MODELS else 32)
     return config
 
 

@@ -73,7 +73,7 @@ def _metadata(config: Config, checkpoint: Path, name: str) -> ModelCardData:
     pipeline = getattr(diffusers, _index(config)["_class_name"])
     parameters = inspect.signature(pipeline.__call__).parameters
     task = "text-to-video" if "num_frames" in parameters else "text-to-image"
-    if FAMILIES[pipeline.__name__].edits_images:
+    if FAMILIES[pipeline.__name__].edits_images or config.model == "shapes_edit":
         task = "image-to-image"
     on_the_hub = config.model not in BUNDLED and not Path(config.model).exists()
     return ModelCardData(

@@ -1,5 +1,7 @@
 """What is free, what is short, and which settings help."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -97,3 +99,15 @@ def test_the_bundled_model_is_not_estimated_where_memory_is_plenty(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda config: 1e9)
     monkeypatch.setattr(memory, "estimate", lambda *_: pytest.fail("was estimated"))
     memory.warn_if_short(Config(), 1, CPU)
+
+
+def test_a_shortage_while_prompts_are_encoded_is_told_with_its_size(costs, monkeypatch):
+    estimated = memory.estimate
+
+    def with_encode(config, processes):
+        found = estimated(config, processes)
+        return replace(found, passes={**found.passes, "encode": 5_000_000_000})
+
+    monkeypatch.setattr(memory, "estimate", with_encode)
+    monkeypatch.setattr(memory, "available_memory", lambda config: 2e9)
+    assert memory.shortage(config_of(), 2).startswith("this run is estimated to need 5 GB, and 2 GB may be filled; ")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastflowgrpo.config import PolicyConfig
+from fastflowgrpo.config import BUNDLED_MODELS, PolicyConfig, parse
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy import load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
@@ -101,3 +101,10 @@ def test_the_bundled_pipelines_do_not_say_where_they_were_made():
     for folder in BUNDLED.values():
         for path in folder.rglob("*.json"):
             assert "_name_or_path" not in path.read_text(), path
+
+
+def test_the_settings_know_the_bundled_models():
+    assert tuple(BUNDLED) == BUNDLED_MODELS
+    for name in BUNDLED_MODELS:
+        with pytest.raises(UserError, match=r"policy\.quantization: int8 weights cannot be trained"):
+            parse(["--model", name, "--policy.quantization", "int8"])
