@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_quantization import command, rows
+from support.tiny_run import command, rows
 from torch import nn
 
 from fastflowgrpo import Trainer
@@ -48,10 +48,8 @@ class Watched:
 
 @pytest.mark.slow
 def test_each_part_is_on_the_device_while_it_computes_and_changes_no_bit(tiny_sd3_folder, tmp_path, monkeypatch):
-    (tiny_sd3_folder.parent / "prompts.txt").write_text("a cat\ntwo dogs\nsnow\na ball")
-    settings = {"policy.quantization": "null"}
-    assert main(command(tiny_sd3_folder, tmp_path / "plain", **settings)) == 0
-    trainer = Trainer(parse(command(tiny_sd3_folder, tmp_path / "offloaded", **settings, **{"policy.offload": True})))
+    assert main(command(tiny_sd3_folder, tmp_path / "plain")) == 0
+    trainer = Trainer(parse(command(tiny_sd3_folder, tmp_path / "offloaded", **{"policy.offload": True})))
     watched = Watched(trainer.policy, monkeypatch)
     trainer.run()
     everything = frozenset(watched.parts)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.tiny_run import command, rows
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -79,46 +80,16 @@ def test_the_backward_pass_is_that_of_the_dequantised_weights_and_keeps_no_copy_
     assert torch.equal(x.grad, torch.ones_like(y) @ layer.weight.dequantize())
 
 
-def command(folder, output, **settings):
-    settings = {
-        "model": folder,
-        "output_dir": output,
-        "trackers": "[]",
-        "prompts.train": folder.parent / "prompts.txt",
-        "prompts.per_epoch": 2,
-        "rewards": '{"jpeg_compressibility": 1}',
-        "policy.quantization": "int8",
-        "policy.lora_rank": 4,
-        "policy.max_sequence_length": 8,
-        "rollout.group_size": 4,
-        "rollout.batch_size": 8,
-        "rollout.num_steps": 4,
-        "rollout.window_size": 2,
-        "rollout.window_start": "[0,2]",
-        "update.batch_size": 8,
-        "update.kl_weight": 0.1,
-        "evaluation.every": 0,
-        "evaluation.num_steps": 2,
-        "evaluation.images_per_prompt": 2,
-        "update.learning_rate": 1e-2,
-        "epochs": 2,
-        **settings,
-    }
-    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-
-
-def rows(run):
-    read = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in row.keys() - {"wall_s", "seconds", "images_per_s"}} for row in read]
+def quantised(folder, output, **settings):
+    return command(folder, output, **{"policy.quantization": "int8", **settings})
 
 
 @pytest.mark.slow
 def test_the_command_trains_resumes_and_evaluates_a_quantised_model(tiny_sd3_folder, tmp_path, capsys):
-    (tiny_sd3_folder.parent / "prompts.txt").write_text("a cat\ntwo dogs\nsnow\na ball")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main(command(tiny_sd3_folder, whole)) == 0
-    assert main(command(tiny_sd3_folder, parts, epochs=1)) == 0
-    assert main(command(tiny_sd3_folder, parts, resume="latest")) == 0
+    assert main(quantised(tiny_sd3_folder, whole)) == 0
+    assert main(quantised(tiny_sd3_folder, parts, epochs=1)) == 0
+    assert main(quantised(tiny_sd3_folder, parts, resume="latest")) == 0
     last, again = list_checkpoints(whole)[-1], list_checkpoints(parts)[-1]
     files = [path.relative_to(last) for path in last.rglob("*.safetensors")]
     assert len(files) > 3
@@ -136,12 +107,11 @@ def test_the_command_trains_resumes_and_evaluates_a_quantised_model(tiny_sd3_fol
 
 
 def test_the_ratio_is_exactly_one_and_the_kl_zero_before_the_first_update(tiny_sd3_folder, tmp_path):
-    (tiny_sd3_folder.parent / "prompts.txt").write_text("a cat\ntwo dogs\nsnow\na ball")
     for dtype in ("float32", "bfloat16"):
-        trainer = Trainer(parse(command(tiny_sd3_folder, tmp_path / dtype, **{"policy.dtype": dtype})))
+        trainer = Trainer(parse(quantised(tiny_sd3_folder, tmp_path / dtype, **{"policy.dtype": dtype})))
         batch, _ = trainer.collect(0)
-        for rows, slots in trainer.objective.micro_batches(batch, 0, len(batch.advantages)):
-            statistics = trainer.objective.loss(batch, rows, slots)[1]
+        for chosen, slots in trainer.objective.micro_batches(batch, 0, len(batch.advantages)):
+            statistics = trainer.objective.loss(batch, chosen, slots)[1]
             assert (statistics["ratio"] == 1).all() and (statistics["kl"] == 0).all()
         trainer.accelerator.end_training()
         trainer.lock.close()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.tiny_run import command
 
 from fastflowgrpo import Trainer
 from fastflowgrpo.config import parse
@@ -18,24 +19,11 @@ SETTINGS = {
 
 def trained(folder, output, monkeypatch, **settings):
     """The last checkpoint's tensors of a run, and the number of micro-batches that were read ahead and asked for."""
-    (folder.parent / "prompts.txt").write_text("a cat\ntwo dogs\nsnow\na ball")
     settings = {
-        "model": folder,
-        "output_dir": output,
-        "trackers": "[]",
-        "prompts.train": folder.parent / "prompts.txt",
-        "prompts.per_epoch": 2,
-        "rewards": '{"jpeg_compressibility": 1}',
-        "policy.lora_rank": 4,
-        "policy.max_sequence_length": 8,
-        "rollout.group_size": 4,
         "rollout.batch_size": 4,
-        "rollout.num_steps": 4,
-        "rollout.window_size": 2,
-        "rollout.window_start": "[0,2]",
         "update.per_epoch": 1,
         "update.batch_size": 4,
-        "evaluation.every": 0,
+        "update.kl_weight": 0,
         "evaluation.num_steps": 1,
         "evaluation.images_per_prompt": 1,
         "epochs": 1,
@@ -50,7 +38,7 @@ def trained(folder, output, monkeypatch, **settings):
             return function(self, *arguments)
 
         monkeypatch.setattr(StepReader, name, counted)
-    trainer = Trainer(parse([text for name, value in settings.items() for text in (f"--{name}", str(value))]))
+    trainer = Trainer(parse(command(folder, output, **settings)))
     trainer.run()
     (checkpoint,) = list_checkpoints(output)
     monkeypatch.undo()
