@@ -66,7 +66,11 @@ class DiffusersPolicy(ABC):
         self._reference_module: ModelMixin | None = None
         self._offloaded: dict[nn.Module, OffloadedModule] = {}
         self._freeze()
-        if config.attention is not None:
+        if config.attention is None:
+            # Torch prefers cuDNN's attention on Hopper, whose backward pass gives NaN for some lengths (pytorch issue
+            # 196678, and tiny FLUX models here). Flash attention is next.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        else:
             self.set_attention(config.attention)
         if config.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
