@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs everything that needs a GPU, in under 13 minutes: benchmarks/gpu.sh OUT
+# Runs everything that needs a GPU, in under 15 minutes: benchmarks/gpu.sh OUT
 #
 # It installs the checkout beside the torch and triton that are there. Then it runs the tests of the compiled kernels,
-# tiny epochs of each family under torch's and NVIDIA's sanitizers, the kernels' benchmarks, an epoch at the size of
-# SD3.5-M, and the report. Results and logs are left in OUT. If a part fails or runs out of time, the others still run, and
+# tiny epochs of each family under torch's and NVIDIA's sanitizers, the kernels' benchmarks, epochs at the size of
+# SD3.5-M and their memory, and the report. Results and logs are left in OUT. If a part fails or runs out of time, the others still run, and
 # the exit code is 1.
 #
 # PYTHON  the interpreter, by default python3
@@ -63,7 +63,8 @@ part compiled 5 "$python" -c "import glob, sys; count = len(glob.glob('$TRITON_C
 print(count, 'kernels were compiled'); sys.exit(not count)"
 # Torch's sanitizer follows streams and events, and compute-sanitizer the accesses of each kernel.
 part epochs 60 "$python" -m pytest tests/test_trainer_gpu.py -q -W default -p no:cacheprovider
-part streams 150 env TORCH_CUDA_SANITIZER=1 "$python" -m pytest tests/test_trainer_gpu.py -k 4 -q -W default -p no:cacheprovider
+part streams 150 env TORCH_CUDA_SANITIZER=1 "$python" -m pytest tests/test_trainer_gpu.py -k 4 -q -W default \
+  -p no:cacheprovider
 if command -v compute-sanitizer >/dev/null; then
   part memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m pytest tests/test_trainer_gpu.py \
     -k "sd3 and 4" -q -W default -p no:cacheprovider
@@ -75,6 +76,8 @@ bench grpo_loss 80 direction
 part model 40 "$python" -m benchmarks.random_sd35 "$work/sd35"
 part epoch 135 "$python" -m benchmarks.epoch --config configs/sd35_ocr.yaml --config benchmarks/sd35_medium.yaml \
   --model "$work/sd35" --repeats 2 --output "$out/epoch.json"
+part memory 60 "$python" -m benchmarks.memory --config configs/sd35_ocr_24gb.yaml --config benchmarks/sd35_medium.yaml \
+  --model "$work/sd35" --output "$out/memory.json"
 part report 15 "$python" -m benchmarks.report "$out"
 
 echo "after $SECONDS s: ${#failed[@]} parts failed${failed[*]:+: ${failed[*]}}"

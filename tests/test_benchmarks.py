@@ -5,12 +5,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from benchmarks import epoch, ocr, report
+from benchmarks import epoch, memory, ocr, report
 from benchmarks.faults import __main__ as faults_main
 from benchmarks.faults import cases as faults_cases
 from benchmarks.random_sd35 import PUBLISHED, random_sd35
@@ -62,6 +63,19 @@ def test_epoch_measures_two_loops_of_the_same_gradient(tmp_path, capsys):
             done = sum(count * flops[kind] for kind, count in loop["passes"].items()) / 1e12
             assert loop["tflop_per_s"] == pytest.approx(done / (loop["seconds"]["rollout"] + loop["seconds"]["update"]))
     assert "| paper | eager |" in report.report(tmp_path)
+
+
+def test_memory_is_measured_beside_its_estimate(tmp_path, monkeypatch, capsys):
+    gpu = {"is_available": True, "get_device_name": "A GPU", "max_memory_allocated": 3_000_000_000}
+    gpu |= {"synchronize": None, "reset_peak_memory_stats": None}
+    functions = {name: lambda value=value: value for name, value in gpu.items()}
+    monkeypatch.setattr(memory, "torch", SimpleNamespace(cuda=SimpleNamespace(**functions)))
+    small = ["--prompts.per_epoch=2", "--rollout.group_size=2", "--rollout.batch_size=4", "--update.per_epoch=1"]
+    memory.main([*small, "--repeats=2", f"--output={tmp_path / 'memory.json'}"])
+    result = json.loads((tmp_path / "memory.json").read_text())
+    assert result["measured_gb"] == 3 and 0 < result["estimated_gb"] < 1 and len(result["epochs"]) == 2
+    assert result["epochs"][0]["ratio_min"] == pytest.approx(1, abs=1e-5)
+    assert "A GPU: 3.00 GB at most, estimated 0." in capsys.readouterr().out
 
 
 def test_random_sd35_is_the_published_size_and_loads(tmp_path):
