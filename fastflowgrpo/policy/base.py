@@ -19,7 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.policy.lora import add_lora, load_lora, load_lora_weights, save_lora
+from fastflowgrpo.policy.lora import add_lora, load_lora, load_lora_weights, save_lora, without_lora
 from fastflowgrpo.policy.offload import OffloadedModule
 from fastflowgrpo.policy.protocol import Conditioning
 from fastflowgrpo.policy.quantization import prepare_quantised
@@ -230,11 +230,8 @@ class DiffusersPolicy(ABC):
     @contextmanager
     def reference(self) -> Iterator[None]:
         if self._reference_module is None:
-            self.module.disable_adapters()
-            try:
+            with without_lora(self.module):
                 yield
-            finally:
-                self.module.enable_adapters()
         else:
             trained, self.transformer = self.transformer, self._reference_module
             try:

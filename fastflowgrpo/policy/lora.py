@@ -1,6 +1,7 @@
 """LoRA adapters of a pipeline's transformer: adding, loading and saving them in diffusers' format."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import DiffusionPipeline, ModelMixin
@@ -87,6 +88,20 @@ def load_lora_weights(pipeline: DiffusionPipeline, folder: Path) -> None:
         OSError: it cannot be read.
     """
     _set_weights(pipeline.transformer, pipeline.lora_state_dict(folder))
+
+
+@contextmanager
+def without_lora(module: nn.Module) -> Iterator[None]:
+    """Leave the adapter out of the passes of a transformer."""
+    # diffusers' disable_adapters and enable_adapters do the same, but look up peft's version each time, for 5 ms.
+    layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def _set_weights(module: ModelMixin, weights: Mapping[str, Tensor]) -> None:
