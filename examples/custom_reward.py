@@ -40,7 +40,7 @@ if __name__ == "__main__":
         epochs=6,
         rewards={"custom_reward:redness": 1.0, "custom_reward:novelty": 0.5},
         prompts=PromptsConfig(per_epoch=6),
-        evaluation=EvaluationConfig(every=0, num_steps=10, images_per_prompt=1),
+        evaluation=EvaluationConfig(every=0, num_steps=4, images_per_prompt=1),
         trackers=[],
     )
     config.rollout.batch_size = 144

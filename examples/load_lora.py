@@ -25,7 +25,7 @@ def train():
         epochs=4,
         policy=PolicyConfig(lora_rank=16),
         prompts=PromptsConfig(per_epoch=6),
-        evaluation=EvaluationConfig(every=0, num_steps=10, images_per_prompt=1),
+        evaluation=EvaluationConfig(every=0, num_steps=4, images_per_prompt=1),
         trackers=[],
     )
     config.rollout.batch_size = 144

@@ -17,6 +17,12 @@ torch.set_num_threads(1)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
+def pytest_collection_modifyitems(items):
+    """Start with the files that have slow tests, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny_sd3_folder(tmp_path_factory) -> Path:
     """A saved `tiny_sd3_pipeline()`, shared by all tests: only read it."""

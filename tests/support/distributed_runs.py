@@ -1,5 +1,6 @@
 """What test_distributed.py has several processes do, and does itself in one."""
 
+import importlib
 import os
 import signal
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, R
 from fastflowgrpo.distributed import full_tensor
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.rewards import RewardBatch, Scores
-from fastflowgrpo.train import main as train_command
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "accelerate"
 PROMPTS = ["a cat", "two dogs", "a red ball", "the sea", "a cat on a ball", "snow"]
@@ -99,8 +99,11 @@ def z_image_config(folder: Path, output: Path) -> Config:
     return config
 
 
-def train(config: Config) -> dict:
-    """Two epochs as `Trainer.run` has them, and what this process sees of them."""
+def train(config: Config, resumes: bool = False) -> dict:
+    """Two epochs as `Trainer.run` has them, and what this process sees of them.
+
+    With `resumes` there is a third epoch, by this trainer and by one that resumes its run.
+    """
     trainer = Trainer(config)
     # Adam divides by the gradient's own size and would blow up the rounding of the smallest.
     trainer.learner.optimizer.param_groups[0]["eps"] = 1.0
@@ -129,7 +132,7 @@ def train(config: Config) -> dict:
     seen["change"] = torch.cat([(b - a).flatten() for a, b in zip(before, after, strict=True)])
     average = [full_tensor(parameter) for parameter in trainer.learner.ema.shadow_params]
     seen["average"] = torch.cat([(b - a).flatten() for a, b in zip(before, average, strict=True)])
-    if config.update.per_epoch == 2:
+    if resumes:
         seen["gone on"] = torch.cat([next_epoch(trainer), next_epoch(Trainer(replace(config, resume="latest")))], 1)
     if trainer.learner.old_policy is not None:
         old = [full_tensor(value) for value in trainer.learner.old_policy.values]
@@ -185,8 +188,8 @@ def pretend_gpus(name: str) -> None:
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def main(rank: int, count: int, port: int, log: Path, folder: Path, output: Path, arguments: list[str]) -> None:
-    """One of `count` processes; its output goes to `log`, what it saw into a file in `output`."""
+def take_part(rank: int, count: int, port: int, log: Path, work: Callable[..., None], arguments: tuple) -> None:
+    """Do the work as one of `count` processes; the output goes to `log`."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -194,27 +197,37 @@ def main(rank: int, count: int, port: int, log: Path, folder: Path, output: Path
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    work(*arguments)
+
+
+def command(name: str, arguments: list[str]) -> None:
+    """A command of the package, as each process runs it."""
+    assert importlib.import_module(f"fastflowgrpo.{name}").main(arguments) == 0
+
+
+def main(count: int, folder: Path, output: Path, arguments: list[str]) -> None:
+    """The runs of a process; what it saw is written into a file in `output`."""
     seen = {}
     if count == 4:
         seen["few"] = train(config_of(folder, output / "few", updates=1, evaluated=3))
     else:
-        seen["lora"] = train(config_of(folder, output / "lora"))
+        seen["lora"] = train(config_of(folder, output / "lora"), resumes=True)
         try:
             Trainer(config_of(folder, output / "lora"))
         except UserError as error:
             seen["error"] = str(error)
         forget_accelerator()
-        seen["full"] = train(config_of(folder, output / "full", rank=0))
+        seen["full"] = train(config_of(folder, output / "full", rank=0), resumes=True)
         forget_accelerator()
-        seen["nft"] = train(config_of(folder, output / "nft", algorithm="nft"))
+        seen["nft"] = train(config_of(folder, output / "nft", algorithm="nft"), resumes=True)
         forget_accelerator()
         seen["z_image"] = train(z_image_config(folder, output / "z_image"))
         pretend_gpus("fsdp2")
-        seen["nft sharded"] = train(config_of(folder, output / "nft sharded", algorithm="nft"))
+        seen["nft sharded"] = train(config_of(folder, output / "nft sharded", algorithm="nft"), resumes=True)
         pretend_gpus("fsdp2")
-        seen["lora sharded"] = train(config_of(folder, output / "lora sharded"))
+        seen["lora sharded"] = train(config_of(folder, output / "lora sharded"), resumes=True)
         pretend_gpus("fsdp2")
-        seen["full sharded"] = train(config_of(folder, output / "full sharded", rank=0))
+        seen["full sharded"] = train(config_of(folder, output / "full sharded", rank=0), resumes=True)
         pretend_gpus("fsdp2")
         trainer = Trainer(config_of(folder, output / "bfloat16", dtype="bfloat16"))
         batch, _ = trainer.collect(0)
@@ -231,9 +244,9 @@ def main(rank: int, count: int, port: int, log: Path, folder: Path, output: Path
             end_on_rank_1(trainer, lambda: os.kill(os.getpid(), signal.SIGTERM)),
             end_on_rank_1(trainer, lambda: None),
         ]
-    torch.save(seen, output / f"{count}-{rank}.pt")
+    torch.save(seen, output / f"{count}-{os.environ['RANK']}.pt")
     if arguments:  # last, for it ends the process group
         forget_accelerator()
-        assert train_command(arguments) == 0
+        command("train", arguments)
     else:
         PartialState().destroy_process_group()
