@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from fastflowgrpo.evaluation.shown import ShownImages
 from fastflowgrpo.prompts import TAGS
@@ -17,7 +18,7 @@ GREEN, RED = "#2a9d3a", "#d03030"
 
 
 def image_grid(evaluations: Sequence[ShownImages], titles: Sequence[str] = ()) -> Image.Image:
-    """Draw a row for each prompt, with a block of images for each evaluation.
+    """Draw a row for each prompt: its text, its source image if it has one, and a block of images for each evaluation.
 
     Images that were checked have a green frame if they are correct and a red one if not.
 
@@ -27,23 +28,27 @@ def image_grid(evaluations: Sequence[ShownImages], titles: Sequence[str] = ()) -
     """
     prompts, (_, n, _, height, width) = evaluations[0].prompts, evaluations[0].images.shape
     (width, height), resampling = _cell_size((width, height))
-    left, top, block = _text_width(prompts), 24 if titles else 0, n * (width + 2 * FRAME)
+    sources, text_width, block = evaluations[0].sources, _text_width(prompts), n * (width + 2 * FRAME)
+    left, top = text_width + (width + GAP if sources else 0), 24 if titles or sources else 0
     size = (left + len(evaluations) * (block + GAP), top + len(prompts) * (height + 2 * FRAME))
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
+    if sources:
+        draw.text((text_width, 4), "source", "black", _font())
     for k, title in enumerate(titles):
         draw.text((left + k * (block + GAP) + FRAME, 4), title, "black", _font())
     for row, prompt in enumerate(prompts):
         y = top + row * (height + 2 * FRAME)
         draw.text((8, y + height // 2 - 8), prompt, "black", _font())
+        if sources:
+            canvas.paste(_resized(sources[row], (width, height), resampling), (text_width, y + FRAME))
         for k, evaluation in enumerate(evaluations):
             for column in range(n):
                 x = left + k * (block + GAP) + column * (width + 2 * FRAME)
                 if evaluation.correct is not None:
                     color = GREEN if evaluation.correct[row, column] else RED
                     draw.rectangle((x, y, x + width + 2 * FRAME - 1, y + height + 2 * FRAME - 1), color)
-                pixels = evaluation.images[row, column].permute(1, 2, 0).numpy()
-                image = Image.fromarray(pixels).resize((width, height), resampling)
+                image = _resized(evaluation.images[row, column], (width, height), resampling)
                 canvas.paste(image, (x + FRAME, y + FRAME))
     return canvas
 
@@ -60,7 +65,7 @@ def captioned(image: Image.Image, caption: str) -> Image.Image:
 
 
 def side_by_side(before: Path, after: Path, prompts: Sequence[str]) -> Image.Image:
-    """Join two grids of one evaluation each: the prompts, the images before, the images after.
+    """Join two grids of one evaluation each: the prompts, the images before, the images after. Both have the sources.
 
     Args:
         before, after: files of two grids.
@@ -115,6 +120,11 @@ def _cell_size(size: tuple[int, int]) -> tuple[tuple[int, int], Image.Resampling
     else:
         scale, resampling = min(1.0, MAX_CELL / max(size)), Image.Resampling.LANCZOS
     return (round(size[0] * scale), round(size[1] * scale)), resampling
+
+
+def _resized(image: Tensor, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
+    """An image (3, H, W) uint8 in another size."""
+    return Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size, resampling)
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

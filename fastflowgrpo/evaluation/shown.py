@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from fastflowgrpo.distributed import Processes
 from fastflowgrpo.evaluation.sampling import Samples
 from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.prompts.images import source_images
 
 MAX_PROMPTS, MAX_IMAGES = 12, 4  # in a picture: prompts, and images of each
 
@@ -23,6 +24,8 @@ class ShownImages:
     """(prompts, n, 3, H, W) uint8 on the CPU."""
     correct: Tensor | None
     """(prompts, n) bool, whether each passes GenEval's strict check; None where it was not checked."""
+    sources: list[Tensor] = field(default_factory=list)
+    """Of each prompt, (3, H, W) uint8 on the CPU; empty for text-to-image."""
 
 
 @dataclass
@@ -63,6 +66,7 @@ def gather_shown(
         prompts=[prompts[i].text for i in shown],
         images=_gather_images(shown, MAX_IMAGES, len(prompts), samples, processes),
         correct=None if strict is None else strict[shown, :MAX_IMAGES] == 1,
+        sources=source_images([prompts[i] for i in shown], *samples.images.shape[-2:]),
     )
 
 

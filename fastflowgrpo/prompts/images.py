@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,15 @@ def read_image(image: Path | bytes, height: int, width: int) -> torch.Tensor:
     except (OSError, SyntaxError) as error:  # Pillow raises the second for some broken files
         raise UserError(f"source image {'' if isinstance(image, bytes) else image}: cannot be read: {error}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def source_images(prompts: Sequence[Prompt], height: int, width: int) -> list[torch.Tensor]:
+    """Read the source images of prompts, each as `read_image` does.
+
+    Returns:
+        One for each prompt; empty for prompts of text-to-image.
+    """
+    return [read_image(prompt.image, height, width) for prompt in prompts if prompt.image is not None]
 
 
 def image_key(image: Path | bytes) -> str:

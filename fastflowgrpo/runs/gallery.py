@@ -4,6 +4,7 @@ gallery/
     index.jsonl                     a line for each folder below, with all about its images
     step-<step>/<prompt>-<n>.webp   image n of an evaluation's prompt; prompts and noise are those of every evaluation
     epoch-<epoch>/<group>.webp      a whole group of a rollout, the image with the highest advantage first
+    .../<number>-source.webp        the source image of a prompt or group in the same folder, of an editing model
 
 The size is bounded: images of an evaluation are at most MAX_SIDE pixels wide and high, those of a group MAX_TILE. Of a
 long run only every n-th evaluation and every n-th epoch are kept.
@@ -12,7 +13,7 @@ long run only every n-th evaluation and every n-th epoch are kept.
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from fastflowgrpo.config import Config
 from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.prompts.images import source_images
 from fastflowgrpo.results import finite
 from fastflowgrpo.rewards import RewardBatch, Scores, WeightedRewards
 from fastflowgrpo.runs.files import GALLERY, INDEX, atomic_write, fsync, json_lines, read_rows, writing
@@ -73,6 +75,8 @@ class Gallery:
         n, scores = shown.images.shape[1], evaluation.measures["Scores"]
         pixels = shown.images.flatten(0, 1)
         detections = self._detections([self.prompts[i] for i in shown.indices for _ in range(n)], pixels)
+        shown_prompts = [self.prompts[index] for index in shown.indices]
+        sources = _source_files(shown.indices, shown_prompts, pixels, MAX_SIDE)
         images: dict[str, Image.Image] = {}
         entries: list[dict[str, Any]] = []
         for i, (index, k) in enumerate((index, k) for index in shown.indices for k in range(n)):
@@ -89,10 +93,11 @@ class Gallery:
                     "scores": values,
                     "correct": None if values.get(STRICT) is None else values[STRICT] == 1,
                     "detections": detections[i],
+                    **_source_entry(index, prompt),
                 }
             )
         line = {"kind": "evaluation", "step": step, "epoch": epoch, "images": entries}
-        self._write(f"step-{step:06d}", images, line, _is_small(pixels))
+        self._write(f"step-{step:06d}", images | sources, line, _is_small(pixels))
         captions = [f"{entry['text']}: {_caption(entry)}" for entry in entries]
         first_of_prompts = range(0, len(entries), n)
         track_images(self.accelerator, list(images.values()), captions, first_of_prompts, step)
@@ -118,7 +123,7 @@ class Gallery:
             groups: the numbers of the kept groups among those of the epoch.
         """
         size = len(images) // len(prompts)
-        sheets, entries = {}, []
+        sheets, entries = _source_files(range(len(prompts)), prompts, images, MAX_TILE), []
         for g, (group, prompt, seed) in enumerate(zip(groups, prompts, seeds, strict=True)):
             own = slice(group * size, (group + 1) * size)
             order = advantages[own].nan_to_num(-math.inf).argsort(descending=True, stable=True)
@@ -133,6 +138,7 @@ class Gallery:
                     "seed": str(seed),
                     "advantages": [_number(value) for value in advantages[own][order]],
                     "scores": {name: [_number(v) for v in value[order]] for name, value in values.items()},
+                    **_source_entry(g, prompt),
                 }
             )
         line = {"kind": "rollout", "step": step, "epoch": epoch, "groups": entries}
@@ -193,6 +199,23 @@ def cut_back(run: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     for folder in index.parent.iterdir():
         if folder.is_dir() and folder.name not in kept:
             shutil.rmtree(folder)
+
+
+def _source_files(
+    numbers: Iterable[int], prompts: Sequence[Prompt], images: Tensor, side: int
+) -> dict[str, Image.Image]:
+    """The source image of each prompt by its file's name, in the size of the results; empty for text-to-image."""
+    sources = source_images(prompts, *images.shape[-2:])
+    return {_source_name(number): _shrunk(source, side) for number, source in zip(numbers, sources, strict=False)}
+
+
+def _source_entry(number: int, prompt: Prompt) -> dict[str, str]:
+    """The key of the index that names the source image of a prompt, if it has one."""
+    return {} if prompt.image is None else {"source": _source_name(number)}
+
+
+def _source_name(number: int) -> str:
+    return f"{number}-source.webp"
 
 
 def _is_kept(number: int, count: int, limit: int) -> bool:

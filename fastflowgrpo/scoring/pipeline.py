@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt
-from fastflowgrpo.prompts.images import read_image
+from fastflowgrpo.prompts.images import source_images
 from fastflowgrpo.scoring.contract import RewardBatch, Scores, checked_scores
 from fastflowgrpo.scoring.weighted import WeightedRewards
 
@@ -62,7 +62,7 @@ class Scoring:
         while len(self.in_flight) >= MAX_BATCHES_IN_FLIGHT:
             self._wait_for_oldest()
         images, host, events = self._decoded(latents)
-        sources = _sources(prompts, images.shape[-2:])
+        sources = source_images(prompts, *images.shape[-2:])
         rows = [i for i in range(len(prompts)) for _ in range(images_per_prompt)]
         batch = RewardBatch(
             host,
@@ -136,11 +136,6 @@ class Scoring:
 
 
 _Events = tuple[torch.cuda.Event, torch.cuda.Event]  # the images are decoded, and copied to the CPU
-
-
-def _sources(prompts: Sequence[Prompt], size: Sequence[int]) -> list[Tensor]:
-    """The source images of prompts at a size (height, width); none if a prompt has none."""
-    return [read_image(prompt.image, size[0], size[1]) for prompt in prompts if prompt.image is not None]
 
 
 def _unfinished(futures: dict[str, Future[Scores]]) -> str:

@@ -32,10 +32,11 @@ def export(runs: list[RunFolder], site: Path) -> int:
             for entry in [*content["evaluations"], *content["rollouts"]]:
                 target = site / "runs" / str(number) / entry["folder"]
                 for image in entry.get("images") or entry["groups"]:
-                    source = run.image(entry["folder"], image["file"])
-                    if source is not None:
-                        target.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(source, target / source.name)
+                    for file in {image["file"], image.get("source", image["file"])}:
+                        path = run.image(entry["folder"], file)
+                        if path is not None:
+                            target.mkdir(parents=True, exist_ok=True)
+                            shutil.copyfile(path, target / path.name)
     except OSError as error:
         raise UserError(f"export: {site} cannot be written: {error.strerror}") from error
     return sum(path.stat().st_size for path in site.rglob("*") if path.is_file())

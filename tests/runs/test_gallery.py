@@ -31,10 +31,10 @@ class Reward:
         return [[Detection("cat", (0.0, 0.0, width / 2, height), 0.75, "red")] for _ in batch.prompts]
 
 
-def gallery_of(folder, trackers=(), rewards=None, epochs=10, **evaluation):
+def gallery_of(folder, trackers=(), rewards=None, epochs=10, prompts=PROMPTS, **evaluation):
     config = Config(output_dir=str(folder), epochs=epochs, evaluation=EvaluationConfig(**evaluation))
     rewards = WeightedRewards(rewards or {"mine": Reward()}, {"mine": 1.0})
-    return Gallery(config, PROMPTS, rewards, SimpleNamespace(trackers=list(trackers)))
+    return Gallery(config, prompts, rewards, SimpleNamespace(trackers=list(trackers)))
 
 
 def evaluation_of(size=(24, 16), images_per_prompt=2):
@@ -83,6 +83,23 @@ def test_a_group_is_kept_in_the_order_of_its_advantages(tmp_path):
     assert corners == [1, 0, 3, 2] and first["columns"] == 2
     gallery_of(tmp_path).rollout(4, 8, PROMPTS[1:], [2**40], images[4:], scores, advantages, [1])
     assert index_of(tmp_path)[1]["groups"] == [{**second, "file": "0.webp"}]
+
+
+def test_the_sources_of_edits_are_kept_whatever_their_files_are_called(tmp_path):
+    path = tmp_path / '"><script>alert(1)</script>..png'.replace("/", "∕")
+    Image.new("RGB", (64, 96), (0, 200, 0)).save(path)
+    prompts = [Prompt("make it blue", image=path), Prompt("add a hat", image=path.read_bytes())]
+    gallery = gallery_of(tmp_path, prompts=prompts)
+    gallery.evaluation(evaluation_of(), 0, 12)
+    advantages = torch.tensor([0.0, 1.0])
+    images = torch.zeros(2, 3, 24, 16, dtype=torch.uint8)
+    gallery.rollout(0, 12, prompts[:1], [1], images, Scores(torch.zeros(2)), advantages, [0])
+    evaluated, sampled = index_of(tmp_path)
+    assert [image["source"] for image in evaluated["images"]] == 2 * ["0-source.webp"] + 2 * ["1-source.webp"]
+    assert sampled["groups"][0]["source"] == "0-source.webp"
+    for file in ("step-000012/0-source.webp", "step-000012/1-source.webp", "epoch-000000/0-source.webp"):
+        with Image.open(tmp_path / "gallery" / file) as image:
+            assert image.size == (16, 24) and image.convert("RGB").getpixel((8, 12)) == (0, 200, 0)
 
 
 def test_large_images_are_shrunk(tmp_path):

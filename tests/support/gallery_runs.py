@@ -36,9 +36,16 @@ def served(*folders: Path) -> Iterator[tuple[str, int]]:
 
 
 def make_run(
-    folder: Path, steps: tuple[int, ...] = (0, 4, 8), prompts: list[str] | None = None, clip: float = 0.01
+    folder: Path,
+    steps: tuple[int, ...] = (0, 4, 8),
+    prompts: list[str] | None = None,
+    clip: float = 0.01,
+    edits: bool = False,
 ) -> Path:
-    """A run with an evaluation at each step, an epoch between two evaluations, and a group of each epoch."""
+    """A run with an evaluation at each step, an epoch between two evaluations, and a group of each epoch.
+
+    With `edits` every prompt has a source image, which is white.
+    """
     folder.mkdir(parents=True)
     rewards = '{geneval: {weight: 1.0, url: "http://secret:1/"}}'
     evaluation = '{gallery: 48, guard: {deqa: {base_url: "http://secret:2/", api_key_env: secret}}}'
@@ -46,13 +53,15 @@ def make_run(
         f"output_dir: /home/someone/run\nrewards: {rewards}\nupdate: {{clip_range: {clip}}}\nevaluation: {evaluation}\n"
     )
     for number, step in enumerate(steps):
-        add_evaluation(folder, number, step, prompts or ["three red circles", "a green square", "two blue crosses"])
+        add_evaluation(
+            folder, number, step, prompts or ["three red circles", "a green square", "two blue crosses"], edits
+        )
         if number:
-            add_epoch(folder, number - 1, step)
+            add_epoch(folder, number - 1, step, edits)
     return folder
 
 
-def add_evaluation(folder: Path, number: int, step: int, prompts: list[str]) -> None:
+def add_evaluation(folder: Path, number: int, step: int, prompts: list[str], edits: bool = False) -> None:
     """An evaluation whose images have the colour 40 * number, and are correct from the second evaluation on."""
     images = []
     for i, text in enumerate(prompts):
@@ -73,12 +82,15 @@ def add_evaluation(folder: Path, number: int, step: int, prompts: list[str]) -> 
             }
         )
         _save(folder, f"step-{step:06d}", f"{i}-0.webp", 40 * number)
+        if edits:
+            images[-1]["source"] = f"{i}-source.webp"
+            _save(folder, f"step-{step:06d}", f"{i}-source.webp", 255)
     _append(folder / "gallery/index.jsonl", _entry("evaluation", f"step-{step:06d}", step, number, images=images))
     evaluation = {"overall": 0.5 + 0.1 * number, "diversity": 0.2, "scores": {"reward": 0.5 + 0.1 * number}}
     _append(folder / "metrics.jsonl", {"step": step, "eval": evaluation, "wall_s": 10.0 * number})
 
 
-def add_epoch(folder: Path, epoch: int, step: int) -> None:
+def add_epoch(folder: Path, epoch: int, step: int, edits: bool = False) -> None:
     """An epoch with one group of four images."""
     row = {
         "reward": 0.4 + 0.1 * epoch,
@@ -99,6 +111,9 @@ def add_epoch(folder: Path, epoch: int, step: int) -> None:
         "scores": {"reward": [1.0, 0.5, 0.25, None]},
     }
     _save(folder, f"epoch-{epoch:06d}", "0.webp", 100)
+    if edits:
+        group["source"] = "0-source.webp"
+        _save(folder, f"epoch-{epoch:06d}", "0-source.webp", 255)
     _append(folder / "gallery/index.jsonl", _entry("rollout", f"epoch-{epoch:06d}", step, epoch, groups=[group]))
 
 

@@ -133,6 +133,22 @@ def test_a_live_run_is_followed(browser, serve, tmp_path):
     assert texts(browser, "#status") == ["finished"]
 
 
+def test_the_source_of_an_edit_is_first_on_every_page(browser, serve, tmp_path):
+    address = serve(make_run(tmp_path / "run", prompts=HOSTILE, edits=True))
+    browser.get(address)
+    assert texts(browser, ".card:first-child .images small") == ["source", "base ✓", "step 8 ✓"]
+    find(browser, ".card button")[0].send_keys(Keys.ENTER)
+    assert texts(browser, "dialog .pair figcaption") == ["source", "base, step 0 ✓", "step 8 ✓"]
+    browser.get(f"{address}#gallery")
+    find(browser, "dialog [data-name=close]")[0].send_keys(Keys.ESCAPE)
+    assert texts(browser, ".card:first-child .images small") == ["source", "result"]
+    assert find(browser, ".card .source img")[0].get_attribute("alt").endswith(", source")
+    browser.get(f"{address}#groups")
+    assert texts(browser, ".group .source") == ["source"]
+    shown = "return [...document.querySelectorAll('img')].every(i => i.complete && i.naturalWidth === 32)"
+    wait_for(browser, lambda: browser.execute_script(shown))
+
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_an_export_of_hostile_prompts_opens_from_the_disk_on_a_phone(browser, tmp_path, dark):
     run, site = make_run(tmp_path / "run", prompts=HOSTILE), tmp_path / "site"

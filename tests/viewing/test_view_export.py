@@ -1,6 +1,7 @@
 """The export: the pages, the data and the images as files."""
 
 import json
+from pathlib import Path
 
 from support.gallery_runs import HOSTILE, make_run
 
@@ -46,3 +47,14 @@ def test_an_index_cannot_lead_the_export_out_of_its_folder(tmp_path):
     index.write_text(index.read_text().replace("step-000000", "../gallery/step-000000"))
     assert main([str(run), "--export", str(site)]) == 0
     assert not list(tmp_path.rglob("deep/**/*.webp"))
+
+
+def test_the_sources_of_edits_are_exported_and_nothing_beside_them(tmp_path):
+    run, site = make_run(tmp_path / "run", steps=(0, 4), edits=True), tmp_path / "site"
+    index = run / "gallery/index.jsonl"
+    index.write_text(index.read_text().replace('"2-source.webp"', '"../../config.yaml"'))
+    assert main([str(run), "--export", str(site)]) == 0
+    images = {path.relative_to(run / "gallery") for path in run.glob("gallery/*/*.webp")}
+    exported = {path.relative_to(site / "runs/0") for path in site.glob("runs/**/*.*")}
+    assert images - exported == {Path(folder, "2-source.webp") for folder in ("step-000000", "step-000004")}
+    assert exported <= images and Path("epoch-000000/0-source.webp") in exported

@@ -86,6 +86,13 @@ function setPicture(frame, address, alt) {
   }
 }
 
+/** The source image of an editing prompt with its label, as a `tag`; null where the prompt has none. */
+function sourceImage(runNumber, entry, { source, text }, tag = "span", properties = { loading: "lazy" }) {
+  if (!source) return null;
+  const caption = el(tag === "figure" ? "figcaption" : "small", {}, "source");
+  return el(tag, { className: "source" }, picture(imageAddress(runNumber, entry, source), short(`${text}, source`), properties), caption);
+}
+
 /** The entries of an evaluation by their file names, which are the same in every evaluation of a run. */
 const byFile = (() => {
   const known = new WeakMap();

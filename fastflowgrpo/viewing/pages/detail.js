@@ -53,6 +53,7 @@ function drawDetail() {
       el("button", { type: "button", "data-name": "close", onclick: () => dialog.close() }, "Close")),
     promptText(entry.text, "h2"),
     el("div", { className: "pair" },
+      sourceImage(runNumber, evaluation, entry, "figure", { width: 512, height: 512 }),
       both ? largeImage(runNumber, first, base, `base, step ${first.step}`) : null,
       largeImage(runNumber, evaluation, entry, `step ${evaluation.step}`)),
     seen.length || (both && base.detections.length) ? el("label", { className: "check" }, toggle, "Show what the reward saw") : null,

@@ -35,7 +35,7 @@ function evolutionPage(runs) {
     show(evaluations.reduce((best, one, i) => (Math.abs(one.step - x) < Math.abs(evaluations[best].step - x) ? i : best), 0));
   });
   const cards = evolutionCards(run, runs.indexOf(run), state);
-  const grid = el("div", { className: "grid evolution" + (state.base ? " with-base" : "") }, cards.map((card) => card.node));
+  const grid = el("div", { className: "grid evolution" + (state.base ? " with-base" : "") + (cards.some((card) => card.source) ? " with-source" : "") }, cards.map((card) => card.node));
 
   function show(i) {
     index = i;
@@ -84,7 +84,7 @@ function mean(values) {
   return numbers.length ? numbers.reduce((sum, value) => sum + value, 0) / numbers.length : null;
 }
 
-/** A card for each image that the last evaluation keeps: {file, node, show(evaluation)}. */
+/** A card for each image that the last evaluation keeps: {file, source, node, show(evaluation)}. */
 function evolutionCards(run, runNumber, { tag, score }) {
   const base = run.evaluations[0];
   const entries = run.evaluations.at(-1).images.filter((entry) => !tag || entry.tag === tag);
@@ -96,6 +96,7 @@ function evolutionCards(run, runNumber, { tag, score }) {
     const mark = el("span", {});
     const value = el("span", { className: "value" });
     const button = el("button", { type: "button", className: "images" },
+      sourceImage(runNumber, run.evaluations.at(-1), entry),
       el("span", { className: "base" }, left, el("small", {}, "base ", checkMark(before && before.correct))),
       el("span", {}, right, mark));
     let shown = null;
@@ -116,6 +117,6 @@ function evolutionCards(run, runNumber, { tag, score }) {
       mark.replaceChildren(el("small", {}, `step ${evaluation.step} `, checkMark(now && now.correct)));
       value.textContent = `${number(before && before.scores[score])} → ${number(now && now.scores[score])}`;
     };
-    return { file: entry.file, node, show };
+    return { file: entry.file, source: entry.source, node, show };
   });
 }

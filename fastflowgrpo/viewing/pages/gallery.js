@@ -35,6 +35,7 @@ function galleryPage(runs) {
     results.list = all.filter((item) => matches(item, state)).sort(SORTS[state.sort][1]);
     results.shown = 0;
     grid.replaceChildren();
+    grid.classList.toggle("with-source", results.list.some((item) => item.entry.source));
     count.textContent = `${results.list.length} of ${all.length} images`;
     add();
   };
@@ -91,7 +92,8 @@ function matches({ run, runNumber, entry, value }, state) {
 function galleryCard(item, list, index, several) {
   const { run, runNumber, evaluation, entry, value, change } = item;
   const image = picture(imageAddress(runNumber, evaluation, entry.file), short(`${entry.text}, step ${evaluation.step}`), { loading: "lazy" });
-  const button = el("button", { type: "button", className: "images", onclick: () => openDetail(list, index) }, image);
+  const button = el("button", { type: "button", className: "images", onclick: () => openDetail(list, index) },
+    sourceImage(runNumber, evaluation, entry), el("span", {}, image, entry.source ? el("small", {}, "result") : null));
   const facts = [several ? run.name : null, entry.tag, `step ${evaluation.step}`];
   return el("figure", { className: `card ${correctness(entry.correct)}` }, button,
     el("figcaption", {}, promptText(entry.text), el("span", { className: "facts" },

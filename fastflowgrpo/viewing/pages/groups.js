@@ -55,5 +55,5 @@ function groupSection(runNumber, rollout, group) {
   sheet.addEventListener("error", () => list.before(el("p", { className: "notice" }, `Missing image: ${decodeURIComponent(address.split("?")[0])}`)));
   sheet.src = address;
   return el("section", { className: "group" }, promptText(group.text, "h3"),
-    el("p", {}, [group.tag, `reward ${number(average)} ± ${number(deviation)}`, `seed ${group.seed}`].filter(Boolean).join(" · ")), list);
+    el("p", {}, [group.tag, `reward ${number(average)} ± ${number(deviation)}`, `seed ${group.seed}`].filter(Boolean).join(" · ")), sourceImage(runNumber, rollout, group, "figure"), list);
 }
