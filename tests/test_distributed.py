@@ -171,7 +171,7 @@ def assert_same_run(seen, one, folder, expected_folder):
 @pytest.mark.parametrize("case", ["lora", "full", "nft", "z_image", "lora sharded", "full sharded", "nft sharded"])
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(one, two, output, case):
-    """3 groups for each update: 2 of one process and 1 of the other; micro-batches of 3 that do not divide their pairs;
+    """3 groups for each update: 2 of one process and 1 of the other; micro-batches of 5 that do not divide their pairs;
     a group of equal rewards and a missing score; 5 evaluation prompts."""
     kind = case.split()[0]
     seen = [rank[case] for rank in two[0]]

@@ -33,6 +33,7 @@ from fastflowgrpo.config import (
     validate,
 )
 from fastflowgrpo.errors import UserError
+from fastflowgrpo.planning import meter
 from fastflowgrpo.planning.estimate import estimate
 from fastflowgrpo.planning.meter import measure
 from fastflowgrpo.planning.micro_batch import available_memory, with_largest_micro_batch
@@ -259,6 +260,27 @@ def test_a_pass_of_each_family_is_the_real_one(build, targets, rank, tmp_path):
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counted:
         policy.decode(latents[:1])
     assert found.decode.flops == counted.get_total_flops()
+
+
+@pytest.mark.parametrize("build", [tiny_flux_pipeline, tiny_qwen_image_pipeline])
+def test_what_is_remembered_of_an_operation_changes_no_pass(build, tmp_path, monkeypatch):
+    build().save_pretrained(tmp_path)
+    config = config_of()
+    config.model, config.policy.offload, config.policy.dtype = str(tmp_path), True, "bfloat16"
+    config.rollout.height, config.rollout.width = 16, 32
+    found = run_passes(config, 2, 3, 1)
+    monkeypatch.setattr(meter, "_returns_new_tensors", lambda func: False)  # nothing is remembered
+    assert run_passes(config, 2, 3, 1) == found
+
+
+def test_an_operation_is_remembered_by_shapes_dtypes_and_types():
+    small, large = (torch.zeros(count, 1000, dtype=torch.int8, device="meta") for count in (1, 3))
+
+    def add():
+        return small + 1, small + 1.0, small + 1, small.short() + 1, large + 1, large.t() + small.t()
+
+    # int8, float32, int8, int16 and the int16 that it was made of, int8, int8
+    assert measure(add).peak == 1000 * (1 + 4 + 1 + 2 + 2 + 3 + 3)
 
 
 def test_published_transformers_have_the_sizes_in_their_names():

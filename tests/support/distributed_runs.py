@@ -75,7 +75,7 @@ def config_of(
             guidance_scale=2.0, group_size=SIZE, num_steps=5, window_size=2, window_start=(0, 3), batch_size=2 * SIZE
         ),
         update=UpdateConfig(
-            per_epoch=updates, batch_size=3, learning_rate=3.0, kl_weight=0.1, ema_decay=0.9, ema_every=1
+            per_epoch=updates, batch_size=5, learning_rate=3.0, kl_weight=0.1, ema_decay=0.9, ema_every=1
         ),
         rewards={"support.distributed_runs:place_reward": 1},
         max_missing=0.05,  # one of 24 images is missing, but of 12 on one of two processes
@@ -132,11 +132,11 @@ def train(config: Config, resumes: bool = False) -> dict:
     seen["change"] = torch.cat([(b - a).flatten() for a, b in zip(before, after, strict=True)])
     average = [full_tensor(parameter) for parameter in trainer.learner.ema.shadow_params]
     seen["average"] = torch.cat([(b - a).flatten() for a, b in zip(before, average, strict=True)])
-    if resumes:
-        seen["gone on"] = torch.cat([next_epoch(trainer), next_epoch(Trainer(replace(config, resume="latest")))], 1)
     if trainer.learner.old_policy is not None:
         old = [full_tensor(value) for value in trainer.learner.old_policy.values]
         seen["average"] = torch.cat([seen["average"], *((b - a).flatten() for a, b in zip(before, old, strict=True))])
+    if resumes:
+        seen["gone on"] = torch.cat([next_epoch(trainer), next_epoch(Trainer(replace(config, resume="latest")))], 1)
     seen["sharded"] = sum(
         full_tensor(p).numel() > getattr(p, "_local_tensor", p).numel() for p in trainer.learner.parameters
     )

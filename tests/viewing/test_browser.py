@@ -19,10 +19,11 @@ pytestmark = pytest.mark.xdist_group("browser")
 
 
 @pytest.fixture
-def serve():
+def serve(browser):
     """Serves the folders of runs until the test ends, and returns the address."""
     with ExitStack() as stack:
         yield lambda *folders: "http://{}:{}/".format(*stack.enter_context(served(*folders)))
+        browser.get("about:blank")  # a page of a live run would ask the closed server
 
 
 def trained_image(browser):
