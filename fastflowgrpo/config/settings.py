@@ -167,6 +167,9 @@ class UpdateConfig:
     to rounding."""
     halve_batch_size: bool = False
     """Out of memory in an update: halve batch_size, repeat the update, and go on with that size."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """Optimiser: AdamW, or AdamW with its averages of the gradient in 8 bits (torchao), which takes 6 bytes less for
+    each trained weight and follows slightly other steps. For full training."""
     learning_rate: float = 3e-4
     """AdamW learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -16,6 +16,7 @@ from fastflowgrpo.console import progress
 from fastflowgrpo.distributed import Processes, full_tensor, mark_collective
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.learning.objective import Batch, MicroBatches, Objective, Statistics
+from fastflowgrpo.learning.optimizer import make_optimizer
 from fastflowgrpo.learning.snapshot import WeightSnapshot
 from fastflowgrpo.policy import Policy
 
@@ -39,13 +40,9 @@ class Learner:
             raise UserError("update.halve_batch_size: the ranks of a sharded model (FSDP2) cannot repeat a pass alone")
         if config.policy.quantization is not None and processes.sharded:
             raise UserError("policy.quantization: FSDP2 cannot shard quantised weights; launch with DDP instead")
-        optimizer = torch.optim.AdamW(
-            policy.trainable_parameters(),
-            lr=update.learning_rate,
-            betas=update.betas,
-            weight_decay=update.weight_decay,
-            fused=True,
-        )
+        if update.optimizer == "adamw_8bit" and processes.sharded:
+            raise UserError("update.optimizer: the state of adamw_8bit is not sharded (FSDP2); launch with DDP instead")
+        optimizer = make_optimizer(policy.trainable_parameters(), update)
         policy.transformer, self.optimizer = processes.prepare(policy.transformer, optimizer)
         self.parameters = policy.trainable_parameters()  # sharding has replaced them
         self.ema: EMAModel | None = None

@@ -29,8 +29,8 @@ class BatchCost(Cost):
 class Passes:
     """The parameters of a model and what its passes cost, each for its batch."""
 
-    trained: int
-    """Trained parameters."""
+    trained_sizes: tuple[int, ...]
+    """Values of each trained parameter."""
     frozen: dict[str, int]
     """Frozen parameters of each component; the reference's, for a transformer that is trained in full."""
     linears: tuple[tuple[int, int], ...]
@@ -42,7 +42,7 @@ class Passes:
     """Bytes of a prompt's embedding."""
     forward: BatchCost
     reference: BatchCost
-    """A forward pass of the reference."""
+    """A forward pass of the reference in an update."""
     train: BatchCost
     """Forward and backward."""
     checkpointed: BatchCost
@@ -50,6 +50,11 @@ class Passes:
     decode: BatchCost
     encode: BatchCost | None
     """All text encoders for one prompt of the embedding's length, if a setting needs it."""
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        return sum(self.trained_sizes)
 
 
 def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> Passes:
@@ -79,7 +84,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     with torch.no_grad():
         forward = _measure_batch(lambda: policy.predict(*inputs), sampled)
         with policy.reference():
-            reference = _measure_batch(lambda: policy.predict(*inputs), sampled)
+            reference = _measure_batch(lambda: policy.predict(*training_inputs), micro_batch)
         decoded_latents = latents.new_empty(decoded, *latents.shape[1:], dtype=policy.pipeline.vae.dtype)
         decode = _measure_batch(lambda: policy.decode_batch(decoded_latents), decoded)
         needs_encode = config.gpu is not None or config.policy.offload or config.policy.embeddings_dir is not None
@@ -87,7 +92,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     train = _measure_batch(update, micro_batch)
     policy.module.enable_gradient_checkpointing()
     return Passes(
-        trained=sum(parameter.numel() for parameter in trained),
+        trained_sizes=tuple(parameter.numel() for parameter in trained),
         frozen=frozen,
         linears=linears,
         uses_lora=policy.uses_lora,
