@@ -38,7 +38,7 @@ class Learner:
         update = config.update
         if update.halve_batch_size and processes.sharded:
             raise UserError("update.halve_batch_size: the ranks of a sharded model (FSDP2) cannot repeat a pass alone")
-        if config.policy.quantization is not None and processes.sharded:
+        if config.policy.quantization is not None and policy.uses_lora and processes.sharded:
             raise UserError("policy.quantization: FSDP2 cannot shard quantised weights; launch with DDP instead")
         if update.optimizer == "adamw_8bit" and processes.sharded:
             raise UserError("update.optimizer: the state of adamw_8bit is not sharded (FSDP2); launch with DDP instead")

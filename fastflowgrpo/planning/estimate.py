@@ -24,6 +24,7 @@ Memory of a process, in bytes:
 - passes: the larger of two sums, since the two phases do not overlap: the forward pass of a rollout (or evaluation)
   with the decoding of the previous images; the forward and backward pass of an update. Full training in a lower
   precision adds autocast's copy of the trained weights, and quantisation the dequantised copies of the largest weight.
+  The reference computes before the trained pass: what policy.offload moves to the device for it is gone by then.
 - encode: with policy.offload, text encoders and VAE while a prompt is encoded. With policy.embeddings_dir this happens
   before training, so that only what exceeds the memory of gradients, optimiser, average and trajectory is counted.
 
@@ -170,20 +171,25 @@ def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
 def _pass_memory(config: Config, passes: Passes, memory: dict[str, int]) -> dict[str, int]:
     """Return `Estimate.passes`."""
     policy, size = config.policy, getattr(torch, config.policy.dtype).itemsize
-    extra = 0 if passes.uses_lora or size == FLOAT32 else passes.trained * size  # autocast's copy
+    dequantised = 0
     if policy.quantization is not None:
-        extra += DEQUANTISED * max(rows * columns for rows, columns in passes.linears)
+        dequantised = DEQUANTISED * max(rows * columns for rows, columns in passes.linears)
     weights = _frozen_bytes(config, passes)
     encoders = sum(count for name, count in weights.items() if name.startswith("text_encoder"))
     vae = weights["vae"] if policy.offload else 0
-    reference = weights["transformer"] if policy.offload and not passes.uses_lora else 0
+    reference = dequantised
+    if passes.uses_lora:
+        extra = dequantised
+    else:
+        extra = 0 if size == FLOAT32 else passes.trained * size  # autocast's copy
+        reference += weights["transformer"] if policy.offload else 0
     in_rollout = config.update.data == "offline"
     # The reference computes before the trained pass keeps its activations.
-    before = passes.reference.peak + reference if _uses_reference(config) else 0
+    before = passes.reference.peak + reference if uses_reference(config) else 0
     found = {
-        "rollout": passes.forward.peak + passes.decode.peak + extra + vae + in_rollout * reference,
-        "update": max(passes.train.peak, before) + extra,
-        "update with gradient checkpointing": max(passes.checkpointed.peak, before) + extra,
+        "rollout": passes.forward.peak + passes.decode.peak + max(extra, in_rollout * reference) + vae,
+        "update": max(passes.train.peak + extra, before),
+        "update with gradient checkpointing": max(passes.checkpointed.peak + extra, before),
     }
     if passes.encode is not None and policy.embeddings_dir is not None:
         encode = encoders + vae + BATCH * passes.encode.peak
@@ -215,7 +221,8 @@ def _frozen_bytes(config: Config, passes: Passes) -> dict[str, int]:
     return found
 
 
-def _uses_reference(config: Config) -> bool:
+def uses_reference(config: Config) -> bool:
+    """Return whether an update computes the reference's velocity."""
     update = config.update
     return bool(OBJECTIVES[update.algorithm].uses_reference or update.kl_weight or update.norm_guard_weight)
 
@@ -226,7 +233,7 @@ def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     trained_images = plan.pairs * objective.samples_per_pair
     distinct = _distinct_images(config, plan, trained_images)
     forward, train = passes.forward.flops_per_sample, passes.train.flops_per_sample
-    reference = passes.reference.flops_per_sample if _uses_reference(config) else 0
+    reference = passes.reference.flops_per_sample if uses_reference(config) else 0
     trained_branches = branches if objective.uses_log_probs else 1  # the other losses have no guidance
     unconditional = distinct * (trained_branches - 1) * forward
     if config.rollout.keep_unconditional:  # the first update of an epoch has them

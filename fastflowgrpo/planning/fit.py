@@ -14,7 +14,7 @@ import torch
 from fastflowgrpo.config import Config
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.learning import OBJECTIVES
-from fastflowgrpo.planning.estimate import Estimate, estimate
+from fastflowgrpo.planning.estimate import Estimate, estimate, uses_reference
 from fastflowgrpo.planning.memory import with_setting
 from fastflowgrpo.planning.passes import BatchCost, Passes, run_passes
 from fastflowgrpo.policy import with_default_rank
@@ -26,7 +26,7 @@ LEVERS: tuple[tuple[str, Any], ...] = (
     ("policy.embeddings_dir", "runs/embeddings"),  # a folder on the disk
     ("policy.gradient_checkpointing", True),  # a third more FLOPs in the update
     ("update.optimizer", "adamw_8bit"),  # slightly other steps, in full training
-    # another model, for a LoRA
+    # another model under a LoRA, another reference in full training, which has no nf4
     ("policy.quantization", "int8"),
     ("policy.quantization", "nf4"),
 )
@@ -95,7 +95,7 @@ def _levers(config: Config) -> Iterator[tuple[str, Any]]:
     trains_lora = policy.lora is not None or bool(policy.lora_rank)
     for name, value in LEVERS:
         applies = {
-            "policy.quantization": trains_lora,
+            "policy.quantization": trains_lora or (value == "int8" and uses_reference(config)),
             "update.optimizer": not trains_lora,
             "rollout.offload_trajectory": OBJECTIVES[config.update.algorithm].uses_log_probs,
         }

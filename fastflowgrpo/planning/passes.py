@@ -12,6 +12,7 @@ from fastflowgrpo.planning.meta_pipeline import meta_pipeline
 from fastflowgrpo.planning.meter import Cost, measure
 from fastflowgrpo.policy import Conditioning, component_dtypes, family_of, with_default_rank
 from fastflowgrpo.policy.base import DiffusersPolicy
+from fastflowgrpo.policy.quantization import linear_layers
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,7 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int], tuple
     names = ["transformer", *(name for name in pipeline.components if name.startswith("text_encoder")), "vae"]
     modules = {name: pipeline.components[name] for name in names if pipeline.components[name] is not None}
     frozen = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-    kept = pipeline.transformer._keep_in_fp32_modules or ()
-    linears = tuple(
-        (layer.out_features, layer.in_features)
-        for name, layer in pipeline.transformer.named_modules()
-        if type(layer) is nn.Linear and not any(part in name.split(".") for part in kept)
-    )
+    linears = tuple((layer.out_features, layer.in_features) for layer in linear_layers(pipeline.transformer).values())
     policy = family_of(config.model, type(pipeline).__name__)(pipeline, settings)
     if not policy.uses_lora:
         # The meta device has no autocast, which computes in this dtype: give the weights themselves the dtype.

@@ -18,6 +18,8 @@ class Policy(Protocol):
 
     edits_images: bool
     """Whether every prompt has a source image."""
+    uses_lora: bool
+    """Whether a LoRA is trained, and not the whole transformer."""
     dtype: torch.dtype
     device: torch.device
     transformer: torch.nn.Module
