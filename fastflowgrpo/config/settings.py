@@ -19,9 +19,9 @@ class PolicyConfig:
     text_encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the text encoders; their embeddings are rounded to dtype. Default: dtype."""
     quantization: Literal["int8", "float8", "nf4"] | None = None
-    """Format of the linear layers' weights in the frozen transformer: a LoRA's base, which is the KL's reference too, or
-    in full training the reference alone. int8 or float8 (torchao) take one byte a weight, nf4 (bitsandbytes, for a LoRA
-    on a GPU) half a byte. Default: dtype."""
+    """Format of the linear layers' weights in the frozen transformer: a LoRA's base, the KL's reference too, or in full
+    training the reference alone. int8 or float8 (torchao) take one byte a weight, nf4 (bitsandbytes, for a LoRA on a
+    GPU) half a byte. Default: dtype."""
     offload: bool = False
     """Keep the text encoders, the VAE and the reference of full training in the CPU's memory, and on the GPU only while
     they are used."""

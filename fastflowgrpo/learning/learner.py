@@ -18,7 +18,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.learning.objective import Batch, MicroBatches, Objective, Statistics
 from fastflowgrpo.learning.optimizer import make_optimizer
 from fastflowgrpo.learning.snapshot import WeightSnapshot
-from fastflowgrpo.policy import Policy
+from fastflowgrpo.policy import Conditioning, Policy
 
 Result = TypeVar("Result")
 
@@ -54,6 +54,18 @@ class Learner:
             self.old_policy = objective.old_policy = WeightSnapshot(self.parameters)
         self.step = 0
         """Optimiser updates done."""
+
+    def warm_up(self, inputs: tuple[Tensor, Tensor, Conditioning]) -> None:
+        """Run a pass forward and backward, and one of the reference, for what it compiles. Collective.
+
+        Args:
+            inputs: of `Policy.velocity`, of any contents.
+        """
+        with self.processes.backward_pass(self.policy.transformer, last=True):
+            self.processes.backward(self.policy.velocity(*inputs).sum())
+        self.optimizer.zero_grad()
+        with torch.no_grad(), self.policy.reference():
+            self.policy.velocity(*inputs)
 
     def update(self, batch: Batch) -> dict[str, float]:
         """Run the optimiser updates of an epoch, each on an equal share of the batch's groups. Collective.

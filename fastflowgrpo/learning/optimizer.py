@@ -46,7 +46,7 @@ def stored_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return a parameter's state as plain tensors: an 8-bit average as NAME.codes, uint8, and NAME.scale, float32."""
     stored: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if hasattr(tensor, "codes"):
+        if hasattr(tensor, "codes") and hasattr(tensor, "scale"):
             stored |= {f"{name}.codes": tensor.codes, f"{name}.scale": tensor.scale}
         else:
             stored[name] = tensor

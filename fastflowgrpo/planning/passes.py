@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig
 from fastflowgrpo.config import Config
 from fastflowgrpo.planning.meta_pipeline import meta_pipeline
 from fastflowgrpo.planning.meter import Cost, measure
-from fastflowgrpo.policy import Conditioning, component_dtypes, family_of, with_default_rank
+from fastflowgrpo.policy import Conditioning, Policy, component_dtypes, family_of, with_default_rank
 from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.policy.quantization import linear_layers
 
@@ -75,7 +75,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     for parameter in trained:
         # Gradients exist from the second micro-batch on: they are not part of the pass.
         parameter.grad = torch.zeros_like(parameter)
-    inputs, training_inputs = _example_inputs(policy, config, sampled), _example_inputs(policy, config, micro_batch)
+    inputs, training_inputs = example_inputs(policy, config, sampled), example_inputs(policy, config, micro_batch)
     latents, _, conditioning = inputs
 
     def update() -> None:
@@ -138,8 +138,8 @@ def _encode(policy: DiffusersPolicy) -> None:
         encoder(torch.zeros(1, tokens, dtype=torch.int64, device=policy.device), output_hidden_states=True)
 
 
-def _example_inputs(policy: DiffusersPolicy, config: Config, batch_size: int) -> tuple[Tensor, Tensor, Conditioning]:
-    """Return latents, sigma and conditioning of a batch, as `predict` takes them."""
+def example_inputs(policy: Policy, config: Config, batch_size: int) -> tuple[Tensor, Tensor, Conditioning]:
+    """Return latents, sigma and conditioning of a batch, as `velocity` takes them, with arbitrary contents."""
     rollout = config.rollout
     shape = policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
     latents = torch.empty(batch_size, *shape, dtype=policy.dtype, device=policy.device)

@@ -114,7 +114,6 @@ class DiffusersPolicy(ABC):
 
     @property
     def uses_lora(self) -> bool:
-        """Whether a LoRA is trained, and not the whole transformer."""
         return self._reference_module is None
 
     def warnings(self, guided: bool) -> list[str]:
@@ -135,8 +134,7 @@ class DiffusersPolicy(ABC):
     def encode(self, prompts: list[str]) -> Conditioning: ...
 
     @abstractmethod
-    def example_conditioning(self, batch_size: int) -> Conditioning:
-        """Return tensors of the shapes, dtypes and device that `encode` gives for prompts, with arbitrary contents."""
+    def example_conditioning(self, batch_size: int) -> Conditioning: ...
 
     @abstractmethod
     def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]: ...
