@@ -337,7 +337,7 @@ def test_fewer_groups_are_filled_up_and_their_trajectories_are_the_same(same_noi
         sampler = GroupSampler(settings, policy, coefficients, SHAPE, **needs)
         groups = {"text": torch.arange(2.0)[:, None]}
         found.append(sampler.sample([0, 2], sample_seeds([1, 2], 2), groups, None, lambda: None))
-        batches.append({len(latents) for latents in policy.seen})
-    assert batches == ([{2, 4}, {3, 6}] if same_noise else [{4}, {6}])
+        batches.append(max(map(len, policy.seen)))
+    assert batches == [4, 6]
     for field in fields(found[0]):
         assert torch.equal(*(getattr(trajectory, field.name) for trajectory in found)), field.name
