@@ -141,7 +141,10 @@ def test_the_command_trains_in_full_against_a_quantised_reference(tiny_sd3_folde
     (start, first, _), (exact_start, exact, _) = rows(tmp_path / "quantised"), rows(tmp_path / "plain")
     assert start == exact_start and first["reward"] == exact["reward"]
     assert exact["kl"] == 0 < first["kl"]  # the quantised reference is not the policy that training starts with
-    assert evaluate(["--run", str(tmp_path / "quantised"), "--weights", "base", "--num_steps", "2"]) == 0
+    results = tmp_path / "evaluation"
+    assert evaluate(["--run", str(tmp_path / "quantised"), "--output_dir", str(results), "--num_steps", "2"]) == 0
+    base = json.loads((results / "evaluation.json").read_text())["base"]["Diversity"]["pixels"]["mean"]
+    assert base == pytest.approx(exact_start["eval"]["diversity"], rel=1e-6)  # of the model that is not quantised
 
 
 def test_the_ratio_is_exactly_one_and_the_kl_zero_before_the_first_update(tiny_sd3_folder, tmp_path):
