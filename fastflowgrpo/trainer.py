@@ -1,5 +1,6 @@
 """The Flow-GRPO loop (arXiv 2505.05470): rollout, score, normalise, update, report."""
 
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fastflowgrpo.learning.advantages import share_without_spread
 from fastflowgrpo.learning.learner import Learner
 from fastflowgrpo.planning.memory import warn_if_short
 from fastflowgrpo.planning.micro_batch import with_micro_batch
+from fastflowgrpo.planning.passes import example_inputs
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache, check_source_images
@@ -111,6 +113,7 @@ class Trainer:
             keep_steps=objective_class.uses_log_probs,
             keep_velocities=objective_class.keeps_velocities(config),
             equal_passes=self.processes.sharded,
+            fill_up_to=config.policy.compile * (self.plan.rollout_batch_size // rollout.group_size),
         )
         self.objective = objective_class(config, self.policy, self.coefficients, self.sampler.window_size)
         self.learner = Learner(config, self.policy, self.objective, self.processes)
@@ -182,6 +185,8 @@ class Trainer:
             if last or fall:
                 self.processes.on_main(self.report.check)
                 return fall
+            if state.epoch == first and config.policy.compile:
+                self._warm_up()
             batch, metrics = self.collect(state.epoch)
             if state.epoch == first and self.objective.uses_log_probs:
                 self.check_replay(batch)
@@ -190,6 +195,13 @@ class Trainer:
             state.epoch += 1
             state.mark_epoch_boundary()
             self.report.epoch(state.epoch - 1, self.learner.step, metrics)
+
+    def _warm_up(self) -> None:
+        """Compile the batches of the rollout and of the update, so that no epoch's seconds have it."""
+        begin = time.perf_counter()
+        for size in sorted({self.plan.rollout_batch_size, self.objective.batch_size}):
+            self.learner.warm_up(example_inputs(self.policy, self.config, size))
+        self.report.compiled(time.perf_counter() - begin)
 
     def collect(self, epoch: int) -> tuple[Batch, dict[str, float]]:
         """Sample and score an epoch's groups.

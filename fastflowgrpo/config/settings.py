@@ -19,8 +19,9 @@ class PolicyConfig:
     text_encoder_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Dtype of the text encoders; their embeddings are rounded to dtype. Default: dtype."""
     quantization: Literal["int8", "float8", "nf4"] | None = None
-    """Format of the linear layers' weights in the frozen transformer under a LoRA, the KL's reference too: int8 or
-    float8 (torchao) take one byte a weight, nf4 (bitsandbytes, GPUs only) half a byte. Default: dtype."""
+    """Format of the linear layers' weights in the frozen transformer: a LoRA's base, the KL's reference too, or in full
+    training the reference alone. int8 or float8 (torchao) take one byte a weight, nf4 (bitsandbytes, for a LoRA on a
+    GPU) half a byte. Default: dtype."""
     offload: bool = False
     """Keep the text encoders, the VAE and the reference of full training in the CPU's memory, and on the GPU only while
     they are used."""
@@ -167,6 +168,9 @@ class UpdateConfig:
     to rounding."""
     halve_batch_size: bool = False
     """Out of memory in an update: halve batch_size, repeat the update, and go on with that size."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """Optimiser: AdamW, or AdamW with its averages of the gradient in 8 bits (torchao), which takes 6 bytes less for
+    each trained weight and follows slightly other steps. For full training."""
     learning_rate: float = 3e-4
     """AdamW learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)

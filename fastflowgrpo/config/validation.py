@@ -261,9 +261,10 @@ def _check_lora(config: Config) -> None:
             "policy.lora_rank: is 0, which trains the whole transformer; leave it out to continue from policy.lora"
         )
     is_full = policy.lora_rank == 0 or (policy.lora_rank is None and config.model in BUNDLED_MODELS)
-    if policy.quantization is not None and policy.lora is None and is_full:
+    if policy.quantization == "nf4" and policy.lora is None and is_full:
         raise UserError(
-            f"policy.quantization: {policy.quantization} weights cannot be trained: set policy.lora_rank above 0"
+            "policy.quantization: full training quantises its reference to int8 or float8, not to nf4: choose one of "
+            "them, or set policy.lora_rank above 0"
         )
     if policy.quantization is not None and policy.compile:
         raise UserError("policy.quantization: quantised layers are not compiled: set policy.compile to false")

@@ -16,8 +16,9 @@ from fastflowgrpo.console import progress
 from fastflowgrpo.distributed import Processes, full_tensor, mark_collective
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.learning.objective import Batch, MicroBatches, Objective, Statistics
+from fastflowgrpo.learning.optimizer import make_optimizer
 from fastflowgrpo.learning.snapshot import WeightSnapshot
-from fastflowgrpo.policy import Policy
+from fastflowgrpo.policy import Conditioning, Policy
 
 Result = TypeVar("Result")
 
@@ -37,15 +38,11 @@ class Learner:
         update = config.update
         if update.halve_batch_size and processes.sharded:
             raise UserError("update.halve_batch_size: the ranks of a sharded model (FSDP2) cannot repeat a pass alone")
-        if config.policy.quantization is not None and processes.sharded:
+        if config.policy.quantization is not None and policy.uses_lora and processes.sharded:
             raise UserError("policy.quantization: FSDP2 cannot shard quantised weights; launch with DDP instead")
-        optimizer = torch.optim.AdamW(
-            policy.trainable_parameters(),
-            lr=update.learning_rate,
-            betas=update.betas,
-            weight_decay=update.weight_decay,
-            fused=True,
-        )
+        if update.optimizer == "adamw_8bit" and processes.sharded:
+            raise UserError("update.optimizer: the state of adamw_8bit is not sharded (FSDP2); launch with DDP instead")
+        optimizer = make_optimizer(policy.trainable_parameters(), update)
         policy.transformer, self.optimizer = processes.prepare(policy.transformer, optimizer)
         self.parameters = policy.trainable_parameters()  # sharding has replaced them
         self.ema: EMAModel | None = None
@@ -57,6 +54,18 @@ class Learner:
             self.old_policy = objective.old_policy = WeightSnapshot(self.parameters)
         self.step = 0
         """Optimiser updates done."""
+
+    def warm_up(self, inputs: tuple[Tensor, Tensor, Conditioning]) -> None:
+        """Run a pass forward and backward, and one of the reference, for what it compiles. Collective.
+
+        Args:
+            inputs: of `Policy.velocity`, of any contents.
+        """
+        with self.processes.backward_pass(self.policy.transformer, last=True):
+            self.processes.backward(self.policy.velocity(*inputs).sum())
+        self.optimizer.zero_grad()
+        with torch.no_grad(), self.policy.reference():
+            self.policy.velocity(*inputs)
 
     def update(self, batch: Batch) -> dict[str, float]:
         """Run the optimiser updates of an epoch, each on an equal share of the batch's groups. Collective.

@@ -13,7 +13,8 @@ Memory of a process, in bytes:
   encoders and VAE in dtypes of their own. Full training keeps a frozen copy of the transformer, the reference. What
   policy.offload keeps on the CPU is counted in the passes that use it, and text encoders that policy.embeddings_dir
   frees are counted under encode.
-- gradients, optimiser, average: 4, 8 and 4 for each trained parameter.
+- gradients, optimiser, average: 4, 8 and 4 for each trained parameter; update.optimizer adamw_8bit has a little more
+  than 2 in place of the 8.
 - trajectory: for each of the process's images (trained steps + 2) latents in policy.dtype and 4 bytes per log-prob;
   grpo_guard and update.trust_region divergence also keep each step's velocity, and rollout.keep_unconditional its
   unconditional one; algorithms without log-probs keep only the last latents. With rollout.offload_trajectory the
@@ -23,6 +24,7 @@ Memory of a process, in bytes:
 - passes: the larger of two sums, since the two phases do not overlap: the forward pass of a rollout (or evaluation)
   with the decoding of the previous images; the forward and backward pass of an update. Full training in a lower
   precision adds autocast's copy of the trained weights, and quantisation the dequantised copies of the largest weight.
+  The reference computes before the trained pass: what policy.offload moves to the device for it is gone by then.
 - encode: with policy.offload, text encoders and VAE while a prompt is encoded. With policy.embeddings_dir this happens
   before training, so that only what exceeds the memory of gradients, optimiser, average and trajectory is counted.
 
@@ -38,6 +40,7 @@ import torch
 
 from fastflowgrpo.config import Config
 from fastflowgrpo.learning import OBJECTIVES
+from fastflowgrpo.learning.optimizer import state_bytes
 from fastflowgrpo.planning.passes import Passes, run_passes
 from fastflowgrpo.planning.plan import Plan, batch_plan
 from fastflowgrpo.planning.roofline import Work
@@ -155,7 +158,7 @@ def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     memory = {
         "weights": passes.trained * FLOAT32 + _held_bytes(config, passes),
         "gradients": passes.trained * FLOAT32,
-        "optimiser": 2 * passes.trained * FLOAT32,
+        "optimiser": state_bytes(passes.trained_sizes, config.update.optimizer),
         "average": passes.trained * FLOAT32 if config.update.ema_decay else 0,
         "trajectory": images * kept + on_device * steps,
         "embeddings": (CACHED_PROMPTS + groups) * passes.conditioning,
@@ -168,18 +171,25 @@ def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
 def _pass_memory(config: Config, passes: Passes, memory: dict[str, int]) -> dict[str, int]:
     """Return `Estimate.passes`."""
     policy, size = config.policy, getattr(torch, config.policy.dtype).itemsize
-    extra = 0 if passes.uses_lora or size == FLOAT32 else passes.trained * size  # autocast's copy
+    dequantised = 0
     if policy.quantization is not None:
-        extra += DEQUANTISED * max(rows * columns for rows, columns in passes.linears)
+        dequantised = DEQUANTISED * max(rows * columns for rows, columns in passes.linears)
     weights = _frozen_bytes(config, passes)
     encoders = sum(count for name, count in weights.items() if name.startswith("text_encoder"))
     vae = weights["vae"] if policy.offload else 0
-    reference = weights["transformer"] if policy.offload and not passes.uses_lora else 0
-    in_rollout, in_update = config.update.data == "offline", _uses_reference(config)
+    reference = dequantised
+    if passes.uses_lora:
+        extra = dequantised
+    else:
+        extra = 0 if size == FLOAT32 else passes.trained * size  # autocast's copy
+        reference += weights["transformer"] if policy.offload else 0
+    in_rollout = config.update.data == "offline"
+    # The reference computes before the trained pass keeps its activations.
+    before = passes.reference.peak + reference if uses_reference(config) else 0
     found = {
-        "rollout": passes.forward.peak + passes.decode.peak + extra + vae + in_rollout * reference,
-        "update": passes.train.peak + extra + in_update * reference,
-        "update with gradient checkpointing": passes.checkpointed.peak + extra + in_update * reference,
+        "rollout": passes.forward.peak + passes.decode.peak + max(extra, in_rollout * reference) + vae,
+        "update": max(passes.train.peak + extra, before),
+        "update with gradient checkpointing": max(passes.checkpointed.peak + extra, before),
     }
     if passes.encode is not None and policy.embeddings_dir is not None:
         encode = encoders + vae + BATCH * passes.encode.peak
@@ -211,7 +221,8 @@ def _frozen_bytes(config: Config, passes: Passes) -> dict[str, int]:
     return found
 
 
-def _uses_reference(config: Config) -> bool:
+def uses_reference(config: Config) -> bool:
+    """Return whether an update computes the reference's velocity."""
     update = config.update
     return bool(OBJECTIVES[update.algorithm].uses_reference or update.kl_weight or update.norm_guard_weight)
 
@@ -222,7 +233,7 @@ def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     trained_images = plan.pairs * objective.samples_per_pair
     distinct = _distinct_images(config, plan, trained_images)
     forward, train = passes.forward.flops_per_sample, passes.train.flops_per_sample
-    reference = passes.reference.flops_per_sample if _uses_reference(config) else 0
+    reference = passes.reference.flops_per_sample if uses_reference(config) else 0
     trained_branches = branches if objective.uses_log_probs else 1  # the other losses have no guidance
     unconditional = distinct * (trained_branches - 1) * forward
     if config.rollout.keep_unconditional:  # the first update of an epoch has them

@@ -14,7 +14,7 @@ import torch
 from fastflowgrpo.config import Config
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.learning import OBJECTIVES
-from fastflowgrpo.planning.estimate import Estimate, estimate
+from fastflowgrpo.planning.estimate import Estimate, estimate, uses_reference
 from fastflowgrpo.planning.memory import with_setting
 from fastflowgrpo.planning.passes import BatchCost, Passes, run_passes
 from fastflowgrpo.policy import with_default_rank
@@ -25,7 +25,8 @@ LEVERS: tuple[tuple[str, Any], ...] = (
     ("rollout.offload_trajectory", True),  # copies that are hidden behind the update
     ("policy.embeddings_dir", "runs/embeddings"),  # a folder on the disk
     ("policy.gradient_checkpointing", True),  # a third more FLOPs in the update
-    # another model, for a LoRA
+    ("update.optimizer", "adamw_8bit"),  # slightly other steps, in full training
+    # another model under a LoRA, another reference in full training, which has no nf4
     ("policy.quantization", "int8"),
     ("policy.quantization", "nf4"),
 )
@@ -90,13 +91,15 @@ def _excess(cost: Estimate, config: Config, memory: float) -> float:
 
 
 def _levers(config: Config) -> Iterator[tuple[str, Any]]:
-    policy = with_default_rank(config.model, config.policy)
+    policy, default = with_default_rank(config.model, config.policy), Config()
+    trains_lora = policy.lora is not None or bool(policy.lora_rank)
     for name, value in LEVERS:
         applies = {
-            "policy.quantization": policy.lora is not None or bool(policy.lora_rank),
+            "policy.quantization": trains_lora or (value == "int8" and uses_reference(config)),
+            "update.optimizer": not trains_lora,
             "rollout.offload_trajectory": OBJECTIVES[config.update.algorithm].uses_log_probs,
         }
-        if not attrgetter(name)(config) and applies.get(name, True):
+        if attrgetter(name)(config) == attrgetter(name)(default) and applies.get(name, True):
             yield name, value
 
 
@@ -159,7 +162,7 @@ class _Interpolated:
 
     def __call__(self, config: Config, sampled: int, micro_batch: int, decoded: int) -> Passes:
         large, small = self.ends
-        sizes = {"forward": sampled, "reference": sampled, "train": micro_batch, "checkpointed": micro_batch}
+        sizes = {"forward": sampled, "reference": micro_batch, "train": micro_batch, "checkpointed": micro_batch}
         sizes["decode"] = decoded
         costs: dict[str, Any] = {
             name: _between(getattr(small, name), getattr(large, name), size) for name, size in sizes.items()

@@ -10,8 +10,9 @@ from transformers import CLIPTextConfig
 from fastflowgrpo.config import Config
 from fastflowgrpo.planning.meta_pipeline import meta_pipeline
 from fastflowgrpo.planning.meter import Cost, measure
-from fastflowgrpo.policy import Conditioning, component_dtypes, family_of, with_default_rank
+from fastflowgrpo.policy import Conditioning, Policy, component_dtypes, family_of, with_default_rank
 from fastflowgrpo.policy.base import DiffusersPolicy
+from fastflowgrpo.policy.quantization import linear_layers
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class BatchCost(Cost):
 class Passes:
     """The parameters of a model and what its passes cost, each for its batch."""
 
-    trained: int
-    """Trained parameters."""
+    trained_sizes: tuple[int, ...]
+    """Values of each trained parameter."""
     frozen: dict[str, int]
     """Frozen parameters of each component; the reference's, for a transformer that is trained in full."""
     linears: tuple[tuple[int, int], ...]
@@ -42,7 +43,7 @@ class Passes:
     """Bytes of a prompt's embedding."""
     forward: BatchCost
     reference: BatchCost
-    """A forward pass of the reference."""
+    """A forward pass of the reference in an update."""
     train: BatchCost
     """Forward and backward."""
     checkpointed: BatchCost
@@ -50,6 +51,11 @@ class Passes:
     decode: BatchCost
     encode: BatchCost | None
     """All text encoders for one prompt of the embedding's length, if a setting needs it."""
+
+    @property
+    def trained(self) -> int:
+        """Trained parameters."""
+        return sum(self.trained_sizes)
 
 
 def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> Passes:
@@ -69,7 +75,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     for parameter in trained:
         # Gradients exist from the second micro-batch on: they are not part of the pass.
         parameter.grad = torch.zeros_like(parameter)
-    inputs, training_inputs = _example_inputs(policy, config, sampled), _example_inputs(policy, config, micro_batch)
+    inputs, training_inputs = example_inputs(policy, config, sampled), example_inputs(policy, config, micro_batch)
     latents, _, conditioning = inputs
 
     def update() -> None:
@@ -79,7 +85,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     with torch.no_grad():
         forward = _measure_batch(lambda: policy.predict(*inputs), sampled)
         with policy.reference():
-            reference = _measure_batch(lambda: policy.predict(*inputs), sampled)
+            reference = _measure_batch(lambda: policy.predict(*training_inputs), micro_batch)
         decoded_latents = latents.new_empty(decoded, *latents.shape[1:], dtype=policy.pipeline.vae.dtype)
         decode = _measure_batch(lambda: policy.decode_batch(decoded_latents), decoded)
         needs_encode = config.gpu is not None or config.policy.offload or config.policy.embeddings_dir is not None
@@ -87,7 +93,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
     train = _measure_batch(update, micro_batch)
     policy.module.enable_gradient_checkpointing()
     return Passes(
-        trained=sum(parameter.numel() for parameter in trained),
+        trained_sizes=tuple(parameter.numel() for parameter in trained),
         frozen=frozen,
         linears=linears,
         uses_lora=policy.uses_lora,
@@ -116,12 +122,7 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int], tuple
     names = ["transformer", *(name for name in pipeline.components if name.startswith("text_encoder")), "vae"]
     modules = {name: pipeline.components[name] for name in names if pipeline.components[name] is not None}
     frozen = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-    kept = pipeline.transformer._keep_in_fp32_modules or ()
-    linears = tuple(
-        (layer.out_features, layer.in_features)
-        for name, layer in pipeline.transformer.named_modules()
-        if type(layer) is nn.Linear and not any(part in name.split(".") for part in kept)
-    )
+    linears = tuple((layer.out_features, layer.in_features) for layer in linear_layers(pipeline.transformer).values())
     policy = family_of(config.model, type(pipeline).__name__)(pipeline, settings)
     if not policy.uses_lora:
         # The meta device has no autocast, which computes in this dtype: give the weights themselves the dtype.
@@ -137,8 +138,8 @@ def _encode(policy: DiffusersPolicy) -> None:
         encoder(torch.zeros(1, tokens, dtype=torch.int64, device=policy.device), output_hidden_states=True)
 
 
-def _example_inputs(policy: DiffusersPolicy, config: Config, batch_size: int) -> tuple[Tensor, Tensor, Conditioning]:
-    """Return latents, sigma and conditioning of a batch, as `predict` takes them."""
+def example_inputs(policy: Policy, config: Config, batch_size: int) -> tuple[Tensor, Tensor, Conditioning]:
+    """Return latents, sigma and conditioning of a batch, as `velocity` takes them, with arbitrary contents."""
     rollout = config.rollout
     shape = policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
     latents = torch.empty(batch_size, *shape, dtype=policy.dtype, device=policy.device)

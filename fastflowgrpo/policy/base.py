@@ -22,7 +22,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.lora import add_lora, load_lora, load_lora_weights, save_lora, without_lora
 from fastflowgrpo.policy.offload import OffloadedModule
 from fastflowgrpo.policy.protocol import Conditioning
-from fastflowgrpo.policy.quantization import prepare_quantised
+from fastflowgrpo.policy.quantization import prepare_quantised, quantise_reference
 from fastflowgrpo.policy.weights import FULL
 from fastflowgrpo.prompts.images import read_image
 
@@ -75,7 +75,7 @@ class DiffusersPolicy(ABC):
         if config.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
         self._make_trainable()
-        if config.quantization is not None:
+        if config.quantization is not None and self.uses_lora:
             prepare_quantised(self.module)
         if config.compile:
             self._compile()
@@ -114,7 +114,6 @@ class DiffusersPolicy(ABC):
 
     @property
     def uses_lora(self) -> bool:
-        """Whether a LoRA is trained, and not the whole transformer."""
         return self._reference_module is None
 
     def warnings(self, guided: bool) -> list[str]:
@@ -135,8 +134,7 @@ class DiffusersPolicy(ABC):
     def encode(self, prompts: list[str]) -> Conditioning: ...
 
     @abstractmethod
-    def example_conditioning(self, batch_size: int) -> Conditioning:
-        """Return tensors of the shapes, dtypes and device that `encode` gives for prompts, with arbitrary contents."""
+    def example_conditioning(self, batch_size: int) -> Conditioning: ...
 
     @abstractmethod
     def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]: ...
@@ -300,6 +298,8 @@ class DiffusersPolicy(ABC):
             add_lora(self.module, config.lora_targets or self.lora_targets, config.lora_rank, config.lora_alpha)
         else:
             self._reference_module = deepcopy(self.module)
+            if config.quantization is not None:
+                quantise_reference(self._reference_module, config.quantization)
             self.module.requires_grad_(True)
             cast_training_params(self.module)
         self.freeze_unused_weights()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class OffloadedModule:
@@ -17,7 +18,7 @@ class OffloadedModule:
 
     def __init__(self, module: nn.Module, device: torch.device | str):
         self.device = device
-        self.tensors = [*module.parameters(), *module.buffers()]
+        self.tensors = [part for tensor in (*module.parameters(), *module.buffers()) for part in _parts(tensor)]
         self.on_host: list[Tensor] = [_host_copy(tensor.data) for tensor in self.tensors]
         self._set(self.on_host)
 
@@ -39,6 +40,13 @@ class OffloadedModule:
 def copy_to(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Start to copy a tensor from the CPU to a device."""
     return tensor.to(device, non_blocking=True)
+
+
+def _parts(tensor: Tensor) -> list[Tensor]:
+    """Return a quantised weight's values and scales, or the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
 
 
 def _host_copy(tensor: Tensor) -> Tensor:

@@ -23,6 +23,10 @@ class Policy(Protocol):
     transformer: torch.nn.Module
     """What `velocity` calls; the trainer replaces it by the wrapped one (DDP, FSDP)."""
 
+    @property
+    def uses_lora(self) -> bool:
+        """Whether a LoRA is trained, and not the whole transformer."""
+
     def warnings(self, guided: bool) -> list[str]:
         """Return what the user should know before training.
 
@@ -32,6 +36,9 @@ class Policy(Protocol):
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """Embed prompts, one row each, without gradients; inside `encoding`."""
+
+    def example_conditioning(self, batch_size: int) -> Conditioning:
+        """Return tensors of the shapes, dtypes and device that `encode` gives for prompts, with arbitrary contents."""
 
     def encoding(self) -> AbstractContextManager[None]:
         """Return a context in which the text encoders are where `encode` needs them."""

@@ -1,9 +1,9 @@
-"""A frozen transformer in 8 or 4 bits under a LoRA: `policy.quantization`.
+"""A frozen transformer in 8 or 4 bits, a LoRA's base or the reference of full training: `policy.quantization`.
 
 int8     torchao, one scale per output; weights only, activations keep the compute dtype
 float8   torchao, float8_e4m3fn with one scale per output; weights only
 nf4      bitsandbytes' 4-bit NormalFloat of QLoRA (arXiv 2305.14314), one scale per 64 weights; diffusers loads it only
-         on a GPU
+         on a GPU, so that it is for a LoRA's base alone
 """
 
 from importlib.util import find_spec
@@ -21,10 +21,13 @@ NF4_BLOCK = 64  # weights that share a scale, bitsandbytes' default
 
 
 def quantization_config(config: PolicyConfig) -> PipelineQuantizationConfig | None:
-    """Return what diffusers' loader needs to quantise the transformer, None without `policy.quantization`.
+    """Return what diffusers' loader needs to quantise a LoRA's base, None if it is not quantised.
+
+    Args:
+        config: with its default rank.
 
     Raises:
-        UserError: a package or the GPU that it needs is missing.
+        UserError: a package or the GPU that `policy.quantization` needs is missing.
     """
     kind = config.quantization
     if kind is None:
@@ -32,6 +35,8 @@ def quantization_config(config: PolicyConfig) -> PipelineQuantizationConfig | No
     package = "bitsandbytes" if kind == "nf4" else "torchao"
     if find_spec(package) is None:
         raise UserError(f'policy.quantization: {kind} needs {package}: pip install "fastflowgrpo[quantized]"')
+    if config.lora is None and not config.lora_rank:
+        return None  # the reference is quantised once it has been copied
     if kind == "nf4":
         if not torch.cuda.is_available():
             raise UserError("policy.quantization: nf4 needs a GPU; int8 and float8 also run on a CPU")
@@ -39,10 +44,32 @@ def quantization_config(config: PolicyConfig) -> PipelineQuantizationConfig | No
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, config.dtype)
         )
     else:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
-
-        settings = TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
+        settings = TorchAoConfig(_torchao_config(kind))
     return PipelineQuantizationConfig(quant_mapping={"transformer": settings})
+
+
+def quantise_reference(module: ModelMixin, kind: str) -> None:
+    """Quantise a frozen transformer in place, as the loader does a LoRA's base: `kind` is int8 or float8."""
+    from torchao.quantization import quantize_
+
+    linears = set(linear_layers(module).values())
+    quantize_(module, _torchao_config(kind), filter_fn=lambda layer, name: layer in linears)
+
+
+def linear_layers(module: ModelMixin) -> dict[str, nn.Linear]:
+    """Return the layers whose weights are quantised, by name: diffusers leaves out those that it keeps in float32."""
+    kept = module._keep_in_fp32_modules or ()
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if type(layer) is nn.Linear and not any(part in name.split(".") for part in kept)
+    }
+
+
+def _torchao_config(kind: str) -> Any:
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig()
 
 
 def prepare_quantised(module: ModelMixin) -> None:

@@ -33,6 +33,7 @@ def load_trained(model: str, folder: Path, config: PolicyConfig, device: torch.d
             return load_policy(model, replace(config, lora=str(folder), lora_rank=None), device)
         except UserError as error:
             raise UserError(str(error).replace("policy.lora: ", "checkpoint ", 1)) from error
-    policy = load_policy(model, replace(config, lora=None, lora_rank=0), device)
+    # Only training's reference is quantised: here it is the model that the trained weights are compared with.
+    policy = load_policy(model, replace(config, lora=None, lora_rank=0, quantization=None), device)
     policy.load(folder)
     return policy

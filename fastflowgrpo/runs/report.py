@@ -109,6 +109,10 @@ class Report:
             torch.cuda.current_stream().synchronize()  # decoding and rewards go on behind it, on their own streams
         self.seconds[name] += time.perf_counter() - begin
 
+    def compiled(self, seconds: float) -> None:
+        """Print how long compiling took."""
+        self._print(f"compiled the transformer's blocks in {seconds:.1f} s; no epoch's time has it")
+
     def replay(self, steps: Tensor, difference: Tensor) -> None:
         """Print the replay's largest log-prob difference of each step; steps, difference: (N,)."""
         largest = {int(step): float(difference[steps == step].max()) for step in steps.unique()}

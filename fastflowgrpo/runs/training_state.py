@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastflowgrpo.distributed import shard_like
 from fastflowgrpo.errors import UserError
+from fastflowgrpo.learning.optimizer import loaded_state, stored_state
 from fastflowgrpo.learning.snapshot import WeightSnapshot
 from fastflowgrpo.runs.checkpoints import Checkpoint
 from fastflowgrpo.runs.files import METRICS, json_lines
@@ -44,7 +45,7 @@ def training_state(
         "optimizer": {
             f"{name}/{key}": tensor
             for index, name in enumerate(parameters)
-            for key, tensor in states.get(index, {}).items()  # none before the parameter's first gradient
+            for key, tensor in stored_state(states.get(index, {})).items()  # none before the parameter's first gradient
         },
     }
     if ema is not None:
@@ -106,7 +107,9 @@ def load_training(
         sharded = shard_like(tensor, parameter) if tensor.shape == parameter.shape else tensor
         states.setdefault(index[name], {})[key] = sharded
     # The present parameter groups are kept: the learning rate may have changed.
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    loaded = {number: loaded_state(stored) for number, stored in states.items()}
+    optimizer.load_state_dict({"state": loaded, "param_groups": groups})
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shard_like(weights[name], parameter))

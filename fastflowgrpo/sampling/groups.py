@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastflowgrpo.config import RolloutConfig
@@ -20,6 +21,8 @@ class GroupSampler:
         coefficients: of the whole schedule.
         keep_steps, keep_velocities: what the update needs of the steps in the windows.
         equal_passes: whether all processes must run equally many passes, as with a sharded model.
+        fill_up_to: fewer groups than these are sampled with repeats of the last one, which are left out: a compiled
+            model would compile another batch size.
     """
 
     def __init__(
@@ -32,8 +35,10 @@ class GroupSampler:
         keep_steps: bool,
         keep_velocities: bool,
         equal_passes: bool,
+        fill_up_to: int = 0,
     ):
         self.rollout, self.policy, self.coefficients, self.shape = rollout, policy, coefficients, shape
+        self.fill_up_to = fill_up_to
         # The last step is an ODE step and is never trained.
         self.window_size = rollout.window_size or rollout.num_steps - 1
         self.start_range = rollout.window_start if rollout.window_size else (0, 1)
@@ -64,6 +69,12 @@ class GroupSampler:
             unconditional: the empty prompt's, one row, with guidance.
             on_step: called once per denoising step, for a progress bar.
         """
+        samples, groups = len(seeds), len(starts)
+        if groups < self.fill_up_to:
+            filled = torch.arange(self.fill_up_to).clamp(max=groups - 1)
+            starts, seeds = [starts[i] for i in filled], seeds.view(groups, -1)[filled].flatten()
+            conditioning = {name: tensor[filled.to(tensor.device)] for name, tensor in conditioning.items()}
+            return self.sample(starts, seeds, conditioning, unconditional, on_step).first(samples)
         rollout = self.rollout
         shared: dict[str, Any] = {
             "unconditional": unconditional,

@@ -41,6 +41,10 @@ class Trajectory:
         """The samples of several trajectories, one after the other."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
+    def first(self, count: int) -> "Trajectory":
+        """The first samples."""
+        return type(self)(*(getattr(self, field.name)[:count] for field in fields(self)))
+
 
 def sliding_start(low: int, high: int, stride: int, epochs: int, epoch: int) -> int:
     """First step of a window that slides from `low` to `high - 1` and stays there (MixGRPO, arXiv 2507.21802).

@@ -1,4 +1,4 @@
-"""A LoRA over a quantised transformer, on the CPU with torchao's int8 and float8."""
+"""A LoRA over a quantised transformer, and a quantised reference, on the CPU with torchao's int8 and float8."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from fastflowgrpo import Trainer
 from fastflowgrpo.config import PolicyConfig, parse
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.evaluate import main as evaluate
-from fastflowgrpo.policy import load_policy, quantization
+from fastflowgrpo.policy import load_policy, offload, quantization
 from fastflowgrpo.runs.checkpoints import list_checkpoints
 from fastflowgrpo.train import main
 
@@ -80,6 +80,32 @@ def test_the_backward_pass_is_that_of_the_dequantised_weights_and_keeps_no_copy_
     assert torch.equal(x.grad, torch.ones_like(y) @ layer.weight.dequantize())
 
 
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_full_training_quantises_the_reference_alone_on_the_device_or_offloaded(tiny_sd3_folder, monkeypatch, kind):
+    settings = {"lora_rank": 0, "dtype": "float32"}
+    policy, plain = load(tiny_sd3_folder, kind, **settings), load(tiny_sd3_folder, None, **settings)
+    offloaded = load(tiny_sd3_folder, kind, **settings, offload=True)
+    monkeypatch.setattr(offload, "copy_to", lambda tensor, device: tensor.clone())
+    given = inputs(policy)
+
+    def reference(policy):
+        with torch.no_grad(), policy.reference():
+            return policy.velocity(*given)
+
+    exact = reference(plain)
+    assert torch.equal(policy.velocity(*given), exact)
+    assert 0 < (reference(policy) - exact).abs().max() < 0.1 * exact.abs().max()
+    assert torch.equal(reference(offloaded), reference(policy))
+    layer, stored = offloaded._reference_module.proj_out, []
+    monkeypatch.setattr(offloaded, "predict", lambda *given: stored.append(layer.weight.qdata.data_ptr()) or exact)
+    reference(offloaded)
+    assert layer.weight.qdata.data_ptr() not in stored and len(stored) == 1
+    base = reference(policy)
+    policy.velocity(*given).square().mean().backward()
+    torch.optim.SGD(policy.trainable_parameters(), lr=0.1).step()
+    assert not torch.equal(policy.velocity(*given), exact) and torch.equal(reference(policy), base)
+
+
 def quantised(folder, output, **settings):
     return command(folder, output, **{"policy.quantization": "int8", **settings})
 
@@ -106,6 +132,21 @@ def test_the_command_trains_resumes_and_evaluates_a_quantised_model(tiny_sd3_fol
     assert before != after and after == pytest.approx(row["diversity"], rel=1e-6), (found, row)
 
 
+@pytest.mark.slow
+def test_the_command_trains_in_full_against_a_quantised_reference(tiny_sd3_folder, tmp_path, capsys):
+    settings = {"policy.lora_rank": 0, "update.per_epoch": 1}
+    for name, kind in (("plain", "null"), ("quantised", "int8")):
+        more = {"policy.quantization": kind, "epochs": 1}
+        assert main(command(tiny_sd3_folder, tmp_path / name, **settings, **more)) == 0
+    (start, first, _), (exact_start, exact, _) = rows(tmp_path / "quantised"), rows(tmp_path / "plain")
+    assert start == exact_start and first["reward"] == exact["reward"]
+    assert exact["kl"] == 0 < first["kl"]  # the quantised reference is not the policy that training starts with
+    results = tmp_path / "evaluation"
+    assert evaluate(["--run", str(tmp_path / "quantised"), "--output_dir", str(results), "--num_steps", "2"]) == 0
+    base = json.loads((results / "evaluation.json").read_text())["base"]["Diversity"]["pixels"]["mean"]
+    assert base == pytest.approx(exact_start["eval"]["diversity"], rel=1e-6)  # of the model that is not quantised
+
+
 def test_the_ratio_is_exactly_one_and_the_kl_zero_before_the_first_update(tiny_sd3_folder, tmp_path):
     for dtype in ("float32", "bfloat16"):
         trainer = Trainer(parse(quantised(tiny_sd3_folder, tmp_path / dtype, **{"policy.dtype": dtype})))
@@ -129,8 +170,8 @@ def test_ddp_leaves_the_quantised_weights_alone(tiny_sd3_folder, tmp_path):
 
 
 def test_what_cannot_be_quantised_is_refused(tiny_sd3_folder, monkeypatch):
-    with pytest.raises(UserError, match=r"policy\.quantization: int8 weights cannot be trained: set policy\.lora_rank"):
-        parse(["--policy.quantization", "int8"])
+    with pytest.raises(UserError, match=r"policy\.quantization: full training quantises .* int8 or float8, not to nf4"):
+        parse(["--policy.quantization", "nf4"])
     with pytest.raises(
         UserError, match=r"policy\.quantization: quantised layers are not compiled: set policy\.compile"
     ):

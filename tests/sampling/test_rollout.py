@@ -1,14 +1,16 @@
+from dataclasses import fields
 from functools import partial
 
 import pytest
 import torch
 from support.no_sync import NoSynchronisation
 
-from fastflowgrpo.config import PolicyConfig
+from fastflowgrpo.config import PolicyConfig, RolloutConfig
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import gaussian_log_prob, guided_velocity, sde_step, step_mean
 from fastflowgrpo.policy import load_policy
 from fastflowgrpo.sampling.coefficients import step_coefficients
+from fastflowgrpo.sampling.groups import GroupSampler
 from fastflowgrpo.sampling.rollout import sample_groups, sample_seeds, sliding_start, window_starts
 from fastflowgrpo.sampling.window import rollout_passes, tail_schedule
 
@@ -322,3 +324,20 @@ def test_a_sliding_window_goes_from_noise_to_data_and_stays():
     assert [sliding_start(1, 6, 2, 3, epoch) for epoch in range(12)] == [1, 1, 1, 3, 3, 3, 5, 5, 5, 5, 5, 5]
     assert sliding_start(0, 1, 1, 1, 10**6) == 0
     assert [sliding_start(0, 4, 1, 1, epoch) for epoch in range(6)] == [0, 1, 2, 3, 3, 3]
+
+
+@pytest.mark.parametrize("same_noise", [False, True])
+def test_fewer_groups_are_filled_up_and_their_trajectories_are_the_same(same_noise):
+    settings = RolloutConfig(group_size=2, num_steps=NUM_STEPS, window_size=3, same_noise=same_noise)
+    found, batches = [], []
+    for fill_up_to in (0, 3):
+        policy = TinyPolicy()
+        coefficients = step_coefficients(policy.sigmas(NUM_STEPS, SHAPE), "flow_sde", 0.7)
+        needs = {"keep_steps": True, "keep_velocities": True, "equal_passes": False, "fill_up_to": fill_up_to}
+        sampler = GroupSampler(settings, policy, coefficients, SHAPE, **needs)
+        groups = {"text": torch.arange(2.0)[:, None]}
+        found.append(sampler.sample([0, 2], sample_seeds([1, 2], 2), groups, None, lambda: None))
+        batches.append(max(map(len, policy.seen)))
+    assert batches == [4, 6]
+    for field in fields(found[0]):
+        assert torch.equal(*(getattr(trajectory, field.name) for trajectory in found)), field.name

@@ -106,5 +106,5 @@ def test_the_bundled_pipelines_do_not_say_where_they_were_made():
 def test_the_settings_know_the_bundled_models():
     assert tuple(BUNDLED) == BUNDLED_MODELS
     for name in BUNDLED_MODELS:
-        with pytest.raises(UserError, match=r"policy\.quantization: int8 weights cannot be trained"):
-            parse(["--model", name, "--policy.quantization", "int8"])
+        with pytest.raises(UserError, match=r"policy\.quantization: full training quantises its reference"):
+            parse(["--model", name, "--policy.quantization", "nf4"])
