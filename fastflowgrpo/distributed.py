@@ -4,15 +4,22 @@ Of `total` items rank r of R has r, r + R, r + 2 R, ... In every run of consecut
 optimiser update, the ranks' counts differ by at most one.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    fsdp2_prepare_model,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -66,6 +73,18 @@ def make_accelerator(trackers: list[str], project_dir: str) -> Accelerator:
     return accelerator
 
 
+class Position(NamedTuple):
+    """Where a rank is in its work; times are those of its `time.monotonic`."""
+
+    phase: str = "start"
+    since: float = 0.0
+    """When the phase began."""
+    meetings: int = 0
+    """Points at which ranks wait for each other that this rank has come to; all ranks come to the same ones."""
+    waits_since: float | None = None
+    """When it came to the last one, if it may be waiting there."""
+
+
 class Processes:
     """The ranks of a run, seen from one of them. All ranks must call the methods whose docstrings say collective."""
 
@@ -74,6 +93,23 @@ class Processes:
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
         self.is_main = self.rank == 0
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.position = Position(since=time.monotonic())
+        """Replaced as a whole, so that another thread may read it."""
+
+    def note(self, phase: str) -> None:
+        """Note the phase that begins now. With a sharded model, whose passes all ranks run together, a meeting."""
+        now = time.monotonic()
+        self.position = Position(phase, now, self.position.meetings + self.sharded, now if self.sharded else None)
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Surround work in which this rank may wait for the others. Collective."""
+        begun = self.position
+        self.position = begun._replace(meetings=begun.meetings + 1, waits_since=time.monotonic())
+        try:
+            yield
+        finally:
+            self.position = self.position._replace(waits_since=None)
 
     def rank_indices(self, total: int) -> list[int]:
         """The indices of this rank's items, of `total`."""
@@ -96,7 +132,8 @@ class Processes:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks. Collective; tensors must be on the CPU."""
-        return gather_object([value])
+        with self.meeting():
+            return gather_object([value])
 
     def wait(self) -> None:
         """Wait until every rank is here. Collective."""
@@ -137,9 +174,22 @@ class Processes:
         """Whether every rank has raised this error at the same point, so that they can go on together."""
         return self.count == 1 or getattr(error, "collective", False)
 
+    def shard(self, module: nn.Module) -> None:
+        """Shard a module in place with FSDP2; one on the meta device stays there. Collective."""
+        fsdp2_prepare_model(self.accelerator, module)
+        assert isinstance(module, FSDPModule)
+        # Weights kept after a forward pass would be stale once the averaged weights are copied in.
+        module.set_reshard_after_forward(True)
+
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Wrap (DDP) or shard (FSDP2) a module and its optimiser, as the launcher says. Collective."""
-        module, optimizer = self.accelerator.prepare(module, optimizer)
+        """Wrap (DDP) or shard (FSDP2) a module and its optimiser, as the launcher says. Collective.
+
+        A module from `shard` stays as it is.
+        """
+        with self.meeting():
+            if isinstance(module, FSDPModule):
+                return module, self.accelerator.prepare_optimizer(optimizer)
+            module, optimizer = self.accelerator.prepare(module, optimizer)
         if isinstance(module, DistributedDataParallel):
             module.broadcast_buffers = False  # they never change
             # Otherwise a forward pass without a backward pass would make the next backward pass average gradients.
@@ -157,7 +207,8 @@ class Processes:
             module.set_requires_gradient_sync(last)
         elif isinstance(module, DistributedDataParallel):
             module.require_backward_grad_sync = last
-        yield
+        with self.meeting() if last else nullcontext():
+            yield
         if isinstance(module, DistributedDataParallel):
             module.require_backward_grad_sync = False
 
@@ -176,10 +227,11 @@ class Processes:
     def full_on_main(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors on rank 0, sharded ones complete and on the CPU; {} on the others. Collective."""
         result = {}
-        for name, tensor in tensors.items():
-            full = full_tensor(tensor)
-            if self.is_main:
-                result[name] = full if full is tensor else full.cpu()
+        with self.meeting():
+            for name, tensor in tensors.items():
+                full = full_tensor(tensor)
+                if self.is_main:
+                    result[name] = full if full is tensor else full.cpu()
         return result
 
 
@@ -204,6 +256,16 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def local_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be sharded; it shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_begin(tensor: Tensor) -> int:
+    """The first row of this rank's part of a tensor that may be sharded by rows."""
+    if not isinstance(tensor, DTensor) or not tensor.ndim:
+        return 0
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    places = zip(tensor.placements, coordinate, mesh.shape, strict=True)
+    return sum(place * -(-len(tensor) // count) for placement, place, count in places if placement.is_shard())
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:

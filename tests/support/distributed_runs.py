@@ -209,7 +209,9 @@ def main(count: int, folder: Path, output: Path, arguments: list[str]) -> None:
     """The runs of a process; what it saw is written into a file in `output`."""
     seen = {}
     if count == 4:
-        seen["few"] = train(config_of(folder, output / "few", updates=1, evaluated=3))
+        pretend_gpus("hsdp")
+        os.environ.update(PARALLELISM_CONFIG_DP_REPLICATE_SIZE="2", PARALLELISM_CONFIG_DP_SHARD_SIZE="2")
+        seen["few"] = train(config_of(folder, output / "few", updates=1, rank=0, evaluated=3))
     else:
         seen["lora"] = train(config_of(folder, output / "lora"), resumes=True)
         try:
