@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from fastflowgrpo.planning.meta_pipeline import meta_pipeline
 from fastflowgrpo.planning.meter import Cost, measure
 from fastflowgrpo.policy import Conditioning, component_dtypes, family_of, with_default_rank
 from fastflowgrpo.policy.base import DiffusersPolicy
-from fastflowgrpo.prompts.sources import run_prompts
+from fastflowgrpo.policy.source_images import sources_per_prompt
 
 
 @dataclass(frozen=True)
@@ -144,17 +143,9 @@ def _example_inputs(policy: DiffusersPolicy, config: Config, batch_size: int) ->
     rollout = config.rollout
     shape = policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
     latents = torch.empty(batch_size, *shape, dtype=policy.dtype, device=policy.device)
-    num_images = _sources_of_prompt(policy, config)
+    num_images = sources_per_prompt(policy, config)
     if num_images:
         conditioning = policy.example_edit(batch_size, shape, num_images)
     else:
         conditioning = policy.example_conditioning(batch_size)
     return latents, torch.empty(batch_size, device=policy.device), conditioning
-
-
-def _sources_of_prompt(policy: DiffusersPolicy, config: Config) -> int:
-    """Return the source images of a prompt; a model that takes several, or none, gets those of the file of prompts."""
-    train = Path(config.prompts.train)
-    if policy.max_sources > 1 and (train.suffix == ".jsonl" or train.is_dir()):
-        return len(run_prompts(config)[0][0].images)
-    return int(policy.edits_images)

@@ -7,13 +7,14 @@ import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import CONDITION_IMAGE_SIZE, calculate_dimensions
 from PIL import Image
 from torch import Tensor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from fastflowgrpo.policy.protocol import EMPTY, Conditioning
 from fastflowgrpo.policy.qwen_image import QwenImagePolicy
 from fastflowgrpo.policy.source_images import SEVERAL
 from fastflowgrpo.prompts.images import read_image
 
-LEAST_TOKENS = 4  # of the text encoder's image processor for a small image
+PIXELS = {"min_pixels": 3136, "max_pixels": 12845056}  # of an image for the text encoder, by the published processors
 
 
 class QwenImageEditPolicy(QwenImagePolicy):
@@ -50,8 +51,9 @@ class QwenImageEditPolicy(QwenImagePolicy):
     def embedding_length(self, shape: tuple[int, ...], num_images: int) -> int:
         """Return the tokens of an embedding: those of the images and `policy.max_sequence_length` others."""
         vision = self.pipeline.text_encoder.config.vision_config
-        rows, columns = (round(side / vision.patch_size / vision.spatial_merge_size) for side in self.seen_size(shape))
-        return num_images * max(rows * columns, LEAST_TOKENS) + self.sequence_length
+        side = vision.patch_size * vision.spatial_merge_size
+        height, width = smart_resize(*self.seen_size(shape), factor=side, **PIXELS)
+        return num_images * (height // side) * (width // side) + self.sequence_length
 
 
 class QwenImageEditPlusPolicy(QwenImageEditPolicy):

@@ -1,13 +1,16 @@
 """Source images of prompts: which a model takes, and as tokens of its transformer."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastflowgrpo.config import Config
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.protocol import EMPTY, SOURCE, Conditioning, Policy
 from fastflowgrpo.prompts import Prompt
+from fastflowgrpo.prompts.sources import run_prompts
 
 SEVERAL = 10
 """The most images of a prompt for models that take several: FLUX.2's authors name it, the pipelines have no limit."""
@@ -34,6 +37,18 @@ def with_source_tokens(tokens: Tensor, conditioning: Conditioning, pack: Callabl
     if SOURCE not in conditioning:
         return tokens
     return torch.cat([tokens, *(pack(source) for source in conditioning[SOURCE].unbind(1))], 1)
+
+
+def sources_per_prompt(family: Policy | type[Policy], config: Config) -> int:
+    """Return how many source images the prompts of a run have.
+
+    Raises:
+        UserError: the model takes several, or none, and the file of prompts, which would say how many, cannot be read.
+    """
+    train = Path(config.prompts.train)
+    if family.max_sources > 1 and (train.suffix == ".jsonl" or train.is_dir()):
+        return len(run_prompts(config)[0][0].images)
+    return int(family.edits_images)
 
 
 def check_source_images(policy: Policy, prompts: Iterable[Prompt]) -> None:
