@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 from safetensors.torch import load_file
+from support.edit_prompts import write_prompts
 from support.pipelines import (
     perturb,
     tiny_flux2_klein_pipeline,
@@ -42,8 +43,8 @@ FAMILY = {
     "kontext": (tiny_flux_kontext_pipeline, (16, 24), 1),
     "edit": (tiny_qwen_image_edit_pipeline, (32, 64), 1),
     "plus": (partial(tiny_qwen_image_edit_plus_pipeline, zero_cond_t=True), (32, 64), 2),
-    "klein": (tiny_flux2_klein_pipeline, (64, 96), 2),
-    "flux2": (tiny_flux2_pipeline, (64, 64), 1),
+    "klein": (tiny_flux2_klein_pipeline, (64, 64), 2),
+    "flux2": (tiny_flux2_pipeline, (64, 96), 1),
 }
 GUIDED = [(name, guidance) for name in FAMILY for guidance in (1.0, 3.0) if (name, guidance) != ("flux2", 3.0)]
 
@@ -60,14 +61,7 @@ def folders(tmp_path_factory):
             pipe = build()
             perturb(pipe.transformer.parameters(), scale=0.2)  # to see what the sources change
             pipe.save_pretrained(made[name])
-            generator, lines = torch.Generator().manual_seed(0), []
-            for i, text in enumerate(TEXTS):
-                names = [f"{i}_{j}.png" for j in range(count)]
-                for file in names:
-                    pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
-                    Image.fromarray(pixels.numpy()).save(made[name] / file)
-                lines.append(json.dumps({"prompt": text, "image": names if count > 1 else names[0]}))
-            (made[name] / "prompts.jsonl").write_text("\n".join(lines))
+            write_prompts(made[name], TEXTS, height, width, count)
         return made[name]
 
     return folder
