@@ -19,7 +19,8 @@ from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.prompts.images import image_key
 
 BATCH = 32  # prompts encoded at once for the folder
-CACHED_PROMPTS = 512  # kept in memory
+CACHED_PROMPTS = 512  # kept in memory,
+CACHED_BYTES = 5e9  # but not more than so many bytes of them
 _Key = tuple[str, tuple[Path | bytes, ...]]  # a prompt's text and source images
 ABANDONED_SECONDS = 86400.0  # since an unfinished file was written last
 
@@ -35,7 +36,7 @@ class EmbeddingCache:
     Args:
         policy: encodes the prompts.
         folder: of the embeddings on disk, which `prepare` writes; None keeps embeddings in memory only.
-        size: number of prompts kept in memory; a prompt of SD3 with T5 takes 2.7 MB in bfloat16.
+        size: the most prompts kept in memory; a prompt of SD3 with T5 takes 2.7 MB in bfloat16.
         shape: of one latent sample, the size at which source images are encoded; not needed without them.
     """
 
@@ -107,7 +108,8 @@ class EmbeddingCache:
         for prompt in distinct:
             self.rows.move_to_end(prompt)
         rows = [self.rows[_key(prompt)] for prompt in prompts]
-        while len(self.rows) > self.size:
+        size = min(self.size, cached_prompts(sum(tensor.nbytes for tensor in rows[0].values())))
+        while len(self.rows) > size:
             self.rows.popitem(last=False)
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -142,6 +144,11 @@ class EmbeddingCache:
                 return True
         except (FileNotFoundError, SafetensorError):
             return False
+
+
+def cached_prompts(row_bytes: int) -> int:
+    """Return how many prompts an `EmbeddingCache` keeps in memory if an embedding takes so many bytes."""
+    return min(CACHED_PROMPTS, int(CACHED_BYTES // max(row_bytes, 1)))
 
 
 def _key(prompt: str | Prompt) -> _Key:

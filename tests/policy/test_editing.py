@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
@@ -216,6 +217,13 @@ def test_source_images_must_fit_the_model(folders, tiny_sd3_folder):
         check_source_images(klein, [two, Prompt("a cat")])
     for prompts in ([two, two], [one, one], [Prompt("a"), Prompt("b")]):
         check_source_images(klein, prompts)
+
+
+def test_a_missing_package_is_named(folders, monkeypatch):
+    monkeypatch.setattr(transformers, "Qwen2VLVideoProcessor", transformers.Qwen2VLVideoProcessor, raising=False)
+    monkeypatch.setattr(transformers, "Qwen2VLProcessor", transformers.Qwen2VLVideoProcessor)
+    with pytest.raises(UserError, match=r'model ".*": .* requires the Torchvision library .*; install it'):
+        load(folders("edit"))
 
 
 def test_source_channels_change_nothing_before_they_are_trained():

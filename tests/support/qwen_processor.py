@@ -1,10 +1,9 @@
-"""Qwen2-VL's processor, whose part for videos needs torchvision; without that, a processor of texts and images only."""
+"""Qwen2-VL's processor of texts and images, without its part for videos: that needs torchvision."""
 
 from copy import copy
 
 import transformers
-from transformers import Qwen2Tokenizer, Qwen2VLProcessor
-from transformers.utils import is_torchvision_available
+from transformers import Qwen2Tokenizer, Qwen2VLImageProcessorPil, Qwen2VLProcessor
 
 SPECIAL_TOKENS = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 
@@ -18,16 +17,12 @@ class WithoutVideos(Qwen2VLProcessor):
         super(Qwen2VLProcessor, self).__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
-if not is_torchvision_available():
-    WithoutVideos.__name__, WithoutVideos.__module__ = Qwen2VLProcessor.__name__, Qwen2VLProcessor.__module__
-    transformers.Qwen2VLProcessor = WithoutVideos  # where diffusers looks for it
+WithoutVideos.__name__, WithoutVideos.__module__ = Qwen2VLProcessor.__name__, Qwen2VLProcessor.__module__
+transformers.Qwen2VLProcessor = WithoutVideos  # where diffusers looks for it
 
 
 def tiny_qwen_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
     """Return a processor with a tokenizer's copy that knows the tokens of images, for images of 28 n px a side."""
     tokenizer = copy(tokenizer)
     tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL_TOKENS})
-    parts = {"image_processor": transformers.Qwen2VLImageProcessorPil(), "tokenizer": tokenizer}
-    if is_torchvision_available():
-        parts["video_processor"] = transformers.Qwen2VLVideoProcessor()
-    return transformers.Qwen2VLProcessor(**parts)
+    return WithoutVideos(image_processor=Qwen2VLImageProcessorPil(), tokenizer=tokenizer)
