@@ -7,8 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, QwenImageEditPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
 from safetensors.torch import load_file
@@ -220,9 +219,11 @@ def test_source_images_must_fit_the_model(folders, tiny_sd3_folder):
 
 
 def test_a_missing_package_is_named(folders, monkeypatch):
-    monkeypatch.setattr(transformers, "Qwen2VLVideoProcessor", transformers.Qwen2VLVideoProcessor, raising=False)
-    monkeypatch.setattr(transformers, "Qwen2VLProcessor", transformers.Qwen2VLVideoProcessor)
-    with pytest.raises(UserError, match=r'model ".*": .* requires the Torchvision library .*; install it'):
+    def without_torchvision(*args, **kwargs):
+        raise ImportError("\nVideoProcessor requires the Torchvision library\nbut it was not found. See the\npage")
+
+    monkeypatch.setattr(QwenImageEditPipeline, "from_pretrained", without_torchvision)
+    with pytest.raises(UserError, match=r'model ".*": VideoProcessor requires .* but it was not found; install it$'):
         load(folders("edit"))
 
 
