@@ -24,7 +24,8 @@ from fastflowgrpo.planning.micro_batch import with_micro_batch
 from fastflowgrpo.planning.passes import example_inputs
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
-from fastflowgrpo.policy.embeddings import EmbeddingCache, check_source_images
+from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.source_images import check_source_images
 from fastflowgrpo.prompts import Prompt, epoch_prompts
 from fastflowgrpo.prompts.geneval import MIX
 from fastflowgrpo.prompts.sources import run_prompts
@@ -353,7 +354,7 @@ class Trainer:
         embed = EmbeddingCache(self.policy, folder, shape=self.shape)
         if folder is not None:
             both = [Prompt(""), *self.train_prompts, *self.eval_prompts]
-            distinct = list({(prompt.text, prompt.image): prompt for prompt in both}.values())
+            distinct = list({(prompt.text, prompt.images): prompt for prompt in both}.values())
             embed.write(distinct[self.processes.rank :: self.processes.count])
             self.processes.wait()  # where the disk is not shared, each process then encodes what it lacks
             embed.prepare(distinct)

@@ -5,10 +5,12 @@ from functools import wraps
 
 import pytest
 import torch
+from support.edit_prompts import write_prompts
 from support.fake_gpu import CUDA, FakeGpu
 from support.pipelines import (
     tiny_flux2_klein_pipeline,
     tiny_flux_pipeline,
+    tiny_qwen_image_edit_plus_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
     tiny_wan_pipeline,
@@ -30,7 +32,9 @@ SIZES = {
     "zimage": (tiny_z_image_pipeline, {"height": 16, "width": 16}),
     "klein": (tiny_flux2_klein_pipeline, {"height": 16, "width": 16}),
     "wan": (tiny_wan_pipeline, {"height": 16, "width": 16, "num_frames": 3}),
+    "plus": (tiny_qwen_image_edit_plus_pipeline, {"height": 16, "width": 16}),
 }
+SOURCES = {"plus": 2, "klein": 1}  # images of a prompt
 ONCE_PER_PASS = ("transformer_qwenimage.compute_text_seq_len_from_mask", "z_image.predict")
 """Known waits: for a number that diffusers copies to the device, and for the lengths of Z-Image's prompts."""
 
@@ -43,7 +47,7 @@ def folders(tmp_path_factory):
         if family not in made:
             made[family] = tmp_path_factory.mktemp(family)
             SIZES[family][0]().save_pretrained(made[family])
-            (made[family] / "prompts.txt").write_text("a cat\ntwo dogs")
+            write_prompts(made[family], ["a cat", "two dogs"], 16, 16, SOURCES.get(family, 0))
         return made[family]
 
     return folder
@@ -91,7 +95,7 @@ def config_of(folder, output, family, algorithm="grpo", rank=4):
         trackers=[],
         reward_frames=2,
         policy=PolicyConfig(lora_rank=rank, lora_alpha=8, max_sequence_length=12, dtype="bfloat16"),
-        prompts=PromptsConfig(train=str(folder / "prompts.txt"), per_epoch=2),
+        prompts=PromptsConfig(train=str(next(folder.glob("prompts.*"))), per_epoch=2),
         rollout=RolloutConfig(group_size=2, num_steps=2, batch_size=2, **rollout, **SIZES[family][1]),
         update=UpdateConfig(algorithm=algorithm, batch_size=2, per_epoch=1, ema_decay=0.5),
         rewards={"jpeg_compressibility": 1},

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from support.edit_prompts import write_prompts
 from support.pipelines import (
     tiny_flux2_klein_pipeline,
+    tiny_flux_kontext_pipeline,
     tiny_flux_pipeline,
+    tiny_qwen_image_edit_pipeline,
+    tiny_qwen_image_edit_plus_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
     tiny_wan_pipeline,
@@ -24,7 +28,11 @@ BUILD = {
     "zimage": (tiny_z_image_pipeline, {}),
     "klein": (tiny_flux2_klein_pipeline, {}),
     "wan": (tiny_wan_pipeline, {"num_frames": 3}),
+    "kontext": (tiny_flux_kontext_pipeline, {}),
+    "edit": (tiny_qwen_image_edit_pipeline, {}),
+    "plus": (tiny_qwen_image_edit_plus_pipeline, {}),
 }
+SOURCES = {"kontext": 1, "edit": 1, "plus": 2, "klein": 2}  # images of a prompt
 
 
 def level(batch):
@@ -43,7 +51,7 @@ level_on_gpu.device = "cuda"
 def test_an_epoch_on_a_gpu(tmp_path, family, rank, monkeypatch):
     build, size = BUILD[family]
     build().save_pretrained(tmp_path / "model")
-    (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\nsnow\na hill")
+    prompts = write_prompts(tmp_path, ["a cat", "two dogs", "snow", "a hill"], 16, 16, SOURCES.get(family, 0))
     rewards = WeightedRewards({"host": level, "device": level_on_gpu}, {"host": 1.0, "device": 1.0})
     monkeypatch.setattr(fastflowgrpo.trainer, "build_rewards", lambda settings: rewards)
     config = Config(
@@ -51,7 +59,7 @@ def test_an_epoch_on_a_gpu(tmp_path, family, rank, monkeypatch):
         output_dir=str(tmp_path / "run"),
         trackers=[],
         policy=PolicyConfig(lora_rank=rank, lora_alpha=8, max_sequence_length=12, dtype="bfloat16"),
-        prompts=PromptsConfig(train=str(tmp_path / "prompts.txt"), per_epoch=4),
+        prompts=PromptsConfig(train=str(prompts), per_epoch=4),
         rollout=RolloutConfig(
             group_size=2, num_steps=3, window_size=1, window_start=(0, 1), batch_size=2, height=16, width=16, **size
         ),

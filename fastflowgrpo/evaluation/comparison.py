@@ -16,7 +16,8 @@ from fastflowgrpo.evaluation.statistics import SectionStatistics, difference, st
 from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.evaluation.tables import Table, markdown
 from fastflowgrpo.policy import Policy, load_policy
-from fastflowgrpo.policy.embeddings import EmbeddingCache, check_source_images
+from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.source_images import check_source_images
 from fastflowgrpo.policy.trained import load_trained
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.prompts.sources import evaluation_prompts, run_prompts

@@ -20,7 +20,7 @@ Memory of a process, in bytes:
   unconditional one; algorithms without log-probs keep only the last latents. With rollout.offload_trajectory the
   steps of one batch or of two micro-batches are there at a time, and the others on the CPU.
 - old policy: 4 for each trained parameter, for nft and awm.
-- embeddings: those of the process's groups, and the 512 in the cache.
+- embeddings: those of the process's groups, and the 512, or the 5 GB of them, in the cache.
 - passes: the larger of two sums, since the two phases do not overlap: the forward pass of a rollout (or evaluation)
   with the decoding of the previous images; the forward and backward pass of an update. Full training in a lower
   precision adds autocast's copy of the trained weights, and quantisation the dequantised copies of the largest weight.
@@ -45,7 +45,7 @@ from fastflowgrpo.planning.passes import Passes, run_passes
 from fastflowgrpo.planning.plan import Plan, batch_plan
 from fastflowgrpo.planning.roofline import Work
 from fastflowgrpo.policy import component_dtypes
-from fastflowgrpo.policy.embeddings import BATCH, CACHED_PROMPTS
+from fastflowgrpo.policy.embeddings import BATCH, cached_prompts
 from fastflowgrpo.policy.quantization import quantised_bytes
 from fastflowgrpo.sampling.rollout import sliding_start
 from fastflowgrpo.sampling.window import rollout_passes
@@ -161,7 +161,7 @@ def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
         "optimiser": state_bytes(passes.trained_sizes, config.update.optimizer),
         "average": passes.trained * FLOAT32 if config.update.ema_decay else 0,
         "trajectory": images * kept + on_device * steps,
-        "embeddings": (CACHED_PROMPTS + groups) * passes.conditioning,
+        "embeddings": (cached_prompts(passes.conditioning) + groups) * passes.conditioning,
     }
     if objective.uses_old_policy:
         memory["old policy"] = passes.trained * FLOAT32

@@ -13,6 +13,7 @@ from fastflowgrpo.planning.meter import Cost, measure
 from fastflowgrpo.policy import Conditioning, Policy, component_dtypes, family_of, with_default_rank
 from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.policy.quantization import linear_layers
+from fastflowgrpo.policy.source_images import sources_per_prompt
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,9 @@ def example_inputs(policy: Policy, config: Config, batch_size: int) -> tuple[Ten
     rollout = config.rollout
     shape = policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
     latents = torch.empty(batch_size, *shape, dtype=policy.dtype, device=policy.device)
-    conditioning = policy.example_conditioning(batch_size)
-    if policy.edits_images:
-        conditioning["source"] = torch.empty_like(latents)
+    num_images = sources_per_prompt(policy, config)
+    if num_images:
+        conditioning = policy.example_edit(batch_size, shape, num_images)
+    else:
+        conditioning = policy.example_conditioning(batch_size)
     return latents, torch.empty(batch_size, device=policy.device), conditioning

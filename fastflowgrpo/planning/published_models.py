@@ -92,6 +92,61 @@ _Z_IMAGE: Mapping[str, Component] = {
     "text_encoder": ("Qwen3Model", _QWEN3_4B),
 }
 
+_FLUX_DEV: Mapping[str, Component] = {
+    "pipeline": ("FluxPipeline", {}),
+    "transformer": (
+        "FluxTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 64,
+            "num_layers": 19,
+            "num_single_layers": 38,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "pooled_projection_dim": 768,
+            "guidance_embeds": True,
+            "axes_dims_rope": (16, 56, 56),
+        },
+    ),
+    "vae": ("AutoencoderKL", {**_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
+    "text_encoder": ("CLIPTextModel", {k: v for k, v in _CLIP_L[1].items() if k != "projection_dim"}),
+    "text_encoder_2": ("T5EncoderModel", _T5_XXL),
+}
+_QWEN_IMAGE: Mapping[str, Component] = {
+    "pipeline": ("QwenImagePipeline", {}),
+    "transformer": (
+        "QwenImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 60,
+            "attention_head_dim": 128,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 3584,
+            "axes_dims_rope": (16, 56, 56),
+        },
+    ),
+    "vae": ("AutoencoderKLQwenImage", {"base_dim": 96, "z_dim": 16}),
+    "text_encoder": (
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "text_config": {
+                "hidden_size": 3584,
+                "intermediate_size": 18944,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "vocab_size": 152064,
+            },
+            "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584},
+            "tie_word_embeddings": False,
+        },
+    ),
+}
+_QWEN_IMAGE_EDIT_PLUS = {**_QWEN_IMAGE, "pipeline": ("QwenImageEditPlusPipeline", {})}
+
 
 def _klein(
     layers: int, single_layers: int, heads: int, encoder: Mapping[str, Any], distilled: bool
@@ -136,58 +191,14 @@ PUBLISHED: Mapping[str, Mapping[str, Component]] = {
     },
     "stabilityai/stable-diffusion-3.5-large": _SD35_LARGE,
     "stabilityai/stable-diffusion-3.5-large-turbo": _SD35_LARGE,
-    "black-forest-labs/FLUX.1-dev": {
-        "pipeline": ("FluxPipeline", {}),
-        "transformer": (
-            "FluxTransformer2DModel",
-            {
-                "patch_size": 1,
-                "in_channels": 64,
-                "num_layers": 19,
-                "num_single_layers": 38,
-                "attention_head_dim": 128,
-                "num_attention_heads": 24,
-                "joint_attention_dim": 4096,
-                "pooled_projection_dim": 768,
-                "guidance_embeds": True,
-                "axes_dims_rope": (16, 56, 56),
-            },
-        ),
-        "vae": ("AutoencoderKL", {**_VAE, "scaling_factor": 0.3611, "shift_factor": 0.1159}),
-        "text_encoder": ("CLIPTextModel", {k: v for k, v in _CLIP_L[1].items() if k != "projection_dim"}),
-        "text_encoder_2": ("T5EncoderModel", _T5_XXL),
-    },
-    "Qwen/Qwen-Image": {
-        "pipeline": ("QwenImagePipeline", {}),
-        "transformer": (
-            "QwenImageTransformer2DModel",
-            {
-                "patch_size": 2,
-                "in_channels": 64,
-                "out_channels": 16,
-                "num_layers": 60,
-                "attention_head_dim": 128,
-                "num_attention_heads": 24,
-                "joint_attention_dim": 3584,
-                "axes_dims_rope": (16, 56, 56),
-            },
-        ),
-        "vae": ("AutoencoderKLQwenImage", {"base_dim": 96, "z_dim": 16}),
-        "text_encoder": (
-            "Qwen2_5_VLForConditionalGeneration",
-            {
-                "text_config": {
-                    "hidden_size": 3584,
-                    "intermediate_size": 18944,
-                    "num_hidden_layers": 28,
-                    "num_attention_heads": 28,
-                    "num_key_value_heads": 4,
-                    "vocab_size": 152064,
-                },
-                "vision_config": {"hidden_size": 1280, "out_hidden_size": 3584},
-                "tie_word_embeddings": False,
-            },
-        ),
+    "black-forest-labs/FLUX.1-dev": _FLUX_DEV,
+    "black-forest-labs/FLUX.1-Kontext-dev": {**_FLUX_DEV, "pipeline": ("FluxKontextPipeline", {})},
+    "Qwen/Qwen-Image": _QWEN_IMAGE,
+    "Qwen/Qwen-Image-Edit": {**_QWEN_IMAGE, "pipeline": ("QwenImageEditPipeline", {})},
+    "Qwen/Qwen-Image-Edit-2509": _QWEN_IMAGE_EDIT_PLUS,
+    "Qwen/Qwen-Image-Edit-2511": {
+        **_QWEN_IMAGE_EDIT_PLUS,
+        "transformer": ("QwenImageTransformer2DModel", {**_QWEN_IMAGE["transformer"][1], "zero_cond_t": True}),
     },
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": {
         "pipeline": ("WanPipeline", {}),

@@ -22,7 +22,7 @@ from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.lora import add_lora, load_lora, load_lora_weights, save_lora, without_lora
 from fastflowgrpo.policy.offload import OffloadedModule
-from fastflowgrpo.policy.protocol import Conditioning
+from fastflowgrpo.policy.protocol import SOURCE, Conditioning
 from fastflowgrpo.policy.quantization import prepare_quantised, quantise_reference
 from fastflowgrpo.policy.sharded_loading import read_shards
 from fastflowgrpo.policy.weights import FULL
@@ -38,8 +38,8 @@ class DiffusersPolicy(ABC):
 
     The methods of `Policy` that stand here without a docstring are described there. A family adds `encode`,
     `latent_shape`, `predict` and `example_conditioning`. It overrides `sigmas` if its pipeline passes sigmas or a shift
-    to its scheduler, `decode_batch` and, if it edits images, `encode_source` for a VAE other than FLUX's and SD3's, and
-    what else differs.
+    to its scheduler, `decode_batch` and, if it takes source images, `encode_batch` for a VAE other than FLUX's and
+    SD3's, and what else differs.
 
     Args:
         pipeline: on the device where it runs, its components in the dtypes of `component_dtypes`; its transformer is
@@ -57,6 +57,7 @@ class DiffusersPolicy(ABC):
     """Whether attention gets a mask, which some backends do not take."""
     makes_videos: ClassVar[bool] = False
     edits_images: bool = False
+    max_sources: int = 0
 
     def __init__(self, pipeline: DiffusionPipeline, config: PolicyConfig):
         self.pipeline, self.config = pipeline, config
@@ -177,12 +178,30 @@ class DiffusersPolicy(ABC):
         vae = self.pipeline.vae
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
 
+    def encode_batch(self, pixels: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W) with values of [-1, 1], in the VAE's dtype: the inverse of `decode_batch`."""
+        vae = self.pipeline.vae
+        return (vae.encode(pixels).latent_dist.mode() - vae.config.shift_factor) * vae.config.scaling_factor
+
     @torch.no_grad()
-    def encode_source(self, image: Path | bytes, shape: tuple[int, ...]) -> Tensor:
-        vae, factor = self.pipeline.vae, self.pipeline.vae_scale_factor
-        pixels = read_image(image, shape[1] * factor, shape[2] * factor)[None].to(self.device, vae.dtype) / 127.5 - 1
-        latents = vae.encode(pixels).latent_dist.mode()
-        return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).to(self.dtype).contiguous()
+    def encode_sources(self, images: Sequence[Path | bytes], shape: tuple[int, ...]) -> Tensor:
+        """Encode the source images of an edit to latents, (1, N, C, H, W); arguments as in `encode_edit`."""
+        height, width = self.image_size(shape)
+        pixels = [read_image(image, height, width)[None].to(self.device, self.pipeline.vae.dtype) for image in images]
+        return torch.stack([self.encode_batch(image / 127.5 - 1) for image in pixels], 1).to(self.dtype).contiguous()
+
+    def encode_edit(self, prompt: str, images: Sequence[Path | bytes], shape: tuple[int, ...]) -> Conditioning:
+        return {**self.encode([prompt]), SOURCE: self.encode_sources(images, shape)}
+
+    def example_edit(self, batch_size: int, shape: tuple[int, ...], num_images: int) -> Conditioning:
+        """Return tensors like those of `encode_edit`, as `example_conditioning` does."""
+        source = torch.empty(batch_size, num_images, *shape, dtype=self.dtype, device=self.device)
+        return {**self.example_conditioning(batch_size), SOURCE: source}
+
+    def image_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Return (height, width) in pixels of the image that a latent sample of a shape is decoded to."""
+        factor = self.pipeline.vae_scale_factor
+        return shape[-2] * factor, shape[-1] * factor
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -19,15 +19,16 @@ from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.prompts.images import image_key
 
 BATCH = 32  # prompts encoded at once for the folder
-CACHED_PROMPTS = 512  # kept in memory
-_Key = tuple[str, Path | bytes | None]  # a prompt's text and source image
+CACHED_PROMPTS = 512  # kept in memory,
+CACHED_BYTES = 5e9  # but not more than so many bytes of them
+_Key = tuple[str, tuple[Path | bytes, ...]]  # a prompt's text and source images
 ABANDONED_SECONDS = 86400.0  # since an unfinished file was written last
 
 
 class EmbeddingCache:
     """Encodes each distinct prompt once and keeps the last ones in memory, or all of them in a folder.
 
-    A prompt with a source image has the encoded image in its embedding too.
+    A prompt with source images has the encoded images in its embedding too.
 
     Runs and processes may share the folder: a file's name is a hash of its prompt and of `Policy.encoder_key`, and a
     file gets its name only when it is complete.
@@ -35,7 +36,7 @@ class EmbeddingCache:
     Args:
         policy: encodes the prompts.
         folder: of the embeddings on disk, which `prepare` writes; None keeps embeddings in memory only.
-        size: number of prompts kept in memory; a prompt of SD3 with T5 takes 2.7 MB in bfloat16.
+        size: the most prompts kept in memory; a prompt of SD3 with T5 takes 2.7 MB in bfloat16.
         shape: of one latent sample, the size at which source images are encoded; not needed without them.
     """
 
@@ -107,18 +108,20 @@ class EmbeddingCache:
         for prompt in distinct:
             self.rows.move_to_end(prompt)
         rows = [self.rows[_key(prompt)] for prompt in prompts]
-        while len(self.rows) > self.size:
+        size = min(self.size, cached_prompts(sum(tensor.nbytes for tensor in rows[0].values())))
+        while len(self.rows) > size:
             self.rows.popitem(last=False)
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _encode(self, prompts: list[_Key]) -> list[Conditioning]:
-        encoded = self.policy.encode([text for text, _ in prompts])
+        texts = [text for text, images in prompts if not images]
+        encoded = self.policy.encode(texts) if texts else {}
         # clone: a view would keep the whole batch alive
-        rows = [{name: tensor[i].clone() for name, tensor in encoded.items()} for i in range(len(prompts))]
-        for row, (_, image) in zip(rows, prompts, strict=True):
-            if image is not None:
-                row["source"] = self.policy.encode_source(image, self.shape)[0]
-        return rows
+        rows = iter([{name: tensor[i].clone() for name, tensor in encoded.items()} for i in range(len(texts))])
+        return [self._edit(text, images) if images else next(rows) for text, images in prompts]
+
+    def _edit(self, text: str, images: Sequence[Path | bytes]) -> Conditioning:
+        return {name: tensor[0] for name, tensor in self.policy.encode_edit(text, images, self.shape).items()}
 
     def _read(self, prompt: _Key) -> Conditioning:
         try:
@@ -130,8 +133,8 @@ class EmbeddingCache:
 
     def _path(self, prompt: _Key) -> Path:
         assert self.folder is not None
-        text, image = prompt
-        source = "" if image is None else f"\n{self.shape} {image_key(image)}"
+        text, images = prompt
+        source = f"\n{self.shape} {[image_key(image) for image in images]}" if images else ""
         return self.folder / (hashlib.sha256(f"{self.key} {text}{source}".encode()).hexdigest() + ".safetensors")
 
     def _has(self, prompt: _Key) -> bool:
@@ -143,24 +146,10 @@ class EmbeddingCache:
             return False
 
 
+def cached_prompts(row_bytes: int) -> int:
+    """Return how many prompts an `EmbeddingCache` keeps in memory if an embedding takes so many bytes."""
+    return min(CACHED_PROMPTS, int(CACHED_BYTES // max(row_bytes, 1)))
+
+
 def _key(prompt: str | Prompt) -> _Key:
-    return (prompt, None) if isinstance(prompt, str) else (prompt.text, prompt.image)
-
-
-def check_source_images(policy: Policy, prompts: Iterable[Prompt]) -> None:
-    """Check that prompts have source images if, and only if, the policy edits images.
-
-    Raises:
-        UserError: one does not; names it.
-    """
-    for prompt in prompts:
-        if policy.edits_images and prompt.image is None:
-            raise UserError(
-                f"the model edits images, but the prompt {prompt.text!r} has none: give prompts as a .jsonl with the "
-                'key "image" or as a folder of NAME.png and NAME.txt'
-            )
-        if prompt.image is not None and not policy.edits_images:
-            raise UserError(
-                f"the prompt {prompt.text!r} has a source image, but the model makes images from text alone: take an "
-                "editing model (docs/editing.md) or prompts without `image`"
-            )
+    return (prompt, ()) if isinstance(prompt, str) else (prompt.text, prompt.images)

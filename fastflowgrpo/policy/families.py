@@ -6,6 +6,7 @@ from fastflowgrpo.policy.flux import FluxPolicy
 from fastflowgrpo.policy.flux2 import Flux2KleinPolicy, Flux2Policy
 from fastflowgrpo.policy.flux_kontext import FluxKontextPolicy
 from fastflowgrpo.policy.qwen_image import QwenImagePolicy
+from fastflowgrpo.policy.qwen_image_edit import QwenImageEditPlusPolicy, QwenImageEditPolicy
 from fastflowgrpo.policy.sd3 import SD3Policy
 from fastflowgrpo.policy.wan import WanPolicy
 from fastflowgrpo.policy.z_image import ZImagePolicy
@@ -15,6 +16,8 @@ FAMILIES: dict[str, type[DiffusersPolicy]] = {
     "FluxPipeline": FluxPolicy,
     "FluxKontextPipeline": FluxKontextPolicy,
     "QwenImagePipeline": QwenImagePolicy,
+    "QwenImageEditPipeline": QwenImageEditPolicy,
+    "QwenImageEditPlusPipeline": QwenImageEditPlusPolicy,
     "WanPipeline": WanPolicy,
     "ZImagePipeline": ZImagePolicy,
     "Flux2Pipeline": Flux2Policy,

@@ -15,13 +15,19 @@ from fastflowgrpo.policy.latents import latent_size, reject_num_frames
 from fastflowgrpo.policy.protocol import Conditioning
 from fastflowgrpo.policy.schedules import shifted_sigmas
 from fastflowgrpo.policy.sd3 import SD3Policy
+from fastflowgrpo.policy.source_images import SEVERAL, num_sources, text_embeddings, with_source_tokens
 
 
 class Flux2Policy(DiffusersPolicy):
     """The transformer of a `Flux2Pipeline`, whose call has no classifier-free guidance.
 
     Latents are (C, H, W), one per token: 2 x 2 of the VAE's, normalised by the statistics of its batch norm.
+
+    Prompts may have reference images, whose tokens follow those of the sample, with 10, 20, ... as the first of their
+    coordinates. The pipelines keep the size of a reference of up to a megapixel. Here it gets the size of the result.
     """
+
+    max_sources = SEVERAL
 
     lora_targets = (
         *SD3Policy.lora_targets,
@@ -38,9 +44,7 @@ class Flux2Policy(DiffusersPolicy):
         self._mean = norm.running_mean.view(1, -1, 1, 1)
         self._std = torch.sqrt(norm.running_var.view(1, -1, 1, 1) + pipeline.vae.config.batch_norm_eps)
         # Computed on the host, and the copy to the device waits for it: once for each size and length.
-        self._positions = lru_cache(maxsize=8)(
-            lambda h, w: pipeline._prepare_latent_ids(torch.empty(1, 1, h, w)).to(self.device)
-        )
+        self._positions = lru_cache(maxsize=8)(self._image_positions)
         self._text_positions = lru_cache(maxsize=8)(
             lambda length: pipeline._prepare_text_ids(torch.empty(1, length, 1)).to(self.device)
         )
@@ -74,21 +78,37 @@ class Flux2Policy(DiffusersPolicy):
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         distilled = self.module.config.guidance_embeds
+        tokens = _pack(latents)
         velocity = self.transformer(
-            hidden_states=latents.flatten(2).transpose(1, 2),
+            hidden_states=with_source_tokens(tokens, conditioning, _pack),
             # the pipelines round it like this
             timestep=(sigma * 1000).to(latents.dtype) / 1000,
             guidance=torch.full_like(sigma, self.config.distilled_guidance) if distilled else None,
             txt_ids=self._text_positions(conditioning["encoder_hidden_states"].shape[1]),
-            img_ids=self._positions(*latents.shape[-2:]),
+            img_ids=self._positions(*latents.shape[-2:], num_sources(conditioning)),
             return_dict=False,
-            **conditioning,
+            **text_embeddings(conditioning),
         )[0]
-        return velocity.transpose(1, 2).reshape(latents.shape)
+        return velocity[:, : tokens.shape[1]].transpose(1, 2).reshape(latents.shape)
+
+    def _image_positions(self, height: int, width: int, references: int) -> Tensor:
+        """Return the coordinates of the tokens of a sample and of its references."""
+        latents = torch.empty(1, 1, height, width)
+        positions = [self.pipeline._prepare_latent_ids(latents)]
+        if references:
+            positions.append(self.pipeline._prepare_image_ids([latents] * references))
+        return torch.cat(positions, 1).to(self.device)
 
     def decode_batch(self, latents: Tensor) -> Tensor:
         latents = F.pixel_shuffle(latents * self._std + self._mean, 2)
         return self.pipeline.vae.decode(latents, return_dict=False)[0]
+
+    def encode_batch(self, pixels: Tensor) -> Tensor:
+        return (F.pixel_unshuffle(self.pipeline.vae.encode(pixels).latent_dist.mode(), 2) - self._mean) / self._std
+
+    def image_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        height, width = super().image_size(shape)
+        return 2 * height, 2 * width
 
 
 class Flux2KleinPolicy(Flux2Policy):
@@ -105,3 +125,8 @@ class Flux2KleinPolicy(Flux2Policy):
     @property
     def pipeline_guides(self) -> bool:
         return not self.pipeline.config.is_distilled
+
+
+def _pack(latents: Tensor) -> Tensor:
+    """Latents (B, C, H, W) as tokens (B, H W, C)."""
+    return latents.flatten(2).transpose(1, 2)

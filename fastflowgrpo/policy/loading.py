@@ -51,7 +51,8 @@ def load_policy(
             before this rank reads its part of the weights.
 
     Raises:
-        UserError: there is no such pipeline, its family is not supported, or it cannot be quantised here.
+        UserError: there is no such pipeline, its family is not supported, it needs a package that is not installed, or
+            it cannot be quantised here.
     """
     config = with_default_rank(model, config)
     quantization = quantization_config(config)
@@ -77,6 +78,9 @@ def load_policy(
             f'model "{source}" is neither a diffusers folder nor a hub id that can be read ({reason}); '
             "a gated model needs `hf auth login`"
         ) from error
+    except ImportError as error:
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise UserError(f'model "{source}": {reason}; install it') from error
     if shard is None or not is_full:
         policy = family(pipeline.to(device), config)
     else:

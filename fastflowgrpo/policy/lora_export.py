@@ -133,6 +133,8 @@ ORIGINAL: dict[str, dict[str, tuple[str, Layers]]] = {
     "Flux2KleinPipeline": FLUX2,
 }
 ORIGINAL["FluxKontextPipeline"] = ORIGINAL["FluxPipeline"]
+QWEN_IMAGE = ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline")
+ORIGINAL |= dict.fromkeys(QWEN_IMAGE, ORIGINAL["QwenImagePipeline"])
 
 
 def read_lora(file: Path) -> dict[str, Factors]:
@@ -170,7 +172,7 @@ def comfyui(family: str, lora: Lora) -> dict[str, Tensor]:
     layers: Lora
     if family in ("WanPipeline", "Flux2Pipeline", "Flux2KleinPipeline"):
         layers, prefix = _original_layers("comfyui", family, lora), "diffusion_model."
-    elif family == "QwenImagePipeline":
+    elif family in QWEN_IMAGE:
         layers, prefix = lora, "diffusion_model."
     else:  # ComfyUI maps diffusers' names of these to its own
         _check_family("comfyui", family)

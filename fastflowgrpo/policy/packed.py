@@ -10,6 +10,7 @@ from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.policy.latents import latent_size, pack, reject_num_frames, unpack
 from fastflowgrpo.policy.protocol import Conditioning
 from fastflowgrpo.policy.schedules import shifted_sigmas, token_shift
+from fastflowgrpo.policy.source_images import text_embeddings, with_source_tokens
 
 
 class PackedPolicy(DiffusersPolicy):
@@ -31,15 +32,16 @@ class PackedPolicy(DiffusersPolicy):
         return shifted_sigmas(scheduler, num_steps, token_shift(scheduler, shape[1] // 2 * (shape[2] // 2)))
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        tokens = pack(latents)
         velocity = self.transformer(
-            hidden_states=pack(latents),
+            hidden_states=with_source_tokens(tokens, conditioning, pack),
             # the pipelines round it like this
             timestep=(sigma * 1000).to(latents.dtype) / 1000,
             return_dict=False,
-            **conditioning,
+            **text_embeddings(conditioning),
             **self.extra_inputs(latents, sigma, conditioning),
         )[0]
-        return unpack(velocity, *latents.shape[-2:])
+        return unpack(velocity[:, : tokens.shape[1]], *latents.shape[-2:])
 
     @abstractmethod
     def extra_inputs(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> dict[str, Any]:

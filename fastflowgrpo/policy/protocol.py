@@ -1,5 +1,6 @@
 """What sampling, learning and evaluation need of a model."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -10,7 +11,9 @@ from torch import Tensor
 Conditioning = dict[str, Tensor]
 """Prompt embeddings under the names of the transformer's arguments; every tensor has one row per prompt.
 
-Of an edit, `source` is the encoded source image."""
+Of an edit, SOURCE is the latents of the source images, (B, N, C, H, W). If the text encoder sees the images, the
+tensors of the empty prompt with the same images are there too, under names that begin with EMPTY."""
+SOURCE, EMPTY = "source", "empty."
 
 
 class Policy(Protocol):
@@ -18,6 +21,8 @@ class Policy(Protocol):
 
     edits_images: bool
     """Whether every prompt has a source image."""
+    max_sources: int
+    """The most source images of a prompt; 0 for a model that makes images from text alone."""
     dtype: torch.dtype
     device: torch.device
     transformer: torch.nn.Module
@@ -35,20 +40,27 @@ class Policy(Protocol):
         """
 
     def encode(self, prompts: list[str]) -> Conditioning:
-        """Embed prompts, one row each, without gradients; inside `encoding`."""
+        """Embed prompts without source images, one row each, without gradients; inside `encoding`.
+
+        A model whose text encoder sees the images embeds none of them: it returns no tensors.
+        """
 
     def example_conditioning(self, batch_size: int) -> Conditioning:
         """Return tensors of the shapes, dtypes and device that `encode` gives for prompts, with arbitrary contents."""
 
+    def example_edit(self, batch_size: int, shape: tuple[int, ...], num_images: int) -> Conditioning:
+        """Return tensors like those of `encode_edit`, as `example_conditioning` does."""
+
     def encoding(self) -> AbstractContextManager[None]:
         """Return a context in which the text encoders are where `encode` needs them."""
 
-    def encode_source(self, image: Path | bytes, shape: tuple[int, ...]) -> Tensor:
-        """Encode the source image of an edit, without gradients; one row, which the conditioning has as `source`.
+    def encode_edit(self, prompt: str, images: Sequence[Path | bytes], shape: tuple[int, ...]) -> Conditioning:
+        """Embed a prompt and encode its source images: one row, without gradients; inside `encoding`.
 
         Args:
-            image: as in `read_image`.
-            shape: of one latent sample; the image is scaled and cut to the size that it is decoded to.
+            prompt: the instruction.
+            images: as in `read_image`.
+            shape: of one latent sample; the images are scaled and cut to the size that it is decoded to.
         """
 
     def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from fastflowgrpo.policy.latents import latent_statistics
 from fastflowgrpo.policy.packed import PackedPolicy
 from fastflowgrpo.policy.protocol import Conditioning
 from fastflowgrpo.policy.sd3 import SD3Policy
+from fastflowgrpo.policy.source_images import num_sources
 
 
 class QwenImagePolicy(PackedPolicy):
@@ -36,16 +37,26 @@ class QwenImagePolicy(PackedPolicy):
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
         embeds, mask = self.pipeline.encode_prompt(prompts, max_sequence_length=self.sequence_length)
+        return self.padded(embeds, mask, self.sequence_length)
+
+    def padded(self, embeds: Tensor, mask: Tensor | None, length: int) -> Conditioning:
+        """Return what the pipeline's `encode_prompt` gives, padded or cut to a length.
+
+        All prompts get the same length, so that a sample does not depend on the others in its batch.
+        """
         mask = torch.ones(embeds.shape[:2], device=embeds.device) if mask is None else mask
-        # All prompts get the same length, so that a sample does not depend on the others in its batch.
-        padding = self.sequence_length - embeds.shape[1]
+        padding = length - embeds.shape[1]
         return {
             "encoder_hidden_states": F.pad(embeds.to(self.dtype), (0, 0, 0, padding)),
             "encoder_hidden_states_mask": F.pad(mask.bool(), (0, padding)),
         }
 
     def example_conditioning(self, batch_size: int) -> Conditioning:
-        size, width = (batch_size, self.sequence_length), self.module.config.joint_attention_dim
+        return self.example_embeddings(batch_size, self.sequence_length)
+
+    def example_embeddings(self, batch_size: int, length: int) -> Conditioning:
+        """Return tensors like those of `padded`, with arbitrary contents."""
+        size, width = (batch_size, length), self.module.config.joint_attention_dim
         return {
             "encoder_hidden_states": torch.empty(*size, width, dtype=self.dtype, device=self.device),
             "encoder_hidden_states_mask": torch.ones(size, dtype=torch.bool, device=self.device),
@@ -53,8 +64,13 @@ class QwenImagePolicy(PackedPolicy):
 
     def extra_inputs(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> dict[str, Any]:
         height, width = latents.shape[-2:]
-        return {"img_shapes": [[(1, height // 2, width // 2)]] * len(latents)}
+        images = [(1, height // 2, width // 2)] * (1 + num_sources(conditioning))
+        return {"img_shapes": [images] * len(latents)}
 
     def decode_batch(self, latents: Tensor) -> Tensor:
         latents = latents.unsqueeze(2) * self._std + self._mean
         return self.pipeline.vae.decode(latents, return_dict=False)[0][:, :, 0]
+
+    def encode_batch(self, pixels: Tensor) -> Tensor:
+        latents = self.pipeline.vae.encode(pixels.unsqueeze(2)).latent_dist.mode()
+        return ((latents - self._mean) / self._std).squeeze(2)

@@ -12,7 +12,8 @@ from torch import Tensor
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.policy.latents import latent_size, reject_num_frames
-from fastflowgrpo.policy.protocol import Conditioning
+from fastflowgrpo.policy.protocol import SOURCE, Conditioning
+from fastflowgrpo.policy.source_images import text_embeddings
 
 
 class SD3Policy(DiffusersPolicy):
@@ -36,6 +37,7 @@ class SD3Policy(DiffusersPolicy):
     def __init__(self, pipeline: StableDiffusion3Pipeline, config: PolicyConfig):
         super().__init__(pipeline, config)
         self.edits_images = self.module.config.in_channels == 2 * self.module.config.out_channels
+        self.max_sources = int(self.edits_images)
 
     @classmethod
     def default_sequence_length(cls, absent: Collection[str]) -> int:
@@ -67,10 +69,11 @@ class SD3Policy(DiffusersPolicy):
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         timestep = sigma * self.pipeline.scheduler.config.num_train_timesteps
-        if "source" in conditioning:
-            latents = torch.cat([latents, conditioning["source"]], 1)
-            conditioning = {name: tensor for name, tensor in conditioning.items() if name != "source"}
-        return self.transformer(hidden_states=latents, timestep=timestep, return_dict=False, **conditioning)[0]
+        if SOURCE in conditioning:
+            latents = torch.cat([latents, conditioning[SOURCE].flatten(1, 2)], 1)
+        return self.transformer(
+            hidden_states=latents, timestep=timestep, return_dict=False, **text_embeddings(conditioning)
+        )[0]
 
     def _attention_sample(self, name: str) -> Tensor:
         # diffusers' dispatcher does not know SD3's layers; apart from their own attention there is one for xformers.

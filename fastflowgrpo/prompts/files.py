@@ -20,8 +20,8 @@ def load_prompts(source: str) -> list[Prompt]:
     Args:
         source: a UTF-8 file: .txt with one prompt a line, or .jsonl with one GenEval metadata object a line (see
             `check_metadata`) whose text is under "prompt". A line with the source image of an edit under "image", a
-            path relative to the file, need not have GenEval's keys. Blank lines are skipped. Or a folder, as in
-            `load_pairs`, or a column of a table, as in `load_table`.
+            path relative to the file or a list of paths, need not have GenEval's keys. Blank lines are skipped. Or a
+            folder, as in `load_pairs`, or a column of a table, as in `load_table`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -54,22 +54,34 @@ def load_prompts(source: str) -> list[Prompt]:
 
 
 def _json_prompt(line: str, folder: Path, where: str) -> Prompt:
-    """The prompt of a line; the path of its image is relative to the folder."""
+    """The prompt of a line; the paths of its images are relative to the folder."""
     try:
-        metadata, image = json.loads(line), None
+        metadata, images = json.loads(line), []
         if isinstance(metadata, dict) and "image" in metadata:
-            name = _field(metadata, "image", "", "the path of an image", _is_text)
-            try:
-                image = check_image(folder / name)
-            except ValueError as error:
-                raise ValueError(f"image: {error}") from None
+            images = _images(metadata, folder)
         else:
             check_metadata(metadata)
-        return Prompt(_field(metadata, "prompt", "", "the prompt's text", _is_text), metadata, image)
+        text = _field(metadata, "prompt", "", "the prompt's text", _is_text)
+        return Prompt(text, metadata, images[0] if images else None, tuple(images[1:]))
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _images(metadata: dict[str, Any], folder: Path) -> list[Path]:
+    """The files under "image"."""
+    found = _field(metadata, "image", "", "the path of an image, or a list of paths", _is_text_or_list)
+    names, images = found if isinstance(found, list) else [found], []
+    for i, name in enumerate(names):
+        where = f"image[{i}]" if isinstance(found, list) else "image"
+        if not _is_text(name):
+            raise ValueError(f"{where}: expected the path of an image, got {name!r}")
+        try:
+            images.append(check_image(folder / name))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    return images
 
 
 def check_metadata(metadata: Any) -> None:
@@ -124,6 +136,10 @@ def _field(parent: dict[str, Any], key: str, where: str, expected: str, valid: C
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
+
+
+def _is_text_or_list(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, list) and bool(value))
 
 
 def _is_int(value: Any) -> bool:

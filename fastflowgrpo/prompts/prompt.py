@@ -1,4 +1,4 @@
-"""A prompt, its metadata and its source image."""
+"""A prompt, its metadata and its source images."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,15 @@ class Prompt:
         text: the prompt, or the instruction of an editing model.
         metadata: what rewards may use, such as GenEval's; {} for a plain text.
         image: the image that an editing model starts from, as a file or a file's contents; None for text-to-image.
+        references: further images, for models that take several.
     """
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
     image: Path | bytes | None = None
+    references: tuple[Path | bytes, ...] = ()
+
+    @property
+    def images(self) -> tuple[Path | bytes, ...]:
+        """The source images: `image` and the references; none for text-to-image."""
+        return () if self.image is None else (self.image, *self.references)

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from fastflowgrpo.config import PRIVATE_REWARD_SETTINGS, START_SETTINGS, Config, read_run
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy import FAMILIES
+from fastflowgrpo.policy.source_images import sources_per_prompt
 from fastflowgrpo.policy.weights import FULL, LORA, holds_weights
 from fastflowgrpo.results import versions
 from fastflowgrpo.runs.files import BEFORE_AFTER, CURVE, METRICS, read_rows, writing
@@ -73,7 +74,7 @@ def _metadata(config: Config, checkpoint: Path, name: str) -> ModelCardData:
     pipeline = getattr(diffusers, _index(config)["_class_name"])
     parameters = inspect.signature(pipeline.__call__).parameters
     task = "text-to-video" if "num_frames" in parameters else "text-to-image"
-    if FAMILIES[pipeline.__name__].edits_images or config.model == "shapes_edit":
+    if _num_sources(config):
         task = "image-to-image"
     on_the_hub = config.model not in BUNDLED and not Path(config.model).exists()
     return ModelCardData(
@@ -152,7 +153,7 @@ def _use(config: Config, checkpoint: Path) -> str:
         "max_sequence_length": length,
     }
     given = "".join(f", {name}={json.dumps(value)}" for name, value in arguments.items() if value is not None)
-    inputs = "image=source_image, prompt=prompt" if family.edits_images else "prompt=prompt"
+    inputs = ("", "image=source_image, ", "image=source_images, ")[min(_num_sources(config), 2)] + "prompt=prompt"
     call = f"pipe({inputs}{given})"
     lines += [
         "",
@@ -163,6 +164,17 @@ def _use(config: Config, checkpoint: Path) -> str:
         f"video = {call}.frames[0]" if family.makes_videos else f"image = {call}.images[0]",
     ]
     return "\n".join(["## Use", "", "```python", *lines, "```"])
+
+
+def _num_sources(config: Config) -> int:
+    """The source images of a prompt, as far as the model and the file of prompts tell."""
+    if config.model == "shapes_edit":
+        return 1
+    family = FAMILIES[_index(config)["_class_name"]]
+    try:
+        return sources_per_prompt(family, config)
+    except UserError:  # the run's prompts are not on this machine
+        return int(family.edits_images)
 
 
 def _recipe(config: Config) -> str:

@@ -142,11 +142,11 @@ def prompts_digest(prompts: Sequence[Prompt]) -> str:
 
 def _record(prompt: Prompt) -> dict[str, Any]:
     """A prompt in JSON's types; a source image by its file's name, so that the folder may move."""
-    record = asdict(prompt)
-    image = record.pop("image")
-    if image is None:
+    record = {"text": prompt.text, "metadata": prompt.metadata}
+    images = [hashlib.sha256(i).hexdigest() if isinstance(i, bytes) else i.name for i in prompt.images]
+    if not images:
         return record
-    return {**record, "image": hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image.name}
+    return {**record, "image": images[0] if len(images) == 1 else images}
 
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ class RewardBatch:
         prompts: the text each image was made from.
         metadata: each prompt's GenEval metadata, {} if it has none.
         group_ids: int64 (B,); images of one group share their prompt.
-        sources: of an editing model, the source image of each, uint8 (3, H, W) on the CPU; images of one group share
-            theirs. None for text-to-image.
+        sources: of an editing model, the first source image of each, uint8 (3, H, W) on the CPU; images of one group
+            share theirs. None for text-to-image.
     """
 
     images: torch.Tensor

@@ -153,6 +153,22 @@ def test_diffusers_loads_it_and_draws_the_runs_images(tmp_path, name, form):
     assert difference(images(policy, name), expected) <= 1
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values())
+@pytest.mark.parametrize(
+    ("editing", "base"),
+    [
+        ("FluxKontextPipeline", "FluxPipeline"),
+        ("QwenImageEditPipeline", "QwenImagePipeline"),
+        ("QwenImageEditPlusPipeline", "QwenImagePipeline"),
+    ],
+)
+def test_editing_models_have_the_layout_of_their_base(layout, editing, base):
+    lora = random_lora({"transformer_blocks.0.attn.to_q": (8, 8), "transformer_blocks.0.attn.add_v_proj": (8, 8)})
+    tensors = layout(base, lora)
+    assert all(torch.equal(tensor, tensors.pop(name)) for name, tensor in layout(editing, lora).items())
+    assert not tensors
+
+
 def random_lora(shapes):
     generator = torch.Generator().manual_seed(4)
     return {

@@ -35,12 +35,29 @@ def test_a_line_names_its_image_relative_to_the_file(folder):
     assert (prompt.text, prompt.image, prompt.metadata["mask"]) == ("make it red", folder / "in/cat.png", "left")
 
 
+def test_a_line_may_name_several_images(folder):
+    Image.fromarray(PIXELS).save(folder / "in/dog.png")
+    one, two = load_prompts(
+        lines(
+            folder,
+            {"prompt": "x", "image": ["in/cat.png"]},
+            {"prompt": "x", "image": ["in/dog.png", "in/cat.png"]},
+        )
+    )
+    assert one.images == (one.image,) == (folder / "in/cat.png",)
+    assert two.images == (two.image, *two.references) == (folder / "in/dog.png", folder / "in/cat.png")
+    assert len({prompts_digest([prompt]) for prompt in (one, two, Prompt("x", {}, two.image))}) == 3
+
+
 @pytest.mark.parametrize(
     "record, message",
     [
+        ({"prompt": "x", "image": ["in/cat.png", "in/cot.png"]}, r"image\[1\]: no such file .*did you mean 'cat\.png'"),
+        ({"prompt": "x", "image": ["in/cat.png", 3]}, r"image\[1\]: expected the path of an image, got 3"),
+        ({"prompt": "x", "image": []}, r"image: expected the path of an image, or a list of paths, got \[\]"),
         ({"prompt": "x", "image": "in/cot.png"}, r"image: no such file .*in/cot\.png \(did you mean 'cat\.png'\?\)"),
         ({"prompt": "x", "image": "edits.jsonl"}, r"image: .*edits\.jsonl is not an image"),
-        ({"prompt": "x", "image": 3}, r"image: expected the path of an image, got 3"),
+        ({"prompt": "x", "image": 3}, r"image: expected the path of an image, or a list of paths, got 3"),
         ({"image": "in/cat.png"}, r"prompt: missing, expected the prompt's text"),
     ],
 )

@@ -18,6 +18,8 @@ from diffusers import (
     FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageEditPipeline,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -28,6 +30,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from support.qwen_processor import tiny_qwen_processor
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -132,7 +135,7 @@ def tiny_flux_kontext_pipeline(seed: int = 0) -> FluxKontextPipeline:
     return pipe
 
 
-def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
+def tiny_qwen_image_pipeline(seed: int = 0, *, zero_cond_t: bool = False) -> QwenImagePipeline:
     """Return a QwenImagePipeline with Qwen-Image's scheduler, 4 n px a side, 16 packed channels."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -146,6 +149,7 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
                 num_attention_heads=2,
                 joint_attention_dim=QWEN_WIDTH,
                 axes_dims_rope=(4, 4, 8),
+                zero_cond_t=zero_cond_t,
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(
                 use_dynamic_shifting=True,
@@ -155,11 +159,21 @@ def tiny_qwen_image_pipeline(seed: int = 0) -> QwenImagePipeline:
                 shift_terminal=0.02,
             ),
             vae=AutoencoderKLQwenImage(**_VIDEO_VAE).eval(),
-            text_encoder=_qwen(),
+            text_encoder=_qwen(_qwen_tokenizer()),
             tokenizer=_qwen_tokenizer(),
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_qwen_image_edit_pipeline(seed: int = 0) -> QwenImageEditPipeline:
+    """Return a QwenImageEditPipeline of the components of `tiny_qwen_image_pipeline`, and a processor."""
+    return _with_processor(QwenImageEditPipeline, tiny_qwen_image_pipeline(seed))
+
+
+def tiny_qwen_image_edit_plus_pipeline(seed: int = 0, *, zero_cond_t: bool = False) -> QwenImageEditPlusPipeline:
+    """Return a QwenImageEditPlusPipeline of the same; with `zero_cond_t` as Qwen-Image-Edit-2511 is."""
+    return _with_processor(QwenImageEditPlusPipeline, tiny_qwen_image_pipeline(seed, zero_cond_t=zero_cond_t))
 
 
 def tiny_wan_pipeline(seed: int = 0, *, high_compression: bool = False) -> WanPipeline:
@@ -365,7 +379,20 @@ def _umt5() -> UMT5EncoderModel:
 @cache
 def _qwen_tokenizer() -> Qwen2Tokenizer:
     """Each word of the template is one token, as for Qwen: the pipeline cuts off the first 34 tokens."""
-    template = QwenImagePipeline(None, None, None, None, None).prompt_template_encode
+    return _tokenizer_for(QwenImagePipeline(None, None, None, None, None).prompt_template_encode)
+
+
+def _with_processor(kind, pipe: QwenImagePipeline):
+    """A pipeline of a kind that edits images, with a tokenizer for its own template."""
+    tokenizer = _tokenizer_for(kind(*[None] * 6).prompt_template_encode)
+    parts = {**pipe.components, "tokenizer": tokenizer, "processor": tiny_qwen_processor(tokenizer)}
+    parts["text_encoder"] = _qwen(parts["processor"].tokenizer)
+    pipe = kind(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _tokenizer_for(template: str) -> Qwen2Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
@@ -422,10 +449,13 @@ def _mistral() -> Mistral3ForConditionalGeneration:
     return Mistral3ForConditionalGeneration(config).eval()
 
 
-def _qwen() -> Qwen2_5_VLForConditionalGeneration:
+def _qwen(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    image, start = tokenizer.convert_tokens_to_ids(["<|image_pad|>", "<|vision_start|>"])
     config = Qwen2_5_VLConfig(
+        image_token_id=image,
+        vision_start_token_id=start,
         text_config={
-            "vocab_size": len(_qwen_tokenizer()),
+            "vocab_size": len(tokenizer),
             "hidden_size": QWEN_WIDTH,
             "intermediate_size": 2 * QWEN_WIDTH,
             "num_hidden_layers": 1,
