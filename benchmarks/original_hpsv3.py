@@ -13,6 +13,7 @@ import json
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,7 +86,7 @@ def write(folder: Path) -> None:
     torch.save(cases, folder / "cases.pt")
 
 
-def save_processor(folder: Path) -> object:
+def save_processor(folder: Path) -> Any:
     """Save configuration, tokenizer and processor of a small Qwen2-VL; returns the processor of transformers 4.45."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import AutoProcessor, Qwen2TokenizerFast, Qwen2VLConfig, Qwen2VLImageProcessor, Qwen2VLProcessor

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastflowgrpo.errors import did_you_mean
 from fastflowgrpo.rewards.clip import Aesthetic, clipscore, hpsv2, pickscore
+from fastflowgrpo.rewards.dino import Dino
 from fastflowgrpo.rewards.geneval import GenEval
 from fastflowgrpo.rewards.hpsv3 import HPSv3
 from fastflowgrpo.rewards.imagereward import ImageReward
@@ -44,6 +45,7 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "deqa": DeQA,
     "qwenvl": QwenVL,
     "unifiedreward": UnifiedReward,
+    "dino": Dino,
 }
 """For each name a function that makes the reward from its settings."""
 

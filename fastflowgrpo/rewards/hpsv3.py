@@ -28,8 +28,8 @@ QUESTION = """<|im_start|>system
 You are a helpful assistant.<|im_end|>
 <|im_start|>user
 <|vision_start|>{image}<|vision_end|>
-You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall score to \
-estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being the best. \n
+You are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall score \
+to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being the best. \n
 **Visual Quality:**  \nEvaluate the overall visual quality of the image. The following sub-dimensions should be \
 considered:
 - **Reasonableness:** The image should not contain any significant biological or logical errors, such as abnormal body \
@@ -132,7 +132,8 @@ class HPSv3:
     def _rate(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """Return mean and log sigma, float32 (B, 2)."""
         vision = self.network.config.vision_config
-        size = resized(*images.shape[-2:], vision.patch_size * vision.spatial_merge_size)
+        height, width = images.shape[-2:]
+        size = resized(height, width, vision.patch_size * vision.spatial_merge_size)
         pixels = Preprocess(size, None)(images).to(self.network.dtype)
         patches, grid = patchify(pixels, vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
         placeholders = "<|image_pad|>" * (int(grid[0].prod()) // vision.spatial_merge_size**2)

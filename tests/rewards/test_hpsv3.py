@@ -1,5 +1,5 @@
-"""HPSv3: the same with transformers' processor, image by image. `benchmarks.original_hpsv3` compares it with the package
-of its authors."""
+"""HPSv3: the same with transformers' processor, image by image. `benchmarks.original_hpsv3` compares it with the
+package of its authors."""
 
 from pathlib import Path
 

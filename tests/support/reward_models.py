@@ -14,6 +14,8 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     Qwen2Tokenizer,
@@ -71,6 +73,23 @@ def bert_tokenizer_folder(folder: Path) -> str:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "red", "cat", "dog"]
     vocabulary = {word: i for i, word in enumerate([*words, *(f"##{letter}" for letter in words[5:31])])}
     BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    return str(folder)
+
+
+def dinov2_folder(folder: Path) -> str:
+    """A DINOv2 for images of 56 px, with the settings of the published image processor at a smaller size."""
+    model = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=70))
+    seeded(model).save_pretrained(folder)
+    processing = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 64},
+        "crop_size": {"height": 56, "width": 56},
+        "resample": 3,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+    }
+    write_json(folder / "preprocessor_config.json", processing)
     return str(folder)
 
 
