@@ -16,6 +16,7 @@ from typing import Any
 from fastflowgrpo.errors import did_you_mean
 from fastflowgrpo.rewards.clip import Aesthetic, clipscore, hpsv2, pickscore
 from fastflowgrpo.rewards.dino import Dino
+from fastflowgrpo.rewards.editscore import EditScore
 from fastflowgrpo.rewards.geneval import GenEval
 from fastflowgrpo.rewards.hpsv3 import HPSv3
 from fastflowgrpo.rewards.imagereward import ImageReward
@@ -46,6 +47,7 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "qwenvl": QwenVL,
     "unifiedreward": UnifiedReward,
     "dino": Dino,
+    "editscore": EditScore,
 }
 """For each name a function that makes the reward from its settings."""
 

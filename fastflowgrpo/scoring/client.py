@@ -78,6 +78,10 @@ class ServedReward(ABC):
     def _decode(self, body: bytes, count: int) -> Scores:
         """Read the scores of `count` images from an answer; ValueError if the answer makes no sense."""
 
+    def _join(self, answers: list[Scores]) -> Scores:
+        """Make a batch's scores from those of the requests, in the order of `_split`."""
+        return Scores.cat(answers)
+
     @abstractmethod
     def _headers(self) -> dict[str, str]:
         """Return the headers of each request, without the content type."""
@@ -112,7 +116,7 @@ class ServedReward(ABC):
             stop.set()
         if errors:
             raise errors[0]
-        scores = Scores.cat([answers[index] for index in range(len(parts))])
+        scores = self._join([answers[index] for index in range(len(parts))])
         if missing := int(scores.values.isnan().sum()):
             scores.error = scores.error or "the server gives no reason"
             self._print(f"{missing} of {len(scores.values)} images not scored: {scores.error}")
