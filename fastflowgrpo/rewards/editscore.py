@@ -36,8 +36,8 @@ Note that sometimes the two images might look identical due to the failure of im
 
 From scale 0 to 25: \n\
 A score from 0 to 25 will be given based on the success of the editing. (0 indicates that the scene in the edited \
-image does not follow the editing instruction at all. 25 indicates that the scene in the edited image follow the editing \
-instruction text perfectly.)
+image does not follow the editing instruction at all. 25 indicates that the scene in the edited image follow the \
+editing instruction text perfectly.)
 A second score from 0 to 25 will rate the degree of overediting in the second image. (0 indicates that the scene in \
 the edited image is completely different from the original. 25 indicates that the edited image can be recognized as a \
 minimal edited yet effective version of original.)
