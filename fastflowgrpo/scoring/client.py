@@ -211,6 +211,7 @@ class RemoteReward(ServedReward):
         encoding: of the images: "raw" or "png", which are lossless, or "jpeg"; flow_grpo always uses jpeg.
         batch_size: images per request; a larger group is sent whole.
         concurrency: requests in flight per URL.
+        videos: whether the reward takes all frames of a video together; else it is asked about each frame.
 
     Raises:
         ValueError: a setting is out of range.
@@ -227,6 +228,7 @@ class RemoteReward(ServedReward):
         encoding: str = "raw",
         batch_size: int = 32,
         concurrency: int = 4,
+        videos: bool = False,
     ) -> None:
         urls = [url] if isinstance(url, str) else url
         if not isinstance(urls, list | tuple) or not urls or not all(is_http_url(url) for url in urls):
@@ -239,7 +241,11 @@ class RemoteReward(ServedReward):
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         super().__init__(name, urls, timeout, required, concurrency)
-        self.format, self.encoding, self.batch_size = format, encoding, batch_size
+        if not isinstance(videos, bool):
+            raise ValueError(f"videos must be true or false, got {videos!r}")
+        if videos and format == "flow_grpo":
+            raise ValueError("format flow_grpo has no place for videos: leave out videos")
+        self.format, self.encoding, self.batch_size, self.videos = format, encoding, batch_size, videos
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Ask each server whether it has the reward and can score these prompts; Flow-GRPO's servers are not asked.
