@@ -1,17 +1,17 @@
-"""A reward server for VideoAlign's VideoReward (arXiv 2501.13918), which runs in an environment of its own.
+r"""A reward server for VideoAlign's VideoReward (arXiv 2501.13918), which runs in an environment of its own.
 
 It scores visual quality (VQ), motion quality (MQ) and text alignment (TA). Its code needs transformers 4.45 and cannot
 share the environment of the training. In one with Python 3.11 and VideoAlign's requirements:
 
     git clone https://github.com/KwaiVGI/VideoAlign          # and its weights into VideoAlign/checkpoints
-    pip install --no-deps fastflowgrpo && pip install fastapi prometheus-client python-multipart uvicorn psutil \\
+    pip install --no-deps fastflowgrpo && pip install fastapi prometheus-client python-multipart uvicorn psutil \
         "jsonargparse[signatures]" "urllib3>=2.5" opencv-python-headless
-    cd examples && PYTHONPATH=../VideoAlign python -m fastflowgrpo.serve --max_request_mib 512 --rewards \\
+    cd examples && PYTHONPATH=../VideoAlign python -m fastflowgrpo.serve --max_request_mib 512 --rewards \
         '{"videoalign_reward:videoalign": {"checkpoints": "../VideoAlign/checkpoints", "fps": 16}}'
 
 The run then scores all frames of its videos; Wan 2.1 makes 16 a second:
 
-    python -m fastflowgrpo.train --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --rollout.num_frames 33 --reward_frames 33 \\
+    python -m fastflowgrpo.train --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --rollout.num_frames 33 --reward_frames 33 \
         --rewards '{"videoalign_reward:videoalign": {"url": "http://127.0.0.1:18085", "videos": true}}' ...
 
 VideoAlign itself was not run: the tests replace its class `VideoVLMRewardInference` by one that reads the files.
