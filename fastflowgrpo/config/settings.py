@@ -57,7 +57,8 @@ class PromptsConfig:
 
     train: str = "shapes"
     """Training prompts: a .txt file (one prompt a line), a GenEval .jsonl file, FILE.csv:COLUMN, FILE.parquet:COLUMN,
-    hf:OWNER/NAME:COLUMN[:SPLIT] (a dataset of the hub), or shapes, geneval, ocr or general."""
+    hf:OWNER/NAME:COLUMN[:SPLIT] (a dataset of the hub), or shapes, geneval, ocr or general. For edits COLUMN is
+    TEXT+IMAGE."""
     eval: str | None = None
     """Evaluation prompts, as for train. Default: held-out ones if train is bundled, else 16 of the training prompts."""
     per_epoch: int = 24

@@ -53,19 +53,20 @@ def image_key(image: Path | bytes) -> str:
     return f"{image.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
-def check_image(path: Path) -> Path:
-    """Return the path of an image file, of which only the header is read.
+def check_image(image: Path | bytes) -> Path | bytes:
+    """Return an image file, or a file's contents, of which only the header is read.
 
     Raises:
         ValueError: there is no such file, or it is no image.
     """
-    if not path.is_file():
-        raise ValueError(f"no such file {path}{did_you_mean(path.name, (p.name for p in path.parent.glob('*')))}")
+    if isinstance(image, Path) and not image.is_file():
+        raise ValueError(f"no such file {image}{did_you_mean(image.name, (p.name for p in image.parent.glob('*')))}")
     try:
-        with Image.open(path):
-            return path
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image):
+            return image
     except (UnidentifiedImageError, OSError):
-        raise ValueError(f"{path} is not an image that Pillow can read") from None
+        name = f"a cell of {len(image)} bytes" if isinstance(image, bytes) else image
+        raise ValueError(f"{name} is not an image that Pillow can read") from None
 
 
 def load_pairs(folder: Path) -> list[Prompt]:

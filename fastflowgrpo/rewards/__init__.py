@@ -15,7 +15,10 @@ from typing import Any
 
 from fastflowgrpo.errors import did_you_mean
 from fastflowgrpo.rewards.clip import Aesthetic, clipscore, hpsv2, pickscore
+from fastflowgrpo.rewards.dino import Dino
+from fastflowgrpo.rewards.editscore import EditScore
 from fastflowgrpo.rewards.geneval import GenEval
+from fastflowgrpo.rewards.hpsv3 import HPSv3
 from fastflowgrpo.rewards.imagereward import ImageReward
 from fastflowgrpo.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
 from fastflowgrpo.rewards.judges import DeQA, QwenVL, UnifiedReward
@@ -37,11 +40,14 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "pickscore": pickscore,
     "clipscore": clipscore,
     "hpsv2": hpsv2,
+    "hpsv3": HPSv3,
     "imagereward": ImageReward,
     "aesthetic": Aesthetic,
     "deqa": DeQA,
     "qwenvl": QwenVL,
     "unifiedreward": UnifiedReward,
+    "dino": Dino,
+    "editscore": EditScore,
 }
 """For each name a function that makes the reward from its settings."""
 

@@ -11,6 +11,7 @@ import torch
 from fastflowgrpo.rewards.clip import Preprocess
 from fastflowgrpo.rewards.models import (
     LinearHead,
+    below,
     choose_device,
     choose_dtype,
     load_strictly,
@@ -73,9 +74,9 @@ class ImageReward:
         config_file = model_file(model, "med_config.json")
         try:
             text_config = json.loads(config_file.read_text(encoding="utf-8"))
-            self.vision = _vision(_below(state, "blip.visual_encoder."))
-            self.text = _text(_below(state, "blip.text_encoder."), text_config, self.vision.config.hidden_size)
-            self.head = LinearHead(_below(state, "mlp.")).to(self.device)
+            self.vision = _vision(below(state, "blip.visual_encoder."))
+            self.text = _text(below(state, "blip.text_encoder."), text_config, self.vision.config.hidden_size)
+            self.head = LinearHead(below(state, "mlp.")).to(self.device)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{model!r} does not hold ImageReward's weights: {error}") from error
         for network in (self.vision, self.text):
@@ -100,10 +101,6 @@ class ImageReward:
             ).last_hidden_state[:, 0]
             scores.append((self.head(features.float()) - MEAN) / STD)
         return Scores(torch.cat(scores).cpu())
-
-
-def _below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
 
 
 def _vision(state: dict[str, torch.Tensor]) -> Any:

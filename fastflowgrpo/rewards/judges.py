@@ -8,6 +8,7 @@ import os
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,11 +100,12 @@ class Judge(ServedReward):
         self.model, self.api_key_env = model or self.model, api_key_env
 
     @abstractmethod
-    def request(self, image: dict[str, Any], prompt: str) -> dict[str, Any]:
-        """Return the request's fields, without the model; `image` is the part of a message that holds the image."""
+    def request(self, images: list[dict[str, Any]], prompt: str) -> dict[str, Any]:
+        """Return the request's fields, without the model; `images` are the parts of a message that hold an image each:
+        the image to score, after its source if `_split` keeps that."""
 
     @abstractmethod
-    def parse(self, choice: dict[str, Any]) -> float:
+    def parse(self, choice: dict[str, Any]) -> Scores:
         """Read the score from the first choice of an answer; ValueError if it holds none."""
 
     def __call__(self, batch: RewardBatch) -> Scores:
@@ -112,16 +114,11 @@ class Judge(ServedReward):
         return scores
 
     def _split(self, batch: RewardBatch) -> list[RewardBatch]:
-        return [batch.rows(slice(row, row + 1)) for row in range(len(batch.prompts))]
+        return [replace(batch.rows(slice(row, row + 1)), sources=None) for row in range(len(batch.prompts))]
 
     def _encode(self, part: RewardBatch) -> tuple[str, bytes, str]:
-        image = Image.fromarray(part.images[0].permute(1, 2, 0).numpy())
-        if self.size is not None:
-            image = image.resize((self.size, self.size))
-        png = io.BytesIO()
-        image.save(png, format="PNG")
-        data_url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-        request = self.request({"type": "image_url", "image_url": {"url": data_url}}, part.prompts[0])
+        images = [_message_part(image, self.size) for image in (*(part.sources or ()), part.images[0])]
+        request = self.request(images, part.prompts[0])
         body = json.dumps({"model": self.model, "temperature": 0, **request}).encode()
         return "/chat/completions", body, "application/json"
 
@@ -134,7 +131,7 @@ class Judge(ServedReward):
         except (LookupError, TypeError, RecursionError, ValueError):
             raise ValueError(f"expected a chat completion, got {body[:200].decode(errors='replace')!r}") from None
         try:
-            return Scores(torch.tensor([self.parse(choice)]))
+            return self.parse(choice)
         except ValueError as error:
             return Scores.missing(1, str(error))
 
@@ -153,10 +150,10 @@ class UnifiedReward(Judge):
     model = "UnifiedReward-7b-v1.5"
     size = 512
 
-    def request(self, image: dict[str, Any], prompt: str) -> dict[str, Any]:
-        return {"messages": [_user(image, UNIFIEDREWARD.format(prompt=prompt))]}
+    def request(self, images: list[dict[str, Any]], prompt: str) -> dict[str, Any]:
+        return {"messages": [_user(images, UNIFIEDREWARD.format(prompt=prompt))]}
 
-    def parse(self, choice: dict[str, Any]) -> float:
+    def parse(self, choice: dict[str, Any]) -> Scores:
         return _written_score(r"Final Score:[\s*]*(\d+(?:\.\d+)?)", choice)
 
 
@@ -168,10 +165,10 @@ class QwenVL(Judge):
 
     model = "Qwen/Qwen2.5-VL-7B-Instruct"
 
-    def request(self, image: dict[str, Any], prompt: str) -> dict[str, Any]:
-        return {"messages": [_user(image, QWENVL)], "max_tokens": 2048}
+    def request(self, images: list[dict[str, Any]], prompt: str) -> dict[str, Any]:
+        return {"messages": [_user(images, QWENVL)], "max_tokens": 2048}
 
-    def parse(self, choice: dict[str, Any]) -> float:
+    def parse(self, choice: dict[str, Any]) -> Scores:
         return _written_score(r"<Score>\s*(\d+(?:\.\d+)?)\s*</Score>", choice)
 
 
@@ -189,9 +186,9 @@ class DeQA(Judge):
 
     model = "zhiyuanyou/DeQA-Score-Mix3"
 
-    def request(self, image: dict[str, Any], prompt: str) -> dict[str, Any]:
+    def request(self, images: list[dict[str, Any]], prompt: str) -> dict[str, Any]:
         return {
-            "messages": [_user(image, DEQA_QUESTION), {"role": "assistant", "content": DEQA_ANSWER}],
+            "messages": [_user(images, DEQA_QUESTION), {"role": "assistant", "content": DEQA_ANSWER}],
             "continue_final_message": True,
             "add_generation_prompt": False,
             "max_tokens": 1,
@@ -199,7 +196,7 @@ class DeQA(Judge):
             "top_logprobs": 20,
         }
 
-    def parse(self, choice: dict[str, Any]) -> float:
+    def parse(self, choice: dict[str, Any]) -> Scores:
         probabilities = dict.fromkeys(DEQA_LEVELS, 0.0)
         try:
             for alternative in choice["logprobs"]["content"][0]["top_logprobs"]:
@@ -211,18 +208,29 @@ class DeQA(Judge):
         total = sum(probabilities.values())
         if total < 0.5:
             raise ValueError(f"expected one of {', '.join(DEQA_LEVELS)}, got {choice['message']['content']!r}")
-        return sum(DEQA_LEVELS[word] * p for word, p in probabilities.items()) / total / 5
+        return Scores(torch.tensor([sum(DEQA_LEVELS[word] * p for word, p in probabilities.items()) / total / 5]))
 
 
-def _user(image: dict[str, Any], text: str) -> dict[str, Any]:
-    """A user's message: an image, then a text."""
-    return {"role": "user", "content": [image, {"type": "text", "text": text}]}
+def _message_part(pixels: torch.Tensor, size: int | None) -> dict[str, Any]:
+    """The part of a message that holds an image uint8 (3, H, W), resized to `size` x `size` unless that is None."""
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    if size is not None:
+        image = image.resize((size, size))
+    png = io.BytesIO()
+    image.save(png, format="PNG")
+    data_url = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": data_url}}
 
 
-def _written_score(pattern: str, choice: dict[str, Any]) -> float:
+def _user(images: list[dict[str, Any]], text: str) -> dict[str, Any]:
+    """A user's message: images, then a text."""
+    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
+
+
+def _written_score(pattern: str, choice: dict[str, Any]) -> Scores:
     """Find the number from 1 to 5 in the answer's text, and divide it by 5; ValueError if there is none."""
     text = choice["message"]["content"]
     match = re.search(pattern, text)
     if match is None or not 1 <= float(match[1]) <= 5:
         raise ValueError(f"no score from 1 to 5 in the answer that ends in {text[-200:]!r}")
-    return float(match[1]) / 5
+    return Scores(torch.tensor([float(match[1]) / 5]))

@@ -112,6 +112,11 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"cannot read weights from {str(path)!r}: {_reason(error)}") from error
 
 
+def below(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return the weights whose names begin with a prefix, under their names without it."""
+    return {name.removeprefix(prefix): weight for name, weight in state.items() if name.startswith(prefix)}
+
+
 class LinearHead(nn.Module):
     """The head of the aesthetic predictor and of ImageReward, from features (B, width) to scores (B,).
 

@@ -78,6 +78,10 @@ class ServedReward(ABC):
     def _decode(self, body: bytes, count: int) -> Scores:
         """Read the scores of `count` images from an answer; ValueError if the answer makes no sense."""
 
+    def _join(self, answers: list[Scores]) -> Scores:
+        """Make a batch's scores from those of the requests, in the order of `_split`."""
+        return Scores.cat(answers)
+
     @abstractmethod
     def _headers(self) -> dict[str, str]:
         """Return the headers of each request, without the content type."""
@@ -112,7 +116,7 @@ class ServedReward(ABC):
             stop.set()
         if errors:
             raise errors[0]
-        scores = Scores.cat([answers[index] for index in range(len(parts))])
+        scores = self._join([answers[index] for index in range(len(parts))])
         if missing := int(scores.values.isnan().sum()):
             scores.error = scores.error or "the server gives no reason"
             self._print(f"{missing} of {len(scores.values)} images not scored: {scores.error}")
@@ -207,6 +211,7 @@ class RemoteReward(ServedReward):
         encoding: of the images: "raw" or "png", which are lossless, or "jpeg"; flow_grpo always uses jpeg.
         batch_size: images per request; a larger group is sent whole.
         concurrency: requests in flight per URL.
+        videos: whether the reward takes all frames of a video together; else it is asked about each frame.
 
     Raises:
         ValueError: a setting is out of range.
@@ -223,6 +228,7 @@ class RemoteReward(ServedReward):
         encoding: str = "raw",
         batch_size: int = 32,
         concurrency: int = 4,
+        videos: bool = False,
     ) -> None:
         urls = [url] if isinstance(url, str) else url
         if not isinstance(urls, list | tuple) or not urls or not all(is_http_url(url) for url in urls):
@@ -235,7 +241,11 @@ class RemoteReward(ServedReward):
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size must be an integer of at least 1, got {batch_size!r}")
         super().__init__(name, urls, timeout, required, concurrency)
-        self.format, self.encoding, self.batch_size = format, encoding, batch_size
+        if not isinstance(videos, bool):
+            raise ValueError(f"videos must be true or false, got {videos!r}")
+        if videos and format == "flow_grpo":
+            raise ValueError("format flow_grpo has no place for videos: leave out videos")
+        self.format, self.encoding, self.batch_size, self.videos = format, encoding, batch_size, videos
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Ask each server whether it has the reward and can score these prompts; Flow-GRPO's servers are not asked.

@@ -36,16 +36,18 @@ class Format:
 
 
 def _encode(name: str, batch: RewardBatch, encoding: str, timeout: float) -> tuple[str, bytes, str]:
-    """Encode as multipart/form-data: the JSON field `request`, and for each image a file `images` and, in an edit,
-    a file `sources` (docs/serving.md)."""
-    request = {
+    """Encode as multipart/form-data: the JSON field `request`, and for each image, or frame of a video, a file `images`
+    and, in an edit, a file `sources` (docs/serving.md)."""
+    request: dict[str, Any] = {
         "prompts": batch.prompts,
         "metadata": batch.metadata,
         "group_ids": batch.group_ids.tolist(),
-        "size": list(batch.images.shape[2:]),
+        "size": list(batch.images.shape[-2:]),
         "timeout": timeout,
     }
-    fields = {"images": batch.images}
+    if batch.images.ndim == 5:
+        request["frames"] = batch.images.shape[1]
+    fields = {"images": batch.images.flatten(0, -4)}
     if batch.sources is not None:
         fields["sources"] = torch.stack(batch.sources)
     parts: list[Any] = [

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 from huggingface_hub import constants
+from PIL import Image
 from pyarrow import parquet
 
 from fastflowgrpo.prompts import Prompt, load_prompts
@@ -40,6 +41,43 @@ def test_a_column_of_a_csv_file(tmp_path):
 def test_a_column_of_a_parquet_file(tmp_path):
     path = write_parquet(tmp_path / "prompts.parquet", id=[1, 2], prompt=["a cat ", "a dog"])
     assert load_prompts(f"{path}:prompt") == [Prompt("a cat"), Prompt("a dog")]
+
+
+def test_a_second_column_has_the_images(tmp_path):
+    """Paths relative to the table, or what the library datasets writes for its feature Image."""
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (4, 3), "red").save(tmp_path / "in/a.png")
+    (tmp_path / "edits.csv").write_text("id,edit,file\n1,make it red ,in/a.png\n2,add a dog,in/a.png\n")
+    file = tmp_path / "in/a.png"
+    expected = [Prompt("make it red", image=file), Prompt("add a dog", image=file)]
+    assert load_prompts(f"{tmp_path}/edits.csv:edit+file") == expected
+    images = [{"bytes": file.read_bytes(), "path": "a.png"}, {"bytes": None, "path": "in/a.png"}]
+    path = write_parquet(tmp_path / "edits.parquet", edit=["make it red", "add a dog"], image=images)
+    assert load_prompts(f"{path}:edit+image") == [Prompt("make it red", image=file.read_bytes()), expected[1]]
+    path = write_parquet(tmp_path / "bytes.parquet", edit=["make it red"], image=[file.read_bytes()])
+    assert load_prompts(f"{path}:edit+image") == [Prompt("make it red", image=file.read_bytes())]
+    path = write_parquet(tmp_path / "plus.parquet", **{"edit+image": ["a cat"]})
+    assert load_prompts(f"{path}:edit+image") == [Prompt("a cat")]
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ({"bytes": None, "path": "in.png"}, r"no such file .*in\.png \(did you mean 'on\.png'\?\)$"),
+        ({"bytes": b"no image", "path": ""}, r"a cell of 8 bytes is not an image that Pillow can read$"),
+        ({"bytes": None, "path": None}, r"expected the path or the bytes of an image, got None$"),
+        ("text.txt", r".*text\.txt is not an image that Pillow can read$"),
+        (7, r"expected the path or the bytes of an image, got 7$"),
+    ],
+)
+def test_errors_of_images(tmp_path, cell, message):
+    (tmp_path / "text.txt").write_text("no image")
+    Image.new("RGB", (4, 3)).save(tmp_path / "on.png")
+    path = write_parquet(tmp_path / "edits.parquet", edit=["make it red"], image=[cell])
+    with pytest.raises(ValueError, match=rf"edits\.parquet, row 1, column image: {message}"):
+        load_prompts(f"{path}:edit+image")
+    with pytest.raises(ValueError, match=r"has no column 'imag' \(did you mean 'image'\?\), columns: edit, image$"):
+        load_prompts(f"{path}:edit+imag")
 
 
 def test_a_dataset_of_the_hub(dataset):

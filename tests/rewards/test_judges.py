@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -20,6 +21,7 @@ from support.reward_models import sample_images, to_pil
 
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.rewards import RewardBatch, build_rewards
+from fastflowgrpo.rewards.editscore import EditScore
 from fastflowgrpo.rewards.judges import DeQA, Judge, QwenVL, UnifiedReward
 from fastflowgrpo.scoring import endpoint
 from fastflowgrpo.scoring.client import ATTEMPTS
@@ -78,8 +80,8 @@ def batch(size: int = 6, height: int = 20, width: int = 30) -> RewardBatch:
     return RewardBatch(sample_images(height, width)[:size], prompts, [{}] * size, torch.arange(size))
 
 
-def sent_image(request: dict[str, Any]) -> Image.Image:
-    part = request["messages"][0]["content"][0]
+def sent_image(request: dict[str, Any], place: int = 0) -> Image.Image:
+    part = request["messages"][0]["content"][place]
     kind, _, data = part["image_url"]["url"].partition(",")
     assert (part["type"], kind) == ("image_url", "data:image/png;base64")
     return Image.open(io.BytesIO(base64.b64decode(data)))
@@ -149,6 +151,67 @@ def test_deqa(server):
         assert request["messages"][1] == {"role": "assistant", "content": "The quality of the image is"}
         assert request["continue_final_message"] is True and request["add_generation_prompt"] is False
         assert (request["max_tokens"], request["logprobs"], request["top_logprobs"]) == (1, True, 20)
+
+
+def edits(size: int = 3) -> RewardBatch:
+    given = batch(size)
+    return replace(given, sources=list(sample_images(20, 30, seed=1)[:size]))
+
+
+def edit_answer(request: dict[str, Any], edit: Any = (20, 15), quality: Any = (25, 10.5)) -> tuple[int, bytes]:
+    """The scores that EditScore gives: `edit` with the source, `quality` without."""
+    score = edit if len(request["messages"][0]["content"]) == 5 else quality
+    return completion('{"reasoning": "The "car" is red, [1, 2]", "score": ' + f"{list(score)}}}")
+
+
+def test_editscore(server):
+    def answer(request: dict[str, Any]) -> tuple[int, bytes]:
+        last = request["messages"][0]["content"][-1]["text"]
+        return edit_answer(request, edit=(20, 5)) if "Editing instruction: prompt 1 " in last else edit_answer(request)
+
+    server.answer = answer
+    given = edits()
+    scores = EditScore(server.url)(given)
+    expected = [math.sqrt(0.6 * 0.42), math.sqrt(0.2 * 0.42), math.sqrt(0.6 * 0.42)]
+    assert scores.values.tolist() == pytest.approx(expected)
+    named = {"instruction": [0.8] * 3, "consistency": [0.6, 0.2, 0.6], "naturalness": [1] * 3, "artifacts": [0.42] * 3}
+    for name, numbers in named.items():
+        assert scores.details[name].tolist() == pytest.approx(numbers)
+    assert scores.details["failed"].tolist() == [0] * 3
+    contents = [request["messages"][0]["content"] for _, _, request in server.requests]
+    about_edits = {content[-1]["text"]: i for i, content in enumerate(contents) if len(content) == 5}
+    assert len(about_edits) == 3 and len(contents) == 6
+    for result, source, prompt in zip(to_pil(given.images), to_pil(given.sources), given.prompts, strict=True):
+        (text,) = [text for text in about_edits if text.endswith(f"\n\nEditing instruction: {prompt}\n")]
+        request = server.requests[about_edits[text]][2]
+        assert [part["text"] for part in request["messages"][0]["content"][:4:2]] == ["<img1>: ", "<img2>: "]
+        assert np.array_equal(sent_image(request, 1), source) and np.array_equal(sent_image(request, 3), result)
+        assert (request["model"], request["temperature"], request["max_tokens"]) == ("EditScore-7B", 0, 512)
+    alone = [request for (_, _, request), content in zip(server.requests, contents, strict=True) if len(content) == 3]
+    assert all("naturalness" in request["messages"][0]["content"][2]["text"] for request in alone)
+    sent = [np.asarray(sent_image(request, 1)).tolist() for request in alone]
+    assert all(np.asarray(image).tolist() in sent for image in to_pil(given.images))
+
+
+@pytest.mark.parametrize("question", ["edit", "quality"])
+@pytest.mark.parametrize("answer", [(20,), (20, 26), (20, -1), (1, 2, 3), ("x", 2), (None, 2)])
+def test_editscore_needs_both_numbers_of_both_answers(server, capsys, question, answer):
+    server.answer = lambda request: edit_answer(request, **{question: answer})
+    scores = EditScore(server.url, concurrency=1)(edits(2))
+    assert scores.values.isnan().all() and scores.details["failed"].tolist() == [1, 1]
+    assert 'reward editscore: 2 of 2 images not scored: no "score": [A, B] from 0 to 25' in capsys.readouterr().out
+    assert len(server.requests) == 4
+
+
+def test_editscore_needs_sources(server):
+    with pytest.raises(UserError, match=r"^rewards\.editscore: there are no source images"):
+        build_rewards({"editscore": {"base_url": server.url}})(batch(1))
+
+
+def test_other_judges_do_not_see_the_source(server):
+    server.answer = lambda request: completion("<Score>5</Score>")
+    QwenVL(server.url)(edits(1))
+    assert len(server.requests[0][2]["messages"][0]["content"]) == 2
 
 
 # a failure, the number of requests that it takes to give up, and the reason
@@ -280,7 +343,7 @@ def test_the_key_comes_from_the_environment(server, monkeypatch):
         ({"uri": "x"}, r"unknown setting 'uri'"),
     ],
 )
-@pytest.mark.parametrize("name", ["deqa", "qwenvl", "unifiedreward"])
+@pytest.mark.parametrize("name", ["deqa", "editscore", "qwenvl", "unifiedreward"])
 def test_settings_errors(name, settings, message):
     with pytest.raises(ValueError, match=rf"^rewards\.{name}: {message}"):
         build_rewards({name: settings})

@@ -14,8 +14,11 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
+    Qwen2Tokenizer,
     SwinConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -70,6 +73,48 @@ def bert_tokenizer_folder(folder: Path) -> str:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", "red", "cat", "dog"]
     vocabulary = {word: i for i, word in enumerate([*words, *(f"##{letter}" for letter in words[5:31])])}
     BertTokenizer(vocab=vocabulary).save_pretrained(folder)
+    return str(folder)
+
+
+def dinov2_folder(folder: Path) -> str:
+    """A DINOv2 for images of 56 px, with the settings of the published image processor at a smaller size."""
+    model = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=70))
+    seeded(model).save_pretrained(folder)
+    processing = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 64},
+        "crop_size": {"height": 56, "width": 56},
+        "resample": 3,
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"), True),
+    }
+    write_json(folder / "preprocessor_config.json", processing)
+    return str(folder)
+
+
+def qwen2_vl_folder(folder: Path) -> str:
+    """The configuration, as the hub has it, and the tokenizer of a Qwen2-VL."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    vocabulary = {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), "re", "Ġt"])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[("r", "e"), ("Ġ", "t")])
+    tokenizer.add_tokens(special, special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    config = {
+        "model_type": "qwen2_vl",
+        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        "vocab_size": len(tokenizer) + 20,  # the published one has more rows than tokens too
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]},
+        "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2, "hidden_size": 32, "mlp_ratio": 2},
+    }
+    write_json(folder / "config.json", config)
     return str(folder)
 
 

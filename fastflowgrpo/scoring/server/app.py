@@ -54,8 +54,9 @@ def create_app(rewards: Mapping[str, Callable[[RewardBatch], Any]], config: Serv
         images: list[UploadFile],
         sources: list[UploadFile] | None = None,
     ) -> ScoreAnswer:
-        """Score images. The form has the field `request` (JSON) and a file `images` for each image: PNG, JPEG, or raw
-        uint8 (3, height, width). Edited images also have a file `sources` each, of the same size."""
+        """Score images. The form has the field `request` (JSON) and a file `images` for each image, or each frame of a
+        video: PNG, JPEG, or raw uint8 (3, height, width). Edited images also have a file `sources` each, of the same
+        size."""
         scorer = _find(scorers, reward)
         if scorer.hangs:
             raise HTTPException(503, f"the reward {reward} hangs", {"Retry-After": "10"})

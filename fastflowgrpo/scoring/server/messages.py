@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class ScoreRequest(BaseModel):
-    """The field `request` of a score request; lists have an entry per image."""
+    """The field `request` of a score request; lists have an entry per image or video."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -17,6 +17,8 @@ class ScoreRequest(BaseModel):
     """Images of one group are scored in one batch; by default each image is its own group."""
     size: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
     """Height and width of raw images."""
+    frames: Annotated[int, Field(ge=1)] | None = None
+    """Of each video, whose frames are sent as images one after another; None for images."""
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Seconds that the client waits for the scores."""
 

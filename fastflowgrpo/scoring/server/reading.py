@@ -40,22 +40,26 @@ def read_batch(
     source_files: list[UploadFile] | None,
     config: ServerConfig,
 ) -> RewardBatch:
-    """Read the batch of a request for a reward: images uint8 (B, 3, H, W), their sources if there are files of them,
-    and groups numbered from 0.
+    """Read the batch of a request for a reward: images uint8 (B, 3, H, W) or videos (B, F, 3, H, W), their sources if
+    there are files of them, and groups numbered from 0.
 
     Raises:
         HTTPException: the request is too large, holds something else than images, its parts do not fit together, or the
-            reward cannot score its prompts.
+            reward takes no videos, or only videos, or cannot score its prompts.
     """
-    count = len(request.prompts)
-    if count > config.max_images:
-        raise HTTPException(413, f"{count} images, at most {config.max_images} are taken at once")
+    count, frames = len(request.prompts), request.frames or 1
+    if (request.frames is not None) != getattr(reward, "videos", False):
+        takes, sent = ("images", "videos: leave out") if request.frames else ("videos", "images: set")
+        raise HTTPException(422, f"reward {name} takes {takes}, but gets {sent} videos in the run's settings of it")
+    if count * frames > config.max_images:
+        raise HTTPException(413, f"{count * frames} images, at most {config.max_images} are taken at once")
     metadata = request.metadata if request.metadata is not None else [{}] * count
     groups = request.group_ids if request.group_ids is not None else list(range(count))
     sizes = {"images": len(files), "metadata": len(metadata), "group_ids": len(groups)}
     for part, number in {**sizes, "sources": len(source_files or ()) or count}.items():
-        if number != count:
-            raise HTTPException(422, f"{count} prompts, but {number} {part}")
+        if number != (count * frames if part == "images" else count):
+            videos = f" of {frames} frames each" if request.frames else ""
+            raise HTTPException(422, f"{count} prompts{videos}, but {number} {part}")
     check_prompts(name, reward, [Prompt(*pair) for pair in zip(request.prompts, metadata, strict=True)])
     images: list[np.ndarray] = []
     named = [(f"image {i}", file) for i, file in enumerate(files)]
@@ -66,12 +70,13 @@ def read_batch(
             raise HTTPException(422, f"{title}: another size than image 0")
         images.append(pixels)
     numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+    pictures = torch.from_numpy(np.stack(images[: len(files)]))
     return RewardBatch(
-        torch.from_numpy(np.stack(images[:count])),
+        pictures if request.frames is None else pictures.unflatten(0, (count, frames)),
         request.prompts,
         metadata,
         torch.tensor([numbers[group] for group in groups]),
-        [torch.from_numpy(pixels.copy()) for pixels in images[count:]] or None,
+        [torch.from_numpy(pixels.copy()) for pixels in images[len(files) :]] or None,
     )
 
 
