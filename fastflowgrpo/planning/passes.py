@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from fastflowgrpo.config import Config
 from fastflowgrpo.planning.meta_pipeline import meta_pipeline
 from fastflowgrpo.planning.meter import Cost, measure
 from fastflowgrpo.policy import Conditioning, component_dtypes, family_of, with_default_rank
 from fastflowgrpo.policy.base import DiffusersPolicy
+from fastflowgrpo.policy.protocol import ENCODERS
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int], tuple
     # The passes are measured with and without checkpointing; neither kernels nor a compiler run on the meta device.
     settings = replace(settings, gradient_checkpointing=False, attention=None, compile=False, quantization=None)
     pipeline = meta_pipeline(config.model, component_dtypes(settings))
-    names = ["transformer", *(name for name in pipeline.components if name.startswith("text_encoder")), "vae"]
+    names = ["transformer", *(name for name in pipeline.components if name.startswith(ENCODERS)), "vae"]
     modules = {name: pipeline.components[name] for name in names if pipeline.components[name] is not None}
     frozen = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     kept = pipeline.transformer._keep_in_fp32_modules or ()
@@ -130,11 +131,14 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int], tuple
 
 
 def _encode(policy: DiffusersPolicy) -> None:
-    """Call each text encoder for one prompt, of `policy.sequence_length` tokens or, for CLIP, of its fixed number."""
+    """Call each encoder for one prompt, of `policy.sequence_length` tokens or, for CLIP, of its fixed size."""
     for encoder in policy.text_encoders().values():
-        clip = isinstance(encoder.config, CLIPTextConfig)
-        tokens = encoder.config.max_position_embeddings if clip else policy.sequence_length
-        encoder(torch.zeros(1, tokens, dtype=torch.int64, device=policy.device), output_hidden_states=True)
+        size, dtype = [1, policy.sequence_length], torch.int64
+        if isinstance(encoder.config, CLIPTextConfig):
+            size = [1, encoder.config.max_position_embeddings]
+        elif isinstance(encoder.config, CLIPVisionConfig):
+            size, dtype = [1, 3, encoder.config.image_size, encoder.config.image_size], encoder.dtype
+        encoder(torch.zeros(size, dtype=dtype, device=policy.device), output_hidden_states=True)
 
 
 def _example_inputs(policy: DiffusersPolicy, config: Config, batch_size: int) -> tuple[Tensor, Tensor, Conditioning]:
@@ -144,5 +148,5 @@ def _example_inputs(policy: DiffusersPolicy, config: Config, batch_size: int) ->
     latents = torch.empty(batch_size, *shape, dtype=policy.dtype, device=policy.device)
     conditioning = policy.example_conditioning(batch_size)
     if policy.edits_images:
-        conditioning["source"] = torch.empty_like(latents)
+        conditioning |= policy.example_source(latents)
     return latents, torch.empty(batch_size, device=policy.device), conditioning

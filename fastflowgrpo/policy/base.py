@@ -21,7 +21,7 @@ from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.lora import add_lora, load_lora, load_lora_weights, save_lora
 from fastflowgrpo.policy.offload import OffloadedModule
-from fastflowgrpo.policy.protocol import Conditioning
+from fastflowgrpo.policy.protocol import ENCODERS, Conditioning
 from fastflowgrpo.policy.quantization import prepare_quantised
 from fastflowgrpo.policy.weights import FULL
 from fastflowgrpo.prompts.images import read_image
@@ -178,11 +178,16 @@ class DiffusersPolicy(ABC):
         return vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
 
     @torch.no_grad()
-    def encode_source(self, image: Path | bytes, shape: tuple[int, ...]) -> Tensor:
+    def encode_source(self, image: Path | bytes, shape: tuple[int, ...]) -> Conditioning:
         vae, factor = self.pipeline.vae, self.pipeline.vae_scale_factor
         pixels = read_image(image, shape[1] * factor, shape[2] * factor)[None].to(self.device, vae.dtype) / 127.5 - 1
         latents = vae.encode(pixels).latent_dist.mode()
-        return ((latents - vae.config.shift_factor) * vae.config.scaling_factor).to(self.dtype).contiguous()
+        latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
+        return {"source": latents.to(self.dtype).contiguous()}
+
+    def example_source(self, latents: Tensor) -> Conditioning:
+        """Return tensors shaped like those of `encode_source`, with arbitrary contents, a row for each of `latents`."""
+        return {"source": torch.empty_like(latents)}
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -280,11 +285,11 @@ class DiffusersPolicy(ABC):
             torch.cuda.empty_cache()
 
     def text_encoders(self) -> dict[str, Any]:
-        """Return the pipeline's text encoders by the names of its components."""
+        """Return the pipeline's encoders of texts and, for embeddings, of images by the names of its components."""
         return {
             name: component
             for name, component in self.pipeline.components.items()
-            if name.startswith("text_encoder") and component is not None
+            if name.startswith(ENCODERS) and component is not None
         }
 
     def _freeze(self) -> None:

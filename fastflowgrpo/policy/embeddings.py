@@ -117,7 +117,7 @@ class EmbeddingCache:
         rows = [{name: tensor[i].clone() for name, tensor in encoded.items()} for i in range(len(prompts))]
         for row, (_, image) in zip(rows, prompts, strict=True):
             if image is not None:
-                row["source"] = self.policy.encode_source(image, self.shape)[0]
+                row |= {name: tensor[0] for name, tensor in self.policy.encode_source(image, self.shape).items()}
         return rows
 
     def _read(self, prompt: _Key) -> Conditioning:

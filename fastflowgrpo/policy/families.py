@@ -8,6 +8,7 @@ from fastflowgrpo.policy.flux_kontext import FluxKontextPolicy
 from fastflowgrpo.policy.qwen_image import QwenImagePolicy
 from fastflowgrpo.policy.sd3 import SD3Policy
 from fastflowgrpo.policy.wan import WanPolicy
+from fastflowgrpo.policy.wan_image_to_video import WanImageToVideoPolicy
 from fastflowgrpo.policy.z_image import ZImagePolicy
 
 FAMILIES: dict[str, type[DiffusersPolicy]] = {
@@ -16,6 +17,7 @@ FAMILIES: dict[str, type[DiffusersPolicy]] = {
     "FluxKontextPipeline": FluxKontextPolicy,
     "QwenImagePipeline": QwenImagePolicy,
     "WanPipeline": WanPolicy,
+    "WanImageToVideoPipeline": WanImageToVideoPolicy,
     "ZImagePipeline": ZImagePolicy,
     "Flux2Pipeline": Flux2Policy,
     "Flux2KleinPipeline": Flux2KleinPolicy,

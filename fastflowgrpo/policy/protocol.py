@@ -10,7 +10,11 @@ from torch import Tensor
 Conditioning = dict[str, Tensor]
 """Prompt embeddings under the names of the transformer's arguments; every tensor has one row per prompt.
 
-Of an edit, `source` is the encoded source image."""
+With a source image, it also has what `Policy.encode_source` returns."""
+
+
+ENCODERS = ("text_encoder", "image_encoder")
+"""How the names of a pipeline's components begin that embed texts and source images."""
 
 
 class Policy(Protocol):
@@ -36,8 +40,8 @@ class Policy(Protocol):
     def encoding(self) -> AbstractContextManager[None]:
         """Return a context in which the text encoders are where `encode` needs them."""
 
-    def encode_source(self, image: Path | bytes, shape: tuple[int, ...]) -> Tensor:
-        """Encode the source image of an edit, without gradients; one row, which the conditioning has as `source`.
+    def encode_source(self, image: Path | bytes, shape: tuple[int, ...]) -> Conditioning:
+        """Encode a source image, without gradients: one row, which is added to the prompt's.
 
         Args:
             image: as in `read_image`.

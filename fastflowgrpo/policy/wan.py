@@ -56,7 +56,7 @@ class WanPolicy(DiffusersPolicy):
                 f"rollout.num_frames {num_frames} is not 1 more than a multiple of {factor}, as this model needs"
             )
         size = latent_size(height, width, self.pipeline.vae_scale_factor_spatial, config.patch_size[1], DEFAULT_SIZE)
-        return (config.in_channels, (num_frames - 1) // factor + 1, *size)
+        return (self.pipeline.vae.config.z_dim, (num_frames - 1) // factor + 1, *size)
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         timestep = sigma * self.pipeline.scheduler.config.num_train_timesteps
