@@ -49,7 +49,7 @@ class DiffusersPolicy(ABC):
         UserError: the pipeline does not support a setting.
     """
 
-    lora_targets: ClassVar[tuple[str, ...]]
+    lora_targets: tuple[str, ...]
     """Linear layers that carry the adapter by default, matched from the end of the module name."""
     has_attention_mask: ClassVar[bool] = False
     """Whether attention gets a mask, which some backends do not take."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import WanImageToVideoPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline
 from torch import Tensor
 
 from fastflowgrpo.config import PolicyConfig
@@ -29,11 +29,20 @@ class WanImageToVideoPolicy(WanPolicy):
     edits_images = True
 
     def __init__(self, pipeline: WanImageToVideoPipeline, config: PolicyConfig):
+        takes_tokens = pipeline.transformer.config.image_dim is not None
+        if takes_tokens:
+            self.lora_targets = (*WanPolicy.lora_targets, "add_k_proj", "add_v_proj")
         super().__init__(pipeline, config)
-        if self.module.config.image_dim is not None and self.sequence_length != TEXT_TOKENS:
+        if takes_tokens and self.sequence_length != TEXT_TOKENS:
             raise UserError(
                 f"policy.max_sequence_length {self.sequence_length}: Wan 2.1 image to video takes {TEXT_TOKENS}"
             )
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        # The same as the pipeline's own method, which fails where ftfy is not installed.
+        embeds = WanPipeline._get_t5_prompt_embeds(self.pipeline, prompts, max_sequence_length=self.sequence_length)
+        return {"encoder_hidden_states": embeds.to(self.dtype)}
 
     @torch.no_grad()
     def encode_source(self, image: Path | bytes, shape: tuple[int, ...]) -> Conditioning:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import (
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     ModelMixin,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -22,6 +21,7 @@ from diffusers.models import attention_processor
 from diffusers.pipelines.qwenimage import pipeline_qwenimage
 from safetensors.torch import load_file, save_file
 from support.pipelines import (
+    EulerOnUniPCsSigmas,
     perturb,
     tiny_flux2_klein_pipeline,
     tiny_flux2_pipeline,
@@ -102,13 +102,6 @@ class TorchWithoutNorms:
 
     def __getattr__(self, name):
         return (lambda tensor, **_: torch.ones(())) if name == "norm" else getattr(torch, name)
-
-
-class EulerOnUniPCsSigmas(FlowMatchEulerDiscreteScheduler):
-    """What a Wan pipeline gets to be stepped through as it is in training."""
-
-    def set_timesteps(self, num_inference_steps, device=None):
-        super().set_timesteps(sigmas=np.linspace(1, 1e-3, num_inference_steps + 1)[:-1], device=device)
 
 
 def pipeline_images(pipe, name, noise, prompts, num_steps, guidance):

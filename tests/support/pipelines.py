@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from copy import copy
 from functools import cache
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -60,6 +61,13 @@ CLIP_WIDTH = 16
 T5_WIDTH = 32
 QWEN_WIDTH = 32
 FLUX2_WIDTH = 16
+
+
+class EulerOnUniPCsSigmas(FlowMatchEulerDiscreteScheduler):
+    """What a Wan pipeline gets to be stepped through as it is in training."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(sigmas=np.linspace(1, 1e-3, num_inference_steps + 1)[:-1], device=device)
 
 
 def perturb(parameters: Iterable[torch.nn.Parameter], scale: float = 0.05, seed: int = 1) -> None:
