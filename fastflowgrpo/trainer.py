@@ -112,6 +112,8 @@ class Trainer:
             keep_velocities=objective_class.keeps_velocities(config),
             equal_passes=self.processes.sharded,
         )
+        if objective_class.uses_log_probs:
+            self.policy.train_only_at(sigmas[self.sampler.trained_steps])
         self.objective = objective_class(config, self.policy, self.coefficients, self.sampler.window_size)
         self.learner = Learner(config, self.policy, self.objective, self.processes)
         if self.processes.rank:

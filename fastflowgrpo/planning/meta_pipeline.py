@@ -43,7 +43,7 @@ def meta_pipeline(model: str, dtypes: Mapping[str, torch.dtype]) -> DiffusionPip
             modules = {
                 key: _from_repository(source, key, *index[key])
                 for key in index
-                if key in ("transformer", "vae") or key.startswith(ENCODERS)
+                if key == "vae" or key.startswith(("transformer", *ENCODERS))
                 if index[key][0] is not None
             }
         except OSError as error:

@@ -86,7 +86,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
         needs_encode = config.gpu is not None or config.policy.offload or config.policy.embeddings_dir is not None
         encode = _measure_batch(lambda: _encode(policy), 1) if needs_encode else None
     train = _measure_batch(update, micro_batch)
-    policy.module.enable_gradient_checkpointing()
+    policy.enable_gradient_checkpointing()
     return Passes(
         trained=sum(parameter.numel() for parameter in trained),
         frozen=frozen,
@@ -114,13 +114,15 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int], tuple
     # The passes are measured with and without checkpointing; neither kernels nor a compiler run on the meta device.
     settings = replace(settings, gradient_checkpointing=False, attention=None, compile=False, quantization=None)
     pipeline = meta_pipeline(config.model, component_dtypes(settings))
-    names = ["transformer", *(name for name in pipeline.components if name.startswith(ENCODERS)), "vae"]
-    modules = {name: pipeline.components[name] for name in names if pipeline.components[name] is not None}
+    components = {name: component for name, component in pipeline.components.items() if component is not None}
+    transformers = nn.ModuleList(component for name, component in components.items() if name.startswith("transformer"))
+    encoders = {name: component for name, component in components.items() if name.startswith(ENCODERS)}
+    modules = {"transformer": transformers, **encoders, "vae": pipeline.vae}
     frozen = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
     kept = pipeline.transformer._keep_in_fp32_modules or ()
     linears = tuple(
         (layer.out_features, layer.in_features)
-        for name, layer in pipeline.transformer.named_modules()
+        for name, layer in transformers.named_modules()
         if type(layer) is nn.Linear and not any(part in name.split(".") for part in kept)
     )
     policy = family_of(config.model, type(pipeline).__name__)(pipeline, settings)

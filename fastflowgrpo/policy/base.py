@@ -23,7 +23,6 @@ from fastflowgrpo.policy.lora import add_lora, load_lora, load_lora_weights, sav
 from fastflowgrpo.policy.offload import OffloadedModule
 from fastflowgrpo.policy.protocol import ENCODERS, Conditioning
 from fastflowgrpo.policy.quantization import prepare_quantised
-from fastflowgrpo.policy.weights import FULL
 from fastflowgrpo.prompts.images import read_image
 
 # Blocks are compiled separately with and without the adapter, for each batch shape and for each kind of block: more
@@ -59,11 +58,16 @@ class DiffusersPolicy(ABC):
     def __init__(self, pipeline: DiffusionPipeline, config: PolicyConfig):
         self.pipeline, self.config = pipeline, config
         self.dtype, self.device = getattr(torch, config.dtype), pipeline.device
-        self.module = pipeline.transformer
+        self.transformers = {
+            name: component
+            for name, component in pipeline.components.items()
+            if name.startswith("transformer") and component is not None
+        }
+        self.module = self.trained_module()
         absent = [name for name, component in pipeline.components.items() if component is None]
         length = config.max_sequence_length
         self.sequence_length = self.default_sequence_length(absent) if length is None else length
-        self._reference_module: ModelMixin | None = None
+        self._reference_module: nn.Module | None = None
         self._offloaded: dict[nn.Module, OffloadedModule] = {}
         self._freeze()
         if config.attention is None:
@@ -73,7 +77,7 @@ class DiffusersPolicy(ABC):
         else:
             self.set_attention(config.attention)
         if config.gradient_checkpointing:
-            self.module.enable_gradient_checkpointing()
+            self.enable_gradient_checkpointing()
         self._make_trainable()
         if config.quantization is not None:
             prepare_quantised(self.module)
@@ -110,7 +114,7 @@ class DiffusersPolicy(ABC):
     @property
     def attention_head_dim(self) -> int:
         """The width of an attention head."""
-        return self.module.config.attention_head_dim
+        return self.pipeline.transformer.config.attention_head_dim
 
     @property
     def uses_lora(self) -> bool:
@@ -131,6 +135,15 @@ class DiffusersPolicy(ABC):
             )
         return found
 
+    def trained_module(self) -> Any:
+        """Return the module that is trained, which has all of `self.transformers`."""
+        return self.pipeline.transformer
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the inputs of the transformers' blocks for the backward pass."""
+        for transformer in self.transformers.values():
+            transformer.enable_gradient_checkpointing()
+
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning: ...
 
@@ -147,6 +160,9 @@ class DiffusersPolicy(ABC):
 
     def freeze_unused_weights(self) -> None:  # noqa: B027  most families have none
         """Freeze trained weights that the output does not depend on: DDP would wait for their gradients."""
+
+    def train_only_at(self, sigmas: Tensor) -> None:  # noqa: B027  most families use all weights at all noise levels
+        pass
 
     def sigmas(self, num_steps: int, shape: tuple[int, ...]) -> Tensor:
         scheduler = deepcopy(self.pipeline.scheduler)
@@ -235,11 +251,13 @@ class DiffusersPolicy(ABC):
     @contextmanager
     def reference(self) -> Iterator[None]:
         if self._reference_module is None:
-            self.module.disable_adapters()
+            for transformer in self.transformers.values():
+                transformer.disable_adapters()
             try:
                 yield
             finally:
-                self.module.enable_adapters()
+                for transformer in self.transformers.values():
+                    transformer.enable_adapters()
         else:
             trained, self.transformer = self.transformer, self._reference_module
             try:
@@ -249,18 +267,20 @@ class DiffusersPolicy(ABC):
                 self.transformer = trained
 
     def save(self, folder: Path) -> None:
-        if self.uses_lora:
-            save_lora(self.pipeline, folder)
-        else:
-            self.module.save_pretrained(folder / FULL)
+        for name, transformer in self.transformers.items():
+            if self.uses_lora:
+                save_lora(self.pipeline, folder, name)
+            else:
+                transformer.save_pretrained(folder / name)
 
     def load(self, folder: Path) -> None:
         try:
-            if self.uses_lora:
-                load_lora_weights(self.pipeline, folder)
-            else:
-                trained = type(self.module).from_pretrained(folder / FULL, dtype=torch.float32)
-                self.module.load_state_dict(trained.state_dict())
+            for name, transformer in self.transformers.items():
+                if self.uses_lora:
+                    load_lora_weights(self.pipeline, folder, name)
+                else:
+                    trained = type(transformer).from_pretrained(folder / name, dtype=torch.float32)
+                    transformer.load_state_dict(trained.state_dict())
         except (RuntimeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"checkpoint {folder} does not fit the model: {reason}") from error
@@ -303,9 +323,12 @@ class DiffusersPolicy(ABC):
     def _make_trainable(self) -> None:
         config = self.config
         if config.lora is not None:
-            load_lora(self.pipeline, config.lora, config.lora_rank)
+            for name in self.transformers:
+                load_lora(self.pipeline, config.lora, config.lora_rank, name)
         elif config.lora_rank:
-            add_lora(self.module, config.lora_targets or self.lora_targets, config.lora_rank, config.lora_alpha)
+            targets = config.lora_targets or self.lora_targets
+            for transformer in self.transformers.values():
+                add_lora(transformer, targets, config.lora_rank, config.lora_alpha)
         else:
             self._reference_module = deepcopy(self.module)
             self.module.requires_grad_(True)
@@ -314,15 +337,16 @@ class DiffusersPolicy(ABC):
 
     def _compile(self) -> None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-        for module in (self.module, self._reference_module):
-            if module is not None:
-                # SD3's transformer does not name its repeated blocks
-                module._repeated_blocks = module._repeated_blocks or module._no_split_modules
-                module.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        modules = [module for module in (self.module, self._reference_module) if module is not None]
+        for transformer in (part for module in modules for part in module.modules() if isinstance(part, ModelMixin)):
+            # SD3's transformer does not name its repeated blocks
+            transformer._repeated_blocks = transformer._repeated_blocks or transformer._no_split_modules
+            transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     def _attention_sample(self, name: str) -> Tensor:
         """Choose the attention backend and return its output for an input that requires a gradient."""
-        self.module.set_attention_backend(name)
+        for transformer in self.transformers.values():
+            transformer.set_attention_backend(name)
         query = torch.zeros(1, 16, 1, self.attention_head_dim, dtype=self.dtype, device=self.device)
         mask = torch.ones(1, 1, 1, 16, dtype=torch.bool, device=self.device) if self.has_attention_mask else None
         query.requires_grad_()

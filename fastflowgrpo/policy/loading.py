@@ -43,7 +43,6 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
         UserError: there is no such pipeline, its family is not supported, or it cannot be quantised here.
     """
     config = with_default_rank(model, config)
-    quantization = quantization_config(config)
     source = str(BUNDLED.get(model, model))
     try:
         index = DiffusionPipeline.load_config(source)
@@ -51,6 +50,8 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
         family = family_of(source, name)
         # A pipeline saved without a component (SD3 without T5) loads only if told so.
         absent = [key for key, value in index.items() if isinstance(value, list) and value[0] is None]
+        transformers = [key for key in index if key.startswith("transformer") and key not in absent]
+        quantization = quantization_config(config, transformers)
         pipeline = getattr(diffusers, name).from_pretrained(
             source, dtype=component_dtypes(config), quantization_config=quantization, **dict.fromkeys(absent)
         )

@@ -82,6 +82,9 @@ class Policy(Protocol):
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """Return the trained parameters, all float32."""
 
+    def train_only_at(self, sigmas: Tensor) -> None:
+        """Freeze the trained weights that are not used at any of the noise levels, (N,) on the CPU."""
+
     def reference(self) -> AbstractContextManager[None]:
         """Return a context in which `velocity` is that of the model as it was loaded."""
 

@@ -6,6 +6,7 @@ nf4      bitsandbytes' 4-bit NormalFloat of QLoRA (arXiv 2305.14314), one scale 
          on a GPU
 """
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,8 +21,12 @@ from fastflowgrpo.errors import UserError
 NF4_BLOCK = 64  # weights that share a scale, bitsandbytes' default
 
 
-def quantization_config(config: PolicyConfig) -> PipelineQuantizationConfig | None:
-    """Return what diffusers' loader needs to quantise the transformer, None without `policy.quantization`.
+def quantization_config(config: PolicyConfig, transformers: Iterable[str]) -> PipelineQuantizationConfig | None:
+    """Return what diffusers' loader needs to quantise transformers, None without `policy.quantization`.
+
+    Args:
+        config: of the policy.
+        transformers: names of the components.
 
     Raises:
         UserError: a package or the GPU that it needs is missing.
@@ -42,7 +47,7 @@ def quantization_config(config: PolicyConfig) -> PipelineQuantizationConfig | No
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
         settings = TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
-    return PipelineQuantizationConfig(quant_mapping={"transformer": settings})
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(transformers, settings))
 
 
 def prepare_quantised(module: ModelMixin) -> None:

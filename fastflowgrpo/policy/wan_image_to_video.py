@@ -54,7 +54,7 @@ class WanImageToVideoPolicy(WanPolicy):
         video[:, :, 0] = first.to(self.device, vae.dtype) / 127.5 - 1
         latents = (vae.encode(video).latent_dist.mode() - self._mean) / self._std
         conditioning = {"source": latents.to(self.dtype)}
-        if self.module.config.image_dim is not None:
+        if self.pipeline.transformer.config.image_dim is not None:
             tokens = pipeline.encode_image(first, self.device)
             conditioning["encoder_hidden_states_image"] = tokens.to(self.dtype)
         return conditioning
@@ -62,7 +62,7 @@ class WanImageToVideoPolicy(WanPolicy):
     def example_source(self, latents: Tensor) -> Conditioning:
         frames = slice(1) if self.pipeline.config.expand_timesteps else slice(None)
         conditioning = {"source": torch.empty_like(latents[:, :, frames])}
-        width = self.module.config.image_dim
+        width = self.pipeline.transformer.config.image_dim
         if width is not None:
             vision = self.pipeline.image_encoder.config
             tokens = (vision.image_size // vision.patch_size) ** 2 + 1
@@ -84,7 +84,7 @@ class WanImageToVideoPolicy(WanPolicy):
     ) -> Tensor:
         """The velocity (B, C, F, H, W), of the first frame towards the source, (B, C, 1, H, W)."""
         frames, height, width = latents.shape[2:]
-        _, *patch = self.module.config.patch_size
+        _, *patch = self.pipeline.transformer.config.patch_size
         tokens = height // patch[0] * (width // patch[1])
         after_first = torch.arange(frames, device=self.device).sign().repeat_interleave(tokens)
         video = torch.cat([source, latents[:, :, 1:]], 2)

@@ -28,6 +28,7 @@ from support.pipelines import (
     tiny_flux_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
+    tiny_wan_experts_pipeline,
     tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
@@ -57,6 +58,7 @@ BUILD = {
     "qwen": tiny_qwen_image_pipeline,
     "wan": tiny_wan_pipeline,
     "wan22": partial(tiny_wan_pipeline, high_compression=True),
+    "experts": tiny_wan_experts_pipeline,
     "zimage": tiny_z_image_pipeline,
     "flux2": tiny_flux2_pipeline,
     "klein": tiny_flux2_klein_pipeline,
@@ -64,7 +66,7 @@ BUILD = {
 DISTINCT = [name for name in BUILD if name not in ("wan22", "flux2")]  # these differ little from wan and klein
 NEW = [name for name in DISTINCT if name != "sd3"]  # SD3 has tests of its own besides
 PACKED = ("flux", "qwen")  # their pipelines take latents as tokens
-VIDEO = ("wan", "wan22")
+VIDEO = ("wan", "wan22", "experts")
 SIZE = {
     name: {"height": 16, "width": 32, "num_frames": 5} if name in VIDEO else {"height": 16, "width": 24}
     for name in BUILD

@@ -21,7 +21,7 @@ from fastflowgrpo.sampling.ode import sample_ode
 from fastflowgrpo.sampling.rollout import sample_seeds
 from fastflowgrpo.train import main
 
-KINDS = ("wan21", "channels", "wan22_5b")
+KINDS = ("wan21", "experts", "wan22_5b")
 SIZE = {"height": 16, "width": 32, "num_frames": 5}
 TEXTS = ["it flies away", "snow falls"]
 
@@ -92,7 +92,7 @@ def test_ode_samples_are_the_pipelines_own(folders, kind, guidance):
 def test_wan21_needs_its_number_of_text_tokens(folders):
     with pytest.raises(UserError, match=r"policy\.max_sequence_length 12: Wan 2\.1 image to video takes 512"):
         load(folders("wan21"), max_sequence_length=12)
-    assert load(folders("channels"), max_sequence_length=12).sequence_length == 12
+    assert load(folders("experts"), max_sequence_length=12).sequence_length == 12
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")

@@ -208,12 +208,23 @@ def tiny_wan_pipeline(seed: int = 0, *, high_compression: bool = False) -> WanPi
     return pipe
 
 
+def tiny_wan_experts_pipeline(seed: int = 0) -> WanPipeline:
+    """Return a `tiny_wan_pipeline` with two transformers, of which the second has the noise levels below 0.8."""
+    components = tiny_wan_pipeline(seed).components
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        components["transformer_2"] = _wan_transformer()
+    pipe = WanPipeline(**components, boundary_ratio=0.8)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def tiny_wan_image_to_video_pipeline(kind: str = "wan21", seed: int = 0) -> WanImageToVideoPipeline:
     """Return a WanImageToVideoPipeline of the components of `tiny_wan_pipeline`.
 
     Args:
-        kind: "wan21", with CLIP's tokens of the image and further channels; "channels", without CLIP; "wan22_5b", with
-            the image as the first latent frame.
+        kind: "wan21", with CLIP's tokens of the image and further channels; "experts", two transformers without CLIP,
+            of which the second has the noise levels below 0.8; "wan22_5b", with the image as the first latent frame.
         seed: of the weights.
     """
     components = tiny_wan_pipeline(seed, high_compression=kind == "wan22_5b").components
@@ -231,7 +242,11 @@ def tiny_wan_image_to_video_pipeline(kind: str = "wan21", seed: int = 0) -> WanI
         if kind != "wan22_5b":
             image = {"image_dim": 16, "added_kv_proj_dim": 24} if kind == "wan21" else {}
             components["transformer"] = _wan_transformer(in_channels=4 + 2 + 4, **image)
-    pipe = WanImageToVideoPipeline(**components, expand_timesteps=kind == "wan22_5b")
+        if kind == "experts":
+            components["transformer_2"] = _wan_transformer(in_channels=4 + 2 + 4)
+    pipe = WanImageToVideoPipeline(
+        **components, expand_timesteps=kind == "wan22_5b", boundary_ratio=0.8 if kind == "experts" else None
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
