@@ -26,9 +26,10 @@ def with_default_rank(model: str, config: PolicyConfig) -> PolicyConfig:
 
 def component_dtypes(config: PolicyConfig) -> dict[str, torch.dtype]:
     """Return the dtype of each component of a pipeline by its name, and of all others as "default"."""
-    encoders = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder"), config.text_encoder_dtype)
-    names = {"default": config.dtype, "vae": config.vae_dtype, **encoders}
-    return {component: getattr(torch, name or config.dtype) for component, name in names.items()}
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+    encoders = dict.fromkeys(names, config.text_encoder_dtype)
+    dtypes = {"default": config.dtype, "vae": config.vae_dtype, **encoders}
+    return {component: getattr(torch, name or config.dtype) for component, name in dtypes.items()}
 
 
 def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "cpu") -> Policy:

@@ -27,7 +27,7 @@ class WanPolicy(DiffusersPolicy):
     one if all trained steps are its.
     """
 
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     makes_videos = True
 
     def __init__(self, pipeline: WanPipeline, config: PolicyConfig):
@@ -62,8 +62,8 @@ class WanPolicy(DiffusersPolicy):
         if self._untrained is not None:
             side = "from" if self._untrained == "transformer_2" else "below"
             found.append(
-                f"all trained steps are {side} the boundary {self.pipeline.config.boundary_ratio:g} of the noise levels: "
-                f"{self._untrained} is not trained; rollout.window_start chooses the steps"
+                f"all trained steps are {side} the noise level {self.pipeline.config.boundary_ratio:g}, the boundary of "
+                f"the two transformers: {self._untrained} is not trained; rollout.window_start chooses the steps"
             )
         return found
 

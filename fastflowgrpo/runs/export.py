@@ -47,8 +47,10 @@ def export(run: Path, checkpoint: Path, form: str, output: Path, dtype: str | No
         raise UserError(f"--dtype is for --format merged, not for {form}: a LoRA stays float32")
     if not merged and output.suffix != ".safetensors":
         raise UserError(f"--output {output}: expected a .safetensors file")
-    if output.exists():
-        raise UserError(f"--output {output} exists: give another")
+    second = output.with_stem(f"{output.stem}_2")  # of a second transformer
+    for path in (output, second):
+        if path.exists():
+            raise UserError(f"--output {path} exists: give another")
     source = str(BUNDLED.get(config.model, config.model))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def export(run: Path, checkpoint: Path, form: str, output: Path, dtype: str | No
         else:
             _write_lora(source, checkpoint / LORA, form, output)
             if (checkpoint / LORA_2).is_file():
-                _write_lora(source, checkpoint / LORA_2, form, output.with_stem(f"{output.stem}_2"))
+                _write_lora(source, checkpoint / LORA_2, form, second)
     except OSError as error:
         raise UserError(f"{checkpoint} cannot be exported to {output}: {error}") from error
 

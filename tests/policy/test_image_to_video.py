@@ -11,7 +11,7 @@ from PIL import Image
 from support.pipelines import EulerOnUniPCsSigmas, perturb, tiny_wan_image_to_video_pipeline
 
 from fastflowgrpo import Config, Trainer, load_policy
-from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
+from fastflowgrpo.config import PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.policy.embeddings import EmbeddingCache

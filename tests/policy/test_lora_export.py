@@ -118,7 +118,16 @@ SUFFIXES = {
 # model: it knows the width of the single blocks, 3072, and no other.
 TARGETS = {
     ("wan", "kohya"): ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"],
-    ("wan_i2v", "kohya"): ["to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj", "ffn.net.0.proj", "ffn.net.2"],
+    ("wan_i2v", "kohya"): [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_k_proj",
+        "add_v_proj",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    ],
     ("flux", "kohya"): ["transformer_blocks.0.attn.to_q", "to_out.0", "add_k_proj", "add_v_proj", *FEED_FORWARD],
 }
 
