@@ -60,10 +60,13 @@ class WanPolicy(DiffusersPolicy):
     def warnings(self, guided: bool) -> list[str]:
         found = super().warnings(guided)
         if self._untrained is not None:
-            side = "from" if self._untrained == "transformer_2" else "below"
+            side, boundary = (
+                "from" if self._untrained == "transformer_2" else "below",
+                self.pipeline.config.boundary_ratio,
+            )
             found.append(
-                f"all trained steps are {side} the noise level {self.pipeline.config.boundary_ratio:g}, the boundary of "
-                f"the two transformers: {self._untrained} is not trained; rollout.window_start chooses the steps"
+                f"all trained steps are {side} the noise level {boundary:g}, the boundary of the two transformers: "
+                f"{self._untrained} is not trained; rollout.window_start chooses the steps"
             )
         return found
 
