@@ -278,6 +278,9 @@ def test_a_pass_of_each_family_is_the_real_one(build, targets, rank, tmp_path):
 def test_published_transformers_have_the_sizes_in_their_names():
     sizes = {
         "stabilityai/stable-diffusion-3.5-large": 8.1,
+        "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": 16.4,
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers": 14.3,
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers": 14.3,
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers": 5,
         "Tongyi-MAI/Z-Image": 6,
         "black-forest-labs/FLUX.2-dev": 32,
