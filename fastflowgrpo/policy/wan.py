@@ -60,10 +60,8 @@ class WanPolicy(DiffusersPolicy):
     def warnings(self, guided: bool) -> list[str]:
         found = super().warnings(guided)
         if self._untrained is not None:
-            side, boundary = (
-                "from" if self._untrained == "transformer_2" else "below",
-                self.pipeline.config.boundary_ratio,
-            )
+            boundary = self.pipeline.config.boundary_ratio
+            side = "from" if self._untrained == "transformer_2" else "below"
             found.append(
                 f"all trained steps are {side} the noise level {boundary:g}, the boundary of the two transformers: "
                 f"{self._untrained} is not trained; rollout.window_start chooses the steps"
