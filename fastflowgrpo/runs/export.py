@@ -47,8 +47,9 @@ def export(run: Path, checkpoint: Path, form: str, output: Path, dtype: str | No
         raise UserError(f"--dtype is for --format merged, not for {form}: a LoRA stays float32")
     if not merged and output.suffix != ".safetensors":
         raise UserError(f"--output {output}: expected a .safetensors file")
-    second = output.with_stem(f"{output.stem}_2")  # of a second transformer
-    for path in (output, second):
+    second = output.with_stem(f"{output.stem}_2")
+    writes_second = not merged and (checkpoint / LORA_2).is_file()
+    for path in (output, second) if writes_second else (output,):
         if path.exists():
             raise UserError(f"--output {path} exists: give another")
     source = str(BUNDLED.get(config.model, config.model))
@@ -58,7 +59,7 @@ def export(run: Path, checkpoint: Path, form: str, output: Path, dtype: str | No
             _write_pipeline(source, checkpoint, output, getattr(torch, dtype or "bfloat16"))
         else:
             _write_lora(source, checkpoint / LORA, form, output)
-            if (checkpoint / LORA_2).is_file():
+            if writes_second:
                 _write_lora(source, checkpoint / LORA_2, form, second)
     except OSError as error:
         raise UserError(f"{checkpoint} cannot be exported to {output}: {error}") from error
