@@ -5,11 +5,13 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from diffusers import DiffusionPipeline, QwenImageEditPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file
 from support.edit_prompts import write_prompts
 from support.pipelines import (
@@ -29,8 +31,9 @@ from fastflowgrpo.planning.passes import run_passes
 from fastflowgrpo.policy import FAMILIES
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.policy.latents import pack
-from fastflowgrpo.policy.source_images import check_source_images
+from fastflowgrpo.policy.source_images import check_source_images, sources_per_prompt
 from fastflowgrpo.prompts import Prompt, load_prompts
+from fastflowgrpo.prompts.images import source_images
 from fastflowgrpo.sampling.conditioning import expand_row
 from fastflowgrpo.sampling.ode import sample_ode
 from fastflowgrpo.shapes.pretrain_edit import with_source_channels
@@ -216,6 +219,24 @@ def test_source_images_must_fit_the_model(folders, tiny_sd3_folder):
         check_source_images(klein, [two, Prompt("a cat")])
     for prompts in ([two, two], [one, one], [Prompt("a"), Prompt("b")]):
         check_source_images(klein, prompts)
+
+
+def test_images_in_a_table_are_as_good_as_files(folders, tmp_path):
+    policy, files = load(folders("klein")), [replace(prompt, references=()) for prompt in prompts_of(folders("klein"))]
+    images = [prompt.image.read_bytes() for prompt in files]
+    parquet.write_table(pyarrow.table({"edit": TEXTS, "image": images}), tmp_path / "edits.parquet")
+    config = config_of(folders("klein"), tmp_path, "klein")
+    for columns, count in (("edit", 0), ("edit+image", 1)):
+        config.prompts.train = f"{tmp_path}/edits.parquet:{columns}"
+        assert sources_per_prompt(policy, config) == count
+    prompts = load_prompts(config.prompts.train)
+    check_source_images(policy, prompts)
+    embed = EmbeddingCache(policy, shape=policy.latent_shape(*FAMILY["klein"][1]))
+    found, expected = embed(prompts), embed(files)
+    assert len(embed.rows) == 4 and found.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    shown, kept = source_images(prompts, 8, 8), source_images(files, 8, 8)
+    assert len(shown) == 2 and all(map(torch.equal, shown, kept))
 
 
 def test_a_missing_package_is_named(folders, monkeypatch):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.pipelines import tiny_wan_experts_pipeline
 from support.tiny_run import command, rows
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -104,6 +105,29 @@ def test_full_training_quantises_the_reference_alone_on_the_device_or_offloaded(
     policy.velocity(*given).square().mean().backward()
     torch.optim.SGD(policy.trainable_parameters(), lr=0.1).step()
     assert not torch.equal(policy.velocity(*given), exact) and torch.equal(reference(policy), base)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("rank", [4, 0])
+def test_both_of_two_transformers_are_quantised(tmp_path, rank):
+    pipeline = tiny_wan_experts_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    policy = load(tmp_path, lora_rank=rank)
+    linears = [
+        name
+        for transformer in (pipeline.transformer, pipeline.transformer_2)
+        for name, layer in transformer.named_modules()
+        if type(layer) is nn.Linear and "time_embedder" not in name  # Wan keeps it in float32
+    ]
+    frozen_module = policy.module if rank else policy._reference_module
+    stored = [weight for weight in frozen_module.parameters() if isinstance(weight, TorchAOBaseTensor)]
+    assert len(stored) == len(linears)
+    latents = torch.randn(2, *policy.latent_shape(16, 16, 5)).to(policy.dtype)
+    given = latents, torch.tensor([0.3, 0.9]), policy.encode(["a cat", "snow"])
+    with torch.no_grad(), policy.reference():
+        reference = policy.velocity(*given)
+    policy.velocity(*given).square().mean().backward()
+    assert reference.isfinite().all() and all(weight.grad is not None for weight in policy.trainable_parameters())
 
 
 def quantised(folder, output, **settings):
