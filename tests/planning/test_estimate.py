@@ -277,7 +277,8 @@ def test_an_operation_is_remembered_by_shapes_dtypes_and_types():
     small, large = (torch.zeros(count, 1000, dtype=torch.int8, device="meta") for count in (1, 3))
 
     def add():
-        return small + 1, small + 1.0, small + 1, small.short() + 1, large + 1, large.t() + small.t()
+        views = [aten._unsafe_view(small, [500, 2]) for _ in range(2)]  # need no bytes
+        return views, small + 1, small + 1.0, small + 1, small.short() + 1, large + 1, large.t() + small.t()
 
     # int8, float32, int8, int16, int8, int8
     assert measure(add).peak == 1000 * (1 + 4 + 1 + 2 + 3 + 3)
