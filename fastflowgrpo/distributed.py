@@ -4,10 +4,11 @@ Of `total` items rank r of R has r, r + R, r + 2 R, ... In every run of consecut
 optimiser update, the ranks' counts differ by at most one.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -66,6 +67,18 @@ def make_accelerator(trackers: list[str], project_dir: str) -> Accelerator:
     return accelerator
 
 
+class Position(NamedTuple):
+    """Where a rank is in its work; times are those of its `time.monotonic`."""
+
+    phase: str = "start"
+    since: float = 0.0
+    """When the phase began."""
+    meetings: int = 0
+    """Points at which ranks wait for each other that this rank has come to; all ranks come to the same ones."""
+    waits_since: float | None = None
+    """When it came to the last one, if it may be waiting there."""
+
+
 class Processes:
     """The ranks of a run, seen from one of them. All ranks must call the methods whose docstrings say collective."""
 
@@ -74,6 +87,21 @@ class Processes:
         self.rank, self.count = accelerator.process_index, accelerator.num_processes
         self.is_main = self.rank == 0
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        self.position = Position(since=time.monotonic())
+        """Replaced as a whole, so that another thread may read it."""
+
+    def note(self, phase: str) -> None:
+        """Note the phase that begins now. With a sharded model, whose passes all ranks run together, a meeting."""
+        now = time.monotonic()
+        self.position = Position(phase, now, self.position.meetings + self.sharded, now if self.sharded else None)
+
+    @contextmanager
+    def meeting(self) -> Iterator[None]:
+        """Surround work in which this rank may wait for the others. Collective."""
+        begun = self.position
+        self.position = begun._replace(meetings=begun.meetings + 1, waits_since=time.monotonic())
+        yield
+        self.position = self.position._replace(waits_since=None)
 
     def rank_indices(self, total: int) -> list[int]:
         """The indices of this rank's items, of `total`."""
@@ -96,7 +124,8 @@ class Processes:
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in the order of the ranks. Collective; tensors must be on the CPU."""
-        return gather_object([value])
+        with self.meeting():
+            return gather_object([value])
 
     def wait(self) -> None:
         """Wait until every rank is here. Collective."""
@@ -139,7 +168,8 @@ class Processes:
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
         """Wrap (DDP) or shard (FSDP2) a module and its optimiser, as the launcher says. Collective."""
-        module, optimizer = self.accelerator.prepare(module, optimizer)
+        with self.meeting():
+            module, optimizer = self.accelerator.prepare(module, optimizer)
         if isinstance(module, DistributedDataParallel):
             module.broadcast_buffers = False  # they never change
             # Otherwise a forward pass without a backward pass would make the next backward pass average gradients.
@@ -157,7 +187,8 @@ class Processes:
             module.set_requires_gradient_sync(last)
         elif isinstance(module, DistributedDataParallel):
             module.require_backward_grad_sync = last
-        yield
+        with self.meeting() if last else nullcontext():
+            yield
         if isinstance(module, DistributedDataParallel):
             module.require_backward_grad_sync = False
 
@@ -176,10 +207,11 @@ class Processes:
     def full_on_main(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors on rank 0, sharded ones complete and on the CPU; {} on the others. Collective."""
         result = {}
-        for name, tensor in tensors.items():
-            full = full_tensor(tensor)
-            if self.is_main:
-                result[name] = full if full is tensor else full.cpu()
+        with self.meeting():
+            for name, tensor in tensors.items():
+                full = full_tensor(tensor)
+                if self.is_main:
+                    result[name] = full if full is tensor else full.cpu()
         return result
 
 

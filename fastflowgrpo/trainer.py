@@ -31,6 +31,7 @@ from fastflowgrpo.runs.checkpoints import last_checkpoint
 from fastflowgrpo.runs.files import LOG
 from fastflowgrpo.runs.gallery import GROUPS, Gallery
 from fastflowgrpo.runs.guard import best_checkpoint, guard_fall, is_best_by_guard
+from fastflowgrpo.runs.heartbeat import Heartbeat
 from fastflowgrpo.runs.hub import check_push, publish
 from fastflowgrpo.runs.lock import RunLock
 from fastflowgrpo.runs.report import Report
@@ -64,9 +65,12 @@ class Trainer:
         self.processes = Processes(self.accelerator)
         self.lock = RunLock(config.output_dir)
         self.processes.on_main(self.lock.acquire)
+        self.heartbeat = Heartbeat(config.output_dir, self.processes, config.hang_warning)
         try:
+            self.heartbeat.start()
             self._load()
         except BaseException:
+            self.heartbeat.close()
             self.lock.close()
             raise
 
@@ -138,7 +142,7 @@ class Trainer:
             Interrupted: on SIGTERM, SIGHUP or Ctrl+C, after an update under way is finished.
             GuardStop: `evaluation.guard` has stopped the run; it is saved, with its summary and pictures.
         """
-        with self.signals, closing(self.lock):
+        with self.signals, closing(self.lock), closing(self.heartbeat):
             try:
                 stopped = self._run_epochs()
             except BaseException as error:
@@ -258,11 +262,11 @@ class Trainer:
         with progress("rollout", rollout.num_steps * -(-len(prompts) // groups_at_once)) as steps:
             for begin in range(0, len(prompts), groups_at_once):
                 groups = slice(begin, begin + groups_at_once)
-                with self.report.phase("rollout"), self.learner.sampling_weights():
+                with self.report.phase("rollout", begin // groups_at_once), self.learner.sampling_weights():
                     of_groups = {name: tensor[groups] for name, tensor in conditioning.items()}
                     starts, noise = self.sampler.starts(epoch, seeds[groups]), noise_seeds[groups].flatten()
                     part = self.sampler.sample(starts, noise, of_groups, unconditional, steps.update)
-                with self.report.phase("decode"):
+                with self.report.phase("decode", begin // groups_at_once):
                     images = self.scoring.submit(part.final, prompts[groups], size)
                 parts.append(HostTrajectory.of(part) if rollout.offload_trajectory else part)
                 if begin < num_shown:

@@ -255,6 +255,9 @@ class Config:
     num_processes: int | None = None
     """Number of processes that share the work. Default: the launcher's; without one, 1 with a GPU, else one per free
     physical core. A dry run assumes the launcher's number or 1 if this is not set."""
+    hang_warning: float | None = 300.0
+    """Seconds that one of several processes waits until it prints which others have not come, and where they are. null:
+    it never does."""
     memory_gb: float | None = None
     """Memory that a process may fill in 10^9 bytes, for update.batch_size 0. Default: 90 % of what is free."""
     fit: str | None = None

@@ -64,6 +64,7 @@ _MINIMUM = {
     2: ("rollout.group_size", "rollout.candidates", "rollout.num_steps"),
 }
 _ABOVE_ZERO = (
+    "hang_warning",
     "memory_gb",
     "update.replay_tolerance",
     "update.dpo_beta",
@@ -140,6 +141,7 @@ START_SETTINGS = (
     "resume",
     "dry_run",
     "num_processes",
+    "hang_warning",
     "memory_gb",
     "fit",
     "gpu",

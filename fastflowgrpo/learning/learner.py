@@ -130,6 +130,7 @@ class Learner:
 
         def run_passes(last: int) -> None:
             for i in progress("update", range(num_passes)):
+                self.processes.note(f"update, micro-batch {i + 1} of {num_passes}")
                 with self.processes.backward_pass(self.policy.transformer, last=i + 1 == last):
                     if i < len(micro_batches):
                         loss, pair_statistics = self._loss(batch, *micro_batches[i])
@@ -246,8 +247,10 @@ class Learner:
 
     def _clip_gradient(self) -> Tensor:
         """Clip the gradient to `update.max_grad_norm`; its norm before that."""
-        norm = full_tensor(self.processes.clip_gradient(self.parameters, self.config.update.max_grad_norm))
-        if not math.isfinite(norm):
+        with self.processes.meeting():
+            norm = full_tensor(self.processes.clip_gradient(self.parameters, self.config.update.max_grad_norm))
+            finite = math.isfinite(norm)  # on a GPU the host waits for the others here
+        if not finite:
             raise mark_collective(
                 UserError("the gradient is not finite: lower update.learning_rate or use another policy.dtype")
             )

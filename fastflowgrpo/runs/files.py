@@ -13,6 +13,7 @@ CONFIG, METRICS, SUMMARY, IMAGES, CHECKPOINTS = "config.yaml", "metrics.jsonl", 
 BEFORE_AFTER, CURVE = "before_after.png", "curve.png"
 GALLERY, INDEX = "gallery", "index.jsonl"  # the folder, and the file in it
 LOG, LOCK = "log.txt", ".lock"  # what the run printed, and which process writes the folder
+HEARTBEAT = ".heartbeat"  # where each of several processes is
 TRACKER = "fastflowgrpo"  # project name of the trackers, and TensorBoard's folder
 # Everything that a run writes into its folder and that --overwrite removes. The config is last: as long as it is there,
 # a run that was killed while it removed the others is recognised.

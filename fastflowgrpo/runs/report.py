@@ -97,8 +97,14 @@ class Report:
         self.accelerator.init_trackers(TRACKER, init_kwargs=trackers)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to the phase's seconds; an error gets the attribute `phase`, its name."""
+    def phase(self, name: str, batch: int | None = None) -> Iterator[None]:
+        """Add the time spent inside to the phase's seconds; an error gets the attribute `phase`, its name.
+
+        Args:
+            name: of the phase.
+            batch: its number, from 0, where each batch enters the phase anew.
+        """
+        self.state.processes.note(name if batch is None else f"{name}, batch {batch + 1}")
         begin = time.perf_counter()
         try:
             yield

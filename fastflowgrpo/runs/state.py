@@ -83,6 +83,7 @@ class RunState:
         learner, processes = self.learner, self.processes
         if learner.step == self.saved_step:
             return
+        processes.note("checkpoint")
         rng_states = processes.gather(self.boundary_rng)
         state = training_state(learner.named_parameters(), learner.optimizer, learner.ema, learner.old_policy)
         state = {name: processes.full_on_main(tensors) for name, tensors in state.items()}

@@ -77,6 +77,15 @@ def test_a_killed_process_ends_the_run(tmp_path):
     assert not psutil.pid_exists(int((tmp_path / "rank0").read_text()))
 
 
+def test_a_process_that_keeps_the_other_one_waiting_is_named(tmp_path):
+    assert end(launch(tmp_path, "wait_for_one")) == 0
+    named = (
+        r'waiting for other processes for \d s: process 1 \(\d+ on .+\) has been in the phase "rollout, batch 2" for'
+    )
+    assert re.search(named, (tmp_path / "log").read_text())
+    assert not (tmp_path / ".heartbeat").exists()
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_reaches_each_process_once(tmp_path, signum):
     process = launch(tmp_path, "count_signals")

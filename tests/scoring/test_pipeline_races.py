@@ -142,7 +142,7 @@ def an_epoch_of_the_trainer(module, gpu):
     trainer = SimpleNamespace(
         config=SimpleNamespace(rollout=rollout, seed=0),
         processes=SimpleNamespace(padded_rank_indices=range, is_main=True),
-        report=SimpleNamespace(phase=lambda name: nullcontext()),
+        report=SimpleNamespace(phase=lambda name, batch=None: nullcontext()),
         embed=lambda prompts: {"text": torch.zeros(len(prompts), 1, device=CUDA)},
         learner=SimpleNamespace(sampling_weights=nullcontext),
         sampler=SimpleNamespace(starts=lambda epoch, seeds: [0], sample=sample),

@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 
 from fastflowgrpo.console import Ending, print_ending
+from fastflowgrpo.distributed import Processes, make_accelerator
 from fastflowgrpo.runs import launcher
+from fastflowgrpo.runs.heartbeat import Heartbeat
 from fastflowgrpo.train import main
 
 
@@ -46,6 +48,19 @@ def lose_one(folder: Path) -> Ending:
         os.kill(os.getpid(), signal.SIGKILL)
     (folder / "rank0").write_text(str(os.getpid()))
     time.sleep(600)
+    return Ending(0)
+
+
+def wait_for_one(folder: Path) -> Ending:
+    """Rank 1 comes to the meeting only after it was missed."""
+    processes = Processes(make_accelerator([], str(folder)))
+    heartbeat = Heartbeat(folder, processes, limit=0.2)
+    heartbeat.start()
+    processes.note("rollout, batch 2")
+    while rank() == 1 and "rollout" not in (folder / "log").read_text():
+        time.sleep(0.02)
+    processes.wait()
+    heartbeat.close()
     return Ending(0)
 
 
