@@ -13,7 +13,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    fsdp2_prepare_model,
+    gather_object,
+)
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -166,9 +172,21 @@ class Processes:
         """Whether every rank has raised this error at the same point, so that they can go on together."""
         return self.count == 1 or getattr(error, "collective", False)
 
+    def shard(self, module: nn.Module) -> None:
+        """Shard a module in place with FSDP2; one on the meta device stays there. Collective."""
+        fsdp2_prepare_model(self.accelerator, module)
+        assert isinstance(module, FSDPModule)
+        # Weights kept after a forward pass would be stale once the averaged weights are copied in.
+        module.set_reshard_after_forward(True)
+
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
-        """Wrap (DDP) or shard (FSDP2) a module and its optimiser, as the launcher says. Collective."""
+        """Wrap (DDP) or shard (FSDP2) a module and its optimiser, as the launcher says. Collective.
+
+        A module from `shard` stays as it is.
+        """
         with self.meeting():
+            if isinstance(module, FSDPModule):
+                return module, self.accelerator.prepare_optimizer(optimizer)
             module, optimizer = self.accelerator.prepare(module, optimizer)
         if isinstance(module, DistributedDataParallel):
             module.broadcast_buffers = False  # they never change
@@ -236,6 +254,15 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def local_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be sharded; it shares the tensor's memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_begin(tensor: Tensor) -> int:
+    """The first row of this rank's part of a tensor that may be sharded by rows."""
+    if not isinstance(tensor, DTensor) or not tensor.ndim:
+        return 0
+    mesh = tensor.device_mesh
+    shares = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
+    return sum(mesh.get_local_rank(dim) * -(-len(tensor) // mesh.size(dim)) for dim in shares)
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:

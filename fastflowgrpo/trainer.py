@@ -96,7 +96,8 @@ class Trainer:
         rollout = config.rollout
         if self.processes.is_main:
             warn_if_short(config, self.processes.count, self.accelerator.device)
-        self.policy = load_policy(config.model, config.policy, self.accelerator.device)
+        shard = self.processes.shard if self.processes.sharded else None
+        self.policy = load_policy(config.model, config.policy, self.accelerator.device, shard)
         self.shape = self.policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
         check_source_images(self.policy, [*self.train_prompts, *self.eval_prompts])
         self.embed = self._embeddings()

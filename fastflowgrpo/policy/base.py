@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -16,6 +16,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from diffusers.training_utils import cast_training_params
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.fsdp import FSDPModule
 
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
@@ -23,6 +24,7 @@ from fastflowgrpo.policy.lora import add_lora, load_lora, load_lora_weights, sav
 from fastflowgrpo.policy.offload import OffloadedModule
 from fastflowgrpo.policy.protocol import Conditioning
 from fastflowgrpo.policy.quantization import prepare_quantised
+from fastflowgrpo.policy.sharded_loading import read_shards
 from fastflowgrpo.policy.weights import FULL
 from fastflowgrpo.prompts.images import read_image
 
@@ -58,7 +60,7 @@ class DiffusersPolicy(ABC):
 
     def __init__(self, pipeline: DiffusionPipeline, config: PolicyConfig):
         self.pipeline, self.config = pipeline, config
-        self.dtype, self.device = getattr(torch, config.dtype), pipeline.device
+        self.dtype, self.device = getattr(torch, config.dtype), pipeline.vae.device
         self.module = pipeline.transformer
         absent = [name for name, component in pipeline.components.items() if component is None]
         length = config.max_sequence_length
@@ -191,10 +193,21 @@ class DiffusersPolicy(ABC):
         with self._on_device(self.pipeline.vae):
             return torch.cat([(images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for images in decoded])
 
+    def read_shards(self, files: Sequence[Path], shard: Callable[[nn.Module], None]) -> None:
+        """Shard the transformer and the reference of full training, which are on the meta device, and read this rank's
+        part of their weights from files."""
+        assert self._reference_module is not None
+        for module in (self.module, self._reference_module):
+            shard(module)
+        read_shards(files, self.module, self._reference_module, self.device)
+
     def offload(self) -> None:
-        """Keep the text encoders, the VAE and the reference of full training on the CPU while they are not used."""
+        """Keep the text encoders, the VAE and the reference of full training on the CPU while they are not used.
+
+        A sharded reference stays where it is.
+        """
         for module in (*self.text_encoders().values(), self.pipeline.vae, self._reference_module):
-            if module is not None:
+            if module is not None and not isinstance(module, FSDPModule):
                 self._offloaded[module] = OffloadedModule(module, self.device)
 
     @contextmanager

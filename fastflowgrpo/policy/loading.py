@@ -1,16 +1,20 @@
 """Loading a policy from a model's folder or hub id."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from fastflowgrpo.config import BUNDLED_MODELS, PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.families import family_of
 from fastflowgrpo.policy.protocol import Policy
 from fastflowgrpo.policy.quantization import quantization_config
+from fastflowgrpo.policy.sharded_loading import empty_transformer, weight_files
 from fastflowgrpo.shapes import BUNDLED
 
 
@@ -31,13 +35,20 @@ def component_dtypes(config: PolicyConfig) -> dict[str, torch.dtype]:
     return {component: getattr(torch, name or config.dtype) for component, name in names.items()}
 
 
-def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "cpu") -> Policy:
+def load_policy(
+    model: str,
+    config: PolicyConfig,
+    device: torch.device | str = "cpu",
+    shard: Callable[[nn.Module], None] | None = None,
+) -> Policy:
     """Load a diffusers pipeline for training.
 
     Args:
         model: a local folder in diffusers' layout, a hub id, or "shapes" or "shapes_edit" for a bundled model.
         config: dtypes, adapter and embedding settings.
         device: where it runs.
+        shard: shards a module over the ranks. In full training the transformer and its reference are sharded by it
+            before this rank reads its part of the weights.
 
     Raises:
         UserError: there is no such pipeline, its family is not supported, or it cannot be quantised here.
@@ -45,14 +56,20 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
     config = with_default_rank(model, config)
     quantization = quantization_config(config)
     source = str(BUNDLED.get(model, model))
+    is_full = config.lora is None and not config.lora_rank
     try:
         index = DiffusionPipeline.load_config(source)
         name = index["_class_name"]
         family = family_of(source, name)
         # A pipeline saved without a component (SD3 without T5) loads only if told so.
-        absent = [key for key, value in index.items() if isinstance(value, list) and value[0] is None]
+        given: dict[str, Any] = {
+            key: None for key, value in index.items() if isinstance(value, list) and value[0] is None
+        }
+        if shard is not None and is_full:
+            files, class_name = weight_files(source), index["transformer"][1]
+            given["transformer"] = empty_transformer(source, class_name, getattr(torch, config.dtype))
         pipeline = getattr(diffusers, name).from_pretrained(
-            source, dtype=component_dtypes(config), quantization_config=quantization, **dict.fromkeys(absent)
+            source, dtype=component_dtypes(config), quantization_config=quantization, **given
         )
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
@@ -60,7 +77,14 @@ def load_policy(model: str, config: PolicyConfig, device: torch.device | str = "
             f'model "{source}" is neither a diffusers folder nor a hub id that can be read ({reason}); '
             "a gated model needs `hf auth login`"
         ) from error
-    policy = family(pipeline.to(device), config)
+    if shard is None or not is_full:
+        policy = family(pipeline.to(device), config)
+    else:
+        for component in pipeline.components.values():
+            if isinstance(component, nn.Module) and component is not pipeline.transformer:
+                component.to(device)
+        policy = family(pipeline, config)
+        policy.read_shards(files, shard)
     if config.offload:
         policy.offload()
     return policy
