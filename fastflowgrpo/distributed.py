@@ -106,8 +106,10 @@ class Processes:
         """Surround work in which this rank may wait for the others. Collective."""
         begun = self.position
         self.position = begun._replace(meetings=begun.meetings + 1, waits_since=time.monotonic())
-        yield
-        self.position = self.position._replace(waits_since=None)
+        try:
+            yield
+        finally:
+            self.position = self.position._replace(waits_since=None)
 
     def rank_indices(self, total: int) -> list[int]:
         """The indices of this rank's items, of `total`."""
@@ -260,9 +262,10 @@ def shard_begin(tensor: Tensor) -> int:
     """The first row of this rank's part of a tensor that may be sharded by rows."""
     if not isinstance(tensor, DTensor) or not tensor.ndim:
         return 0
-    mesh = tensor.device_mesh
-    shares = [dim for dim, placement in enumerate(tensor.placements) if placement.is_shard()]
-    return sum(mesh.get_local_rank(dim) * -(-len(tensor) // mesh.size(dim)) for dim in shares)
+    mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
+    assert coordinate is not None
+    places = zip(tensor.placements, coordinate, mesh.shape, strict=True)
+    return sum(place * -(-len(tensor) // count) for placement, place, count in places if placement.is_shard())
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:

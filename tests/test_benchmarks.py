@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 
-from benchmarks import epoch, memory, ocr, report
+from benchmarks import epoch, memory, ocr, report, scaling
 from benchmarks.faults import __main__ as faults_main
 from benchmarks.faults import cases as faults_cases
 from benchmarks.random_sd35 import PUBLISHED, random_sd35
@@ -126,6 +127,14 @@ ADVANTAGES = [
     ("test_group_advantages", {"rows": 1152, "method": method, "order": "grouped"}, median, {"ns_per_sample": 8.5})
     for method, median in (("loop", 0.3), ("native", 0.01))
 ]
+
+
+def test_scaling_measures_each_exchange(tmp_path):
+    arguments = Namespace(parameters=100_000, groups=2, group_size=4, epochs=1)
+    assert scaling.measure(arguments, tmp_path / "times.json").code == 0
+    times = json.loads((tmp_path / "times.json").read_text())
+    assert list(times) == ["scores", "advantages", "gradient", "statistics"]
+    assert all(time > 0 for taken in times.values() for time in taken.values())
 
 
 def test_report_of_whatever_is_there(tmp_path, capsys):

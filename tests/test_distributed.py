@@ -120,7 +120,7 @@ def one(folder, output):
         "full": train(config_of(folder, output / "one full", rank=0)),
         "nft": train(config_of(folder, output / "one nft", algorithm="nft")),
         "z_image": train(z_image_config(folder, output / "one z_image")),
-        "few": train(config_of(folder, output / "one few", updates=1, evaluated=3)),
+        "few": train(config_of(folder, output / "one few", updates=1, rank=0, evaluated=3)),
     }
 
 
@@ -178,8 +178,10 @@ def test_two_processes_train_as_one_does(one, two, output, case):
 
 @pytest.mark.slow
 def test_four_processes_train_as_one_does(one, four, output):
-    """Two of them have a group more; one has no evaluation prompt, and only accompanies the others."""
+    """Full training in two replicas of two shards (HSDP). Two processes have a group more; one has no evaluation
+    prompt, and only accompanies the others."""
     seen = [rank["few"] for rank in four[0]]
+    assert all(rank["sharded"] for rank in seen)
     assert [len(rank["latents"]) for rank in seen] == [4, 4, 2, 2]
     assert_same_run(seen, one["few"], output / "few", output / "one few")
 
@@ -370,6 +372,7 @@ def test_the_launch_configs_say_what_they_are_for():
     assert {path.name for path in CONFIGS.iterdir()} == {
         "ddp.yaml",
         "fsdp2.yaml",
+        "hsdp.yaml",
         "multi_node.yaml",
         "one_gpu.yaml",
         "slurm.sh",
@@ -385,6 +388,10 @@ def test_the_launch_configs_say_what_they_are_for():
     sharded = launched("fsdp2.yaml")
     environment = prepare_multi_gpu_env(sharded)
     assert (environment["FSDP_VERSION"], environment["ACCELERATE_USE_FSDP"]) == ("2", "true")
+    replicated = launched("hsdp.yaml", "--machine_rank", "2", "--main_process_ip", "node1")
+    environment = prepare_multi_gpu_env(replicated)
+    sizes = [int(environment[f"PARALLELISM_CONFIG_DP_{name}_SIZE"]) for name in ("REPLICATE", "SHARD")]
+    assert sizes == [replicated.num_machines, int(replicated.nproc_per_node)] == [3, 8]
 
 
 def test_the_slurm_script_starts_a_process_per_gpu_on_each_node(tmp_path):

@@ -33,8 +33,10 @@ def empty_transformer(source: str, class_name: str, dtype: torch.dtype) -> Model
     finally:
         torch.set_default_dtype(default)
     kept = set(cls._keep_in_fp32_modules or [])
-    for name, parameter in transformer.named_parameters():
-        parameter.data = parameter.to(torch.float32 if kept & set(name.split(".")) else dtype)
+    if not kept:
+        nn.Module.to(transformer, dtype)  # the buffers that are not saved too; diffusers' own `to` may warn
+    for name, tensor in transformer.state_dict(keep_vars=True).items():
+        tensor.data = tensor.to(torch.float32 if kept & set(name.split(".")) else dtype)
     return transformer.eval()
 
 

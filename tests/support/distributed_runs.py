@@ -196,7 +196,9 @@ def main(rank: int, count: int, port: int, log: Path, folder: Path, output: Path
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     seen = {}
     if count == 4:
-        seen["few"] = train(config_of(folder, output / "few", updates=1, evaluated=3))
+        pretend_gpus("hsdp")
+        os.environ.update(PARALLELISM_CONFIG_DP_REPLICATE_SIZE="2", PARALLELISM_CONFIG_DP_SHARD_SIZE="2")
+        seen["few"] = train(config_of(folder, output / "few", updates=1, rank=0, evaluated=3))
     else:
         seen["lora"] = train(config_of(folder, output / "lora"))
         try:
