@@ -23,7 +23,9 @@ def sharding(rank, shape):
     """Inside it this process is one of a mesh's ranks: gives the function that shards a module over its last axis."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=torch.Size(shape).numel())
     try:
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+        # DTensor keeps the specs of operations, with their mesh: each rank's needs another name.
+        names = f"replicate{rank}", f"shard{rank}"
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names[-len(shape) :])
 
         def shard(module):
             for block in module.modules():
