@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from fastflowgrpo.errors import UserError
 
@@ -277,13 +278,23 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
 
 @contextmanager
 def override_state_dict(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside it the module's `state_dict` has these tensors in place of its own of the same names."""
+    """Inside it `state_dict` of the module and of its children has these tensors in place of its own.
 
-    def replace(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        state.update({prefix + name: tensor.detach() for name, tensor in tensors.items()})
+    Args:
+        tensors: by their names in the module.
+    """
 
-    handle = module.register_state_dict_post_hook(replace)
+    def override(part: nn.Module, place: str) -> RemovableHandle:
+        own = {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
+
+        def replace(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+            state.update({prefix + name: tensor.detach() for name, tensor in own.items()})
+
+        return part.register_state_dict_post_hook(replace)
+
+    handles = [override(module, ""), *(override(child, f"{name}.") for name, child in module.named_children())]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

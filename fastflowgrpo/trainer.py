@@ -121,6 +121,8 @@ class Trainer:
             equal_passes=self.processes.sharded,
             fill_up_to=config.policy.compile * (self.plan.rollout_batch_size // rollout.group_size),
         )
+        if objective_class.uses_log_probs:
+            self.policy.train_only_at(sigmas[self.sampler.trained_steps])
         self.objective = objective_class(config, self.policy, self.coefficients, self.sampler.window_size)
         self.learner = Learner(config, self.policy, self.objective, self.processes)
         if self.processes.rank:

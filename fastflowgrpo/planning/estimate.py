@@ -46,6 +46,7 @@ from fastflowgrpo.planning.plan import Plan, batch_plan
 from fastflowgrpo.planning.roofline import Work
 from fastflowgrpo.policy import component_dtypes
 from fastflowgrpo.policy.embeddings import BATCH, cached_prompts
+from fastflowgrpo.policy.protocol import ENCODERS
 from fastflowgrpo.policy.quantization import quantised_bytes
 from fastflowgrpo.sampling.rollout import sliding_start
 from fastflowgrpo.sampling.window import rollout_passes
@@ -175,7 +176,7 @@ def _pass_memory(config: Config, passes: Passes, memory: dict[str, int]) -> dict
     if policy.quantization is not None:
         dequantised = DEQUANTISED * max(rows * columns for rows, columns in passes.linears)
     weights = _frozen_bytes(config, passes)
-    encoders = sum(count for name, count in weights.items() if name.startswith("text_encoder"))
+    encoders = sum(count for name, count in weights.items() if name.startswith(ENCODERS))
     vae = weights["vae"] if policy.offload else 0
     reference = dequantised
     if passes.uses_lora:
@@ -203,7 +204,7 @@ def _held_bytes(config: Config, passes: Passes) -> int:
     """Return the bytes of the frozen weights that are always on the device."""
     weights, policy = _frozen_bytes(config, passes), config.policy
     if policy.offload or policy.embeddings_dir is not None:
-        weights = {name: count for name, count in weights.items() if not name.startswith("text_encoder")}
+        weights = {name: count for name, count in weights.items() if not name.startswith(ENCODERS)}
     if policy.offload:
         del weights["vae"]
         if not passes.uses_lora:

@@ -13,6 +13,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.planning.estimate import estimate
 from fastflowgrpo.planning.micro_batch import available_memory
 from fastflowgrpo.policy.loading import component_dtypes
+from fastflowgrpo.policy.protocol import ENCODERS
 
 PHASES = ("rollout", "update", "evaluate")
 # An estimate takes a second. These runs do without: on the CPU with so many bytes free, or of the bundled model, whose
@@ -128,7 +129,7 @@ def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
 
 def _text_encoders(config: Config, processes: int) -> int:
     frozen = estimate(config, processes).frozen
-    count = sum(count for name, count in frozen.items() if name.startswith("text_encoder"))
+    count = sum(count for name, count in frozen.items() if name.startswith(ENCODERS))
     return count * component_dtypes(config.policy)["text_encoder"].itemsize
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.planning.published_models import PUBLISHED
 from fastflowgrpo.policy import family_of
+from fastflowgrpo.policy.protocol import ENCODERS
 from fastflowgrpo.shapes import BUNDLED
 
 
@@ -42,7 +43,7 @@ def meta_pipeline(model: str, dtypes: Mapping[str, torch.dtype]) -> DiffusionPip
             modules = {
                 key: _from_repository(source, key, *index[key])
                 for key in index
-                if key in ("transformer", "vae") or key.startswith("text_encoder")
+                if key == "vae" or key.startswith(("transformer", *ENCODERS))
                 if index[key][0] is not None
             }
         except OSError as error:

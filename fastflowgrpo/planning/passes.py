@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPVisionConfig
 
 from fastflowgrpo.config import Config
 from fastflowgrpo.planning.meta_pipeline import meta_pipeline
 from fastflowgrpo.planning.meter import Cost, measure
 from fastflowgrpo.policy import Conditioning, Policy, component_dtypes, family_of, with_default_rank
 from fastflowgrpo.policy.base import DiffusersPolicy
+from fastflowgrpo.policy.protocol import ENCODERS
 from fastflowgrpo.policy.quantization import linear_layers
 from fastflowgrpo.policy.source_images import sources_per_prompt
 
@@ -92,7 +93,7 @@ def run_passes(config: Config, sampled: int, micro_batch: int, decoded: int) -> 
         needs_encode = config.gpu is not None or config.policy.offload or config.policy.embeddings_dir is not None
         encode = _measure_batch(lambda: _encode(policy), 1) if needs_encode else None
     train = _measure_batch(update, micro_batch)
-    policy.module.enable_gradient_checkpointing()
+    policy.enable_gradient_checkpointing()
     return Passes(
         trained_sizes=tuple(parameter.numel() for parameter in trained),
         frozen=frozen,
@@ -120,10 +121,16 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int], tuple
     # The passes are measured with and without checkpointing; neither kernels nor a compiler run on the meta device.
     settings = replace(settings, gradient_checkpointing=False, attention=None, compile=False, quantization=None)
     pipeline = meta_pipeline(config.model, component_dtypes(settings))
-    names = ["transformer", *(name for name in pipeline.components if name.startswith("text_encoder")), "vae"]
-    modules = {name: pipeline.components[name] for name in names if pipeline.components[name] is not None}
+    components = {name: component for name, component in pipeline.components.items() if component is not None}
+    transformers = nn.ModuleList(component for name, component in components.items() if name.startswith("transformer"))
+    encoders = {name: component for name, component in components.items() if name.startswith(ENCODERS)}
+    modules = {"transformer": transformers, **encoders, "vae": pipeline.vae}
     frozen = {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()}
-    linears = tuple((layer.out_features, layer.in_features) for layer in linear_layers(pipeline.transformer).values())
+    linears = tuple(
+        (layer.out_features, layer.in_features)
+        for transformer in transformers
+        for layer in linear_layers(transformer).values()
+    )
     policy = family_of(config.model, type(pipeline).__name__)(pipeline, settings)
     if not policy.uses_lora:
         # The meta device has no autocast, which computes in this dtype: give the weights themselves the dtype.
@@ -132,11 +139,14 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int], tuple
 
 
 def _encode(policy: DiffusersPolicy) -> None:
-    """Call each text encoder for one prompt, of `policy.sequence_length` tokens or, for CLIP, of its fixed number."""
+    """Call each encoder for one prompt, of `policy.sequence_length` tokens or, for CLIP, of its fixed size."""
     for encoder in policy.text_encoders().values():
-        clip = isinstance(encoder.config, CLIPTextConfig)
-        tokens = encoder.config.max_position_embeddings if clip else policy.sequence_length
-        encoder(torch.zeros(1, tokens, dtype=torch.int64, device=policy.device), output_hidden_states=True)
+        size, dtype = [1, policy.sequence_length], torch.int64
+        if isinstance(encoder.config, CLIPTextConfig):
+            size = [1, encoder.config.max_position_embeddings]
+        elif isinstance(encoder.config, CLIPVisionConfig):
+            size, dtype = [1, 3, encoder.config.image_size, encoder.config.image_size], encoder.dtype
+        encoder(torch.zeros(size, dtype=dtype, device=policy.device), output_hidden_states=True)
 
 
 def example_inputs(policy: Policy, config: Config, batch_size: int) -> tuple[Tensor, Tensor, Conditioning]:

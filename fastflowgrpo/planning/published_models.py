@@ -36,6 +36,33 @@ _T5_XXL = {
     "num_heads": 64,
     "feed_forward_proj": "gated-gelu",
 }
+_WAN: Mapping[str, Component] = {
+    "vae": ("AutoencoderKLWan", {"base_dim": 96, "z_dim": 16}),
+    "text_encoder": ("UMT5EncoderModel", {**_T5_XXL, "vocab_size": 256384}),
+}
+
+
+def _wan_14b(in_channels: int, **image: int) -> Component:
+    return "WanTransformer3DModel", {"text_dim": 4096, "in_channels": in_channels, "out_channels": 16, **image}
+
+
+_WAN_I2V: Mapping[str, Component] = {
+    "pipeline": ("WanImageToVideoPipeline", {}),
+    "transformer": _wan_14b(36, image_dim=1280, added_kv_proj_dim=5120),
+    "image_encoder": (
+        "CLIPVisionModel",
+        {
+            "hidden_act": "gelu",
+            "hidden_size": 1280,
+            "intermediate_size": 5120,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 32,
+            "patch_size": 14,
+            "projection_dim": 1024,
+        },
+    ),
+    **_WAN,
+}
 _VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -218,8 +245,22 @@ PUBLISHED: Mapping[str, Mapping[str, Component]] = {
                 "qk_norm": "rms_norm_across_heads",
             },
         ),
-        "vae": ("AutoencoderKLWan", {"base_dim": 96, "z_dim": 16}),
-        "text_encoder": ("UMT5EncoderModel", {**_T5_XXL, "vocab_size": 256384}),
+        **_WAN,
+    },
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": {"pipeline": ("WanPipeline", {}), "transformer": _wan_14b(16), **_WAN},
+    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _WAN_I2V,
+    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _WAN_I2V,
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": {
+        "pipeline": ("WanPipeline", {"boundary_ratio": 0.875}),
+        "transformer": _wan_14b(16),
+        "transformer_2": _wan_14b(16),
+        **_WAN,
+    },
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": {
+        "pipeline": ("WanImageToVideoPipeline", {"boundary_ratio": 0.9}),
+        "transformer": _wan_14b(36),
+        "transformer_2": _wan_14b(36),
+        **_WAN,
     },
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": {
         "pipeline": ("WanPipeline", {"expand_timesteps": True}),

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
@@ -22,10 +22,9 @@ from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.lora import add_lora, load_lora, load_lora_weights, save_lora, without_lora
 from fastflowgrpo.policy.offload import OffloadedModule
-from fastflowgrpo.policy.protocol import SOURCE, Conditioning
+from fastflowgrpo.policy.protocol import ENCODERS, SOURCE, Conditioning
 from fastflowgrpo.policy.quantization import prepare_quantised, quantise_reference
 from fastflowgrpo.policy.sharded_loading import read_shards
-from fastflowgrpo.policy.weights import FULL
 from fastflowgrpo.prompts.images import read_image
 
 # Blocks are compiled separately with and without the adapter, for each batch shape and for each kind of block: more
@@ -51,7 +50,7 @@ class DiffusersPolicy(ABC):
         UserError: the pipeline does not support a setting.
     """
 
-    lora_targets: ClassVar[tuple[str, ...]]
+    lora_targets: tuple[str, ...]
     """Linear layers that carry the adapter by default, matched from the end of the module name."""
     has_attention_mask: ClassVar[bool] = False
     """Whether attention gets a mask, which some backends do not take."""
@@ -62,11 +61,16 @@ class DiffusersPolicy(ABC):
     def __init__(self, pipeline: DiffusionPipeline, config: PolicyConfig):
         self.pipeline, self.config = pipeline, config
         self.dtype, self.device = getattr(torch, config.dtype), pipeline.vae.device
-        self.module = pipeline.transformer
+        self.transformers = {
+            name: component
+            for name, component in pipeline.components.items()
+            if name.startswith("transformer") and component is not None
+        }
+        self.module = self.trained_module()
         absent = [name for name, component in pipeline.components.items() if component is None]
         length = config.max_sequence_length
         self.sequence_length = self.default_sequence_length(absent) if length is None else length
-        self._reference_module: ModelMixin | None = None
+        self._reference_module: nn.Module | None = None
         self._offloaded: dict[nn.Module, OffloadedModule] = {}
         self._freeze()
         if config.attention is None:
@@ -76,7 +80,7 @@ class DiffusersPolicy(ABC):
         else:
             self.set_attention(config.attention)
         if config.gradient_checkpointing:
-            self.module.enable_gradient_checkpointing()
+            self.enable_gradient_checkpointing()
         self._make_trainable()
         if config.quantization is not None and self.uses_lora:
             prepare_quantised(self.module)
@@ -113,7 +117,7 @@ class DiffusersPolicy(ABC):
     @property
     def attention_head_dim(self) -> int:
         """The width of an attention head."""
-        return self.module.config.attention_head_dim
+        return self.pipeline.transformer.config.attention_head_dim
 
     @property
     def uses_lora(self) -> bool:
@@ -133,6 +137,15 @@ class DiffusersPolicy(ABC):
             )
         return found
 
+    def trained_module(self) -> Any:
+        """Return the module that is trained, which has all of `self.transformers`."""
+        return self.pipeline.transformer
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only the inputs of the transformers' blocks for the backward pass."""
+        for transformer in self.transformers.values():
+            transformer.enable_gradient_checkpointing()
+
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning: ...
 
@@ -148,6 +161,9 @@ class DiffusersPolicy(ABC):
 
     def freeze_unused_weights(self) -> None:  # noqa: B027  most families have none
         """Freeze trained weights that the output does not depend on: DDP would wait for their gradients."""
+
+    def train_only_at(self, sigmas: Tensor) -> None:  # noqa: B027  most families use all weights at all noise levels
+        pass
 
     def sigmas(self, num_steps: int, shape: tuple[int, ...]) -> Tensor:
         scheduler = deepcopy(self.pipeline.scheduler)
@@ -210,13 +226,15 @@ class DiffusersPolicy(ABC):
         with self._on_device(self.pipeline.vae):
             return torch.cat([(images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8) for images in decoded])
 
-    def read_shards(self, files: Sequence[Path], shard: Callable[[nn.Module], None]) -> None:
-        """Shard the transformer and the reference of full training, which are on the meta device, and read this rank's
-        part of their weights from files."""
+    def read_shards(self, files: Mapping[str, Sequence[Path]], shard: Callable[[nn.Module], None]) -> None:
+        """Shard the transformers and the reference of full training, which are on the meta device, and read this rank's
+        part of their weights from the files of each transformer."""
         assert self._reference_module is not None
         for module in (self.module, self._reference_module):
             shard(module)
-        read_shards(files, self.module, self._reference_module, self.device)
+        is_one = self.module is self.pipeline.transformer
+        by_prefix = {"" if is_one else f"{name}.": of_one for name, of_one in files.items()}
+        read_shards(by_prefix, self.module, self._reference_module, self.device)
 
     def offload(self) -> None:
         """Keep the text encoders, the VAE and the reference of full training on the CPU while they are not used.
@@ -271,18 +289,20 @@ class DiffusersPolicy(ABC):
                 self.transformer = trained
 
     def save(self, folder: Path) -> None:
-        if self.uses_lora:
-            save_lora(self.pipeline, folder)
-        else:
-            self.module.save_pretrained(folder / FULL)
+        for name, transformer in self.transformers.items():
+            if self.uses_lora:
+                save_lora(self.pipeline, folder, name)
+            else:
+                transformer.save_pretrained(folder / name)
 
     def load(self, folder: Path) -> None:
         try:
-            if self.uses_lora:
-                load_lora_weights(self.pipeline, folder)
-            else:
-                trained = type(self.module).from_pretrained(folder / FULL, dtype=torch.float32)
-                self.module.load_state_dict(trained.state_dict())
+            for name, transformer in self.transformers.items():
+                if self.uses_lora:
+                    load_lora_weights(self.pipeline, folder, name)
+                else:
+                    trained = type(transformer).from_pretrained(folder / name, dtype=torch.float32)
+                    transformer.load_state_dict(trained.state_dict())
         except (RuntimeError, ValueError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"checkpoint {folder} does not fit the model: {reason}") from error
@@ -307,11 +327,11 @@ class DiffusersPolicy(ABC):
             torch.cuda.empty_cache()
 
     def text_encoders(self) -> dict[str, Any]:
-        """Return the pipeline's text encoders by the names of its components."""
+        """Return the pipeline's encoders of texts and, for embeddings, of images by the names of its components."""
         return {
             name: component
             for name, component in self.pipeline.components.items()
-            if name.startswith("text_encoder") and component is not None
+            if name.startswith(ENCODERS) and component is not None
         }
 
     def _freeze(self) -> None:
@@ -325,9 +345,12 @@ class DiffusersPolicy(ABC):
     def _make_trainable(self) -> None:
         config = self.config
         if config.lora is not None:
-            load_lora(self.pipeline, config.lora, config.lora_rank)
+            for name in self.transformers:
+                load_lora(self.pipeline, config.lora, config.lora_rank, name)
         elif config.lora_rank:
-            add_lora(self.module, config.lora_targets or self.lora_targets, config.lora_rank, config.lora_alpha)
+            targets = config.lora_targets or self.lora_targets
+            for transformer in self.transformers.values():
+                add_lora(transformer, targets, config.lora_rank, config.lora_alpha)
         else:
             self._reference_module = deepcopy(self.module)
             if config.quantization is not None:
@@ -338,15 +361,16 @@ class DiffusersPolicy(ABC):
 
     def _compile(self) -> None:
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-        for module in (self.module, self._reference_module):
-            if module is not None:
-                # SD3's transformer does not name its repeated blocks
-                module._repeated_blocks = module._repeated_blocks or module._no_split_modules
-                module.compile_repeated_blocks(fullgraph=True, dynamic=False)
+        modules = [module for module in (self.module, self._reference_module) if module is not None]
+        for transformer in (part for module in modules for part in module.modules() if isinstance(part, ModelMixin)):
+            # SD3's transformer does not name its repeated blocks
+            transformer._repeated_blocks = transformer._repeated_blocks or transformer._no_split_modules
+            transformer.compile_repeated_blocks(fullgraph=True, dynamic=False)
 
     def _attention_sample(self, name: str) -> Tensor:
         """Choose the attention backend and return its output for an input that requires a gradient."""
-        self.module.set_attention_backend(name)
+        for transformer in self.transformers.values():
+            transformer.set_attention_backend(name)
         query = torch.zeros(1, 16, 1, self.attention_head_dim, dtype=self.dtype, device=self.device)
         mask = torch.ones(1, 1, 1, 16, dtype=torch.bool, device=self.device) if self.has_attention_mask else None
         query.requires_grad_()

@@ -9,6 +9,7 @@ from fastflowgrpo.policy.qwen_image import QwenImagePolicy
 from fastflowgrpo.policy.qwen_image_edit import QwenImageEditPlusPolicy, QwenImageEditPolicy
 from fastflowgrpo.policy.sd3 import SD3Policy
 from fastflowgrpo.policy.wan import WanPolicy
+from fastflowgrpo.policy.wan_image_to_video import WanImageToVideoPolicy
 from fastflowgrpo.policy.z_image import ZImagePolicy
 
 FAMILIES: dict[str, type[DiffusersPolicy]] = {
@@ -19,6 +20,7 @@ FAMILIES: dict[str, type[DiffusersPolicy]] = {
     "QwenImageEditPipeline": QwenImageEditPolicy,
     "QwenImageEditPlusPipeline": QwenImageEditPlusPolicy,
     "WanPipeline": WanPolicy,
+    "WanImageToVideoPipeline": WanImageToVideoPolicy,
     "ZImagePipeline": ZImagePolicy,
     "Flux2Pipeline": Flux2Policy,
     "Flux2KleinPipeline": Flux2KleinPolicy,

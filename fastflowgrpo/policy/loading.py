@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -30,9 +31,10 @@ def with_default_rank(model: str, config: PolicyConfig) -> PolicyConfig:
 
 def component_dtypes(config: PolicyConfig) -> dict[str, torch.dtype]:
     """Return the dtype of each component of a pipeline by its name, and of all others as "default"."""
-    encoders = dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), config.text_encoder_dtype)
-    names = {"default": config.dtype, "vae": config.vae_dtype, **encoders}
-    return {component: getattr(torch, name or config.dtype) for component, name in names.items()}
+    names = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+    encoders = dict.fromkeys(names, config.text_encoder_dtype)
+    dtypes = {"default": config.dtype, "vae": config.vae_dtype, **encoders}
+    return {component: getattr(torch, name or config.dtype) for component, name in dtypes.items()}
 
 
 def load_policy(
@@ -47,28 +49,29 @@ def load_policy(
         model: a local folder in diffusers' layout, a hub id, or "shapes" or "shapes_edit" for a bundled model.
         config: dtypes, adapter and embedding settings.
         device: where it runs.
-        shard: shards a module over the ranks. In full training the transformer and its reference are sharded by it
-            before this rank reads its part of the weights.
+        shard: shards a module over the ranks. In full training the transformers and their reference are sharded by
+            it before this rank reads its part of the weights.
 
     Raises:
         UserError: there is no such pipeline, its family is not supported, it needs a package that is not installed, or
             it cannot be quantised here.
     """
     config = with_default_rank(model, config)
-    quantization = quantization_config(config)
     source = str(BUNDLED.get(model, model))
-    is_full = config.lora is None and not config.lora_rank
+    files: dict[str, list[Path]] = {}
     try:
         index = DiffusionPipeline.load_config(source)
         name = index["_class_name"]
         family = family_of(source, name)
         # A pipeline saved without a component (SD3 without T5) loads only if told so.
-        given: dict[str, Any] = {
-            key: None for key, value in index.items() if isinstance(value, list) and value[0] is None
-        }
-        if shard is not None and is_full:
-            files, class_name = weight_files(source), index["transformer"][1]
-            given["transformer"] = empty_transformer(source, class_name, getattr(torch, config.dtype))
+        parts = {key: value for key, value in index.items() if isinstance(value, list)}
+        given: dict[str, Any] = {key: None for key, value in parts.items() if value[0] is None}
+        transformers = [key for key in parts if key.startswith("transformer") and key not in given]
+        quantization = quantization_config(config, transformers)
+        if shard is not None and config.lora is None and not config.lora_rank:
+            for key in transformers:
+                given[key] = empty_transformer(source, key, parts[key][1], getattr(torch, config.dtype))
+                files[key] = weight_files(source, key)
         pipeline = getattr(diffusers, name).from_pretrained(
             source, dtype=component_dtypes(config), quantization_config=quantization, **given
         )
@@ -81,11 +84,11 @@ def load_policy(
     except ImportError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise UserError(f'model "{source}": {reason}; install it') from error
-    if shard is None or not is_full:
+    if shard is None or not files:
         policy = family(pipeline.to(device), config)
     else:
-        for component in pipeline.components.values():
-            if isinstance(component, nn.Module) and component is not pipeline.transformer:
+        for key, component in pipeline.components.items():
+            if isinstance(component, nn.Module) and key not in files:
                 component.to(device)
         policy = family(pipeline, config)
         policy.read_shards(files, shard)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastflowgrpo.errors import UserError
+from fastflowgrpo.policy.weights import FULL, LORA, LORA_2, LORA_OF
 
 ADAPTER = "default"
 
@@ -38,21 +39,27 @@ def add_lora(module: ModelMixin, targets: Sequence[str], rank: int, alpha: int) 
     _make_float32(module)
 
 
-def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> None:
-    """Load an adapter, with its own rank, scale and layers, into the pipeline's transformer.
+def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None, transformer: str = FULL) -> None:
+    """Load an adapter, with its own rank, scale and layers, into a transformer of the pipeline.
 
     Args:
         pipeline: whose transformer gets the adapter; on the meta device only its shapes are loaded.
         source: a file, folder or hub id.
         rank: that the adapter must have; None for any.
+        transformer: name of the component; the adapter of a second one is in a file of another name.
 
     Raises:
         UserError: the adapter cannot be read, fits another model or has another rank.
     """
-    module, setting = pipeline.transformer, f"policy.lora: {source}"
+    module, setting = getattr(pipeline, transformer), f"policy.lora: {source}"
+    name = None if transformer == FULL else LORA_2  # None: diffusers finds the file
+    if name is not None and Path(source).is_file():
+        raise UserError(f"{setting} is one file: this model takes a folder with {LORA} and {LORA_2}")
     try:
         # FLUX's loader returns alphas separately, SD3's leaves them among the weights.
-        weights, *alphas, metadata = pipeline.lora_state_dict(source, return_alphas=True, return_lora_metadata=True)
+        weights, *alphas, metadata = pipeline.lora_state_dict(
+            source, return_alphas=True, return_lora_metadata=True, weight_name=name
+        )
         if module.device.type == "meta":  # alphas, which have no dimension, keep their values
             weights = {name: weight.to("meta") if weight.ndim else weight for name, weight in weights.items()}
         scales = {name: float(alpha) for name, alpha in alphas[0].items()} if alphas and alphas[0] else None
@@ -80,14 +87,14 @@ def load_lora(pipeline: DiffusionPipeline, source: str, rank: int | None) -> Non
         raise UserError(f"{setting} has rank {found}, not policy.lora_rank {rank}: leave policy.lora_rank out")
 
 
-def load_lora_weights(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Replace the weights of the pipeline's adapter with those that `save_lora` wrote.
+def load_lora_weights(pipeline: DiffusionPipeline, folder: Path, transformer: str = FULL) -> None:
+    """Replace the weights of a transformer's adapter with those that `save_lora` wrote.
 
     Raises:
         ValueError, RuntimeError: the saved adapter has other layers, or another rank.
         OSError: it cannot be read.
     """
-    _set_weights(pipeline.transformer, pipeline.lora_state_dict(folder))
+    _set_weights(getattr(pipeline, transformer), pipeline.lora_state_dict(folder, weight_name=LORA_OF[transformer]))
 
 
 @contextmanager
@@ -132,13 +139,14 @@ class _InputDtypeLinear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype), bias)
 
 
-def save_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Write `pytorch_lora_weights.safetensors`, which `pipeline.load_lora_weights(folder)` reads."""
-    module = pipeline.transformer
+def save_lora(pipeline: DiffusionPipeline, folder: Path, transformer: str = FULL) -> None:
+    """Write the adapter of a transformer, the component of this name, for `pipeline.load_lora_weights`."""
+    module = getattr(pipeline, transformer)
     metadata = module.peft_config[ADAPTER].to_dict()  # carries lora_alpha
     metadata["target_modules"] = sorted(metadata["target_modules"])  # a set, whose order changes by process
     pipeline.save_lora_weights(
         folder,
+        weight_name=LORA_OF[transformer],
         transformer_lora_layers=get_peft_model_state_dict(module, adapter_name=ADAPTER),
         transformer_lora_adapter_metadata=metadata,
     )

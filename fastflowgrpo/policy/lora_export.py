@@ -123,6 +123,7 @@ ORIGINAL: dict[str, dict[str, tuple[str, Layers]]] = {
                 "self_attn.o": ("attn1.to_out.0",),
                 **{f"cross_attn.{part}": (f"attn2.to_{part}",) for part in "qkv"},
                 "cross_attn.o": ("attn2.to_out.0",),
+                **{f"cross_attn.{part}_img": (f"attn2.add_{part}_proj",) for part in "kv"},
                 "ffn.0": ("ffn.net.0.proj",),
                 "ffn.2": ("ffn.net.2",),
             },
@@ -135,6 +136,7 @@ ORIGINAL: dict[str, dict[str, tuple[str, Layers]]] = {
 ORIGINAL["FluxKontextPipeline"] = ORIGINAL["FluxPipeline"]
 QWEN_IMAGE = ("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageEditPlusPipeline")
 ORIGINAL |= dict.fromkeys(QWEN_IMAGE, ORIGINAL["QwenImagePipeline"])
+ORIGINAL["WanImageToVideoPipeline"] = ORIGINAL["WanPipeline"]
 
 
 def read_lora(file: Path) -> dict[str, Factors]:
@@ -170,7 +172,7 @@ def comfyui(family: str, lora: Lora) -> dict[str, Tensor]:
         UserError: the layout of the family is not known, or a layer has no place in it.
     """
     layers: Lora
-    if family in ("WanPipeline", "Flux2Pipeline", "Flux2KleinPipeline"):
+    if family in ("WanPipeline", "WanImageToVideoPipeline", "Flux2Pipeline", "Flux2KleinPipeline"):
         layers, prefix = _original_layers("comfyui", family, lora), "diffusion_model."
     elif family in QWEN_IMAGE:
         layers, prefix = lora, "diffusion_model."

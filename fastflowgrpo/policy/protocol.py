@@ -11,9 +11,13 @@ from torch import Tensor
 Conditioning = dict[str, Tensor]
 """Prompt embeddings under the names of the transformer's arguments; every tensor has one row per prompt.
 
-Of an edit, SOURCE is the latents of the source images, (B, N, C, H, W). If the text encoder sees the images, the
-tensors of the empty prompt with the same images are there too, under names that begin with EMPTY."""
+Of an edit, SOURCE is the latents of the source images, (B, N, C, H, W), or (B, 1, C, F, H, W) of a video that begins
+with its image. If the text encoder sees the images, the tensors of the empty prompt with the same images are there too,
+under names that begin with EMPTY."""
 SOURCE, EMPTY = "source", "empty."
+
+ENCODERS = ("text_encoder", "image_encoder")
+"""How the names of a pipeline's components begin that embed texts and source images."""
 
 
 class Policy(Protocol):
@@ -96,6 +100,9 @@ class Policy(Protocol):
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """Return the trained parameters, all float32."""
+
+    def train_only_at(self, sigmas: Tensor) -> None:
+        """Freeze the trained weights that are not used at any of the noise levels, (N,) on the CPU."""
 
     def reference(self) -> AbstractContextManager[None]:
         """Return a context in which `velocity` is that of the model as it was loaded."""

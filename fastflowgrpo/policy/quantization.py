@@ -6,6 +6,7 @@ nf4      bitsandbytes' 4-bit NormalFloat of QLoRA (arXiv 2305.14314), one scale 
          on a GPU, so that it is for a LoRA's base alone
 """
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -20,11 +21,12 @@ from fastflowgrpo.errors import UserError
 NF4_BLOCK = 64  # weights that share a scale, bitsandbytes' default
 
 
-def quantization_config(config: PolicyConfig) -> PipelineQuantizationConfig | None:
+def quantization_config(config: PolicyConfig, transformers: Iterable[str]) -> PipelineQuantizationConfig | None:
     """Return what diffusers' loader needs to quantise a LoRA's base, None if it is not quantised.
 
     Args:
         config: with its default rank.
+        transformers: names of the components.
 
     Raises:
         UserError: a package or the GPU that `policy.quantization` needs is missing.
@@ -45,7 +47,7 @@ def quantization_config(config: PolicyConfig) -> PipelineQuantizationConfig | No
         )
     else:
         settings = TorchAoConfig(_torchao_config(kind))
-    return PipelineQuantizationConfig(quant_mapping={"transformer": settings})
+    return PipelineQuantizationConfig(quant_mapping=dict.fromkeys(transformers, settings))
 
 
 def quantise_reference(module: ModelMixin, kind: str) -> None:

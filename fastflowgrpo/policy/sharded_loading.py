@@ -1,4 +1,4 @@
-"""A transformer of which each rank reads only its own shards: full training under FSDP2."""
+"""Transformers of which each rank reads only its own shards: full training under FSDP2."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,13 @@ from fastflowgrpo.distributed import local_shard, shard_begin
 from fastflowgrpo.errors import UserError
 
 
-def empty_transformer(source: str, class_name: str, dtype: torch.dtype) -> ModelMixin:
+def empty_transformer(source: str, component: str, class_name: str, dtype: torch.dtype) -> ModelMixin:
     """Build a pipeline's transformer with its parameters on the meta device, in the dtypes in which it would be loaded.
 
     Args:
         source: a local folder in diffusers' layout, or a hub id.
-        class_name: of the transformer, in diffusers.
+        component: name of the transformer in the pipeline.
+        class_name: of it, in diffusers.
         dtype: of the parameters that the class does not keep in float32.
     """
     cls = getattr(diffusers, class_name)
@@ -29,7 +30,7 @@ def empty_transformer(source: str, class_name: str, dtype: torch.dtype) -> Model
     torch.set_default_dtype(dtype)  # buffers are made in it, as `from_pretrained` does
     try:
         with init_empty_weights():  # buffers keep their values
-            transformer = cls.from_config(cls.load_config(source, subfolder="transformer"))
+            transformer = cls.from_config(cls.load_config(source, subfolder=component))
     finally:
         torch.set_default_dtype(default)
     kept = set(cls._keep_in_fp32_modules or [])
@@ -40,13 +41,13 @@ def empty_transformer(source: str, class_name: str, dtype: torch.dtype) -> Model
     return transformer.eval()
 
 
-def weight_files(source: str) -> list[Path]:
+def weight_files(source: str, component: str) -> list[Path]:
     """Return the safetensors files of a pipeline's transformer, which are fetched from the hub if necessary.
 
     Raises:
         UserError: it has none.
     """
-    folder = Path(source if Path(source).is_dir() else DiffusionPipeline.download(source)) / "transformer"
+    folder = Path(source if Path(source).is_dir() else DiffusionPipeline.download(source)) / component
     names, index = {SAFETENSORS_WEIGHTS_NAME}, folder / SAFE_WEIGHTS_INDEX_NAME
     if index.is_file():
         names = set(json.loads(index.read_text())["weight_map"].values())
@@ -56,11 +57,13 @@ def weight_files(source: str) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def read_shards(files: Sequence[Path], trained: nn.Module, reference: nn.Module, device: torch.device | str) -> None:
+def read_shards(
+    files: Mapping[str, Sequence[Path]], trained: nn.Module, reference: nn.Module, device: torch.device | str
+) -> None:
     """Give two sharded modules on the meta device their weights; each rank reads its own rows of them.
 
     Args:
-        files: from `weight_files`.
+        files: from `weight_files`, by what the modules' names of their weights begin with.
         trained, reference: of one class, sharded alike. What is read is rounded to the dtypes of the reference first,
             as if the trained weights had been copied from it.
         device: of the weights.
@@ -69,19 +72,24 @@ def read_shards(files: Sequence[Path], trained: nn.Module, reference: nn.Module,
         UserError: a weight is in none of the files.
     """
     states = [_allocated(module, device) for module in (reference, trained)]
-    unread = set(states[0])
+    for prefix, of_one in files.items():
+        parts = [{name[len(prefix) :]: state[name] for name in state if name.startswith(prefix)} for state in states]
+        _read(of_one, *parts)
+
+
+def _read(files: Sequence[Path], rounded: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Fill this rank's part of tensors from files, and of others of the same names from the former."""
+    unread = set(rounded)
     for file in files:
         with safe_open(file, "pt") as opened:
             for name in unread & set(opened.keys()):
                 unread.remove(name)
-                rounded, *others = (state[name] for state in states)
-                begin, local = shard_begin(rounded), local_shard(rounded)
+                begin, local = shard_begin(rounded[name]), local_shard(rounded[name])
                 if not local.numel():
                     continue
                 part = opened.get_slice(name)[begin : begin + len(local)] if local.ndim else opened.get_tensor(name)
                 local.copy_(part)
-                for other in others:
-                    local_shard(other).copy_(local)
+                local_shard(other[name]).copy_(local)
     if unread:
         raise UserError(f"{files[0].parent} has no weight {min(unread)}, which its configuration asks for")
 

@@ -11,6 +11,7 @@ from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.protocol import EMPTY, SOURCE, Conditioning, Policy
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.prompts.sources import run_prompts
+from fastflowgrpo.prompts.tables import is_table
 
 SEVERAL = 10
 """The most images of a prompt for models that take several: FLUX.2's authors name it, the pipelines have no limit."""
@@ -46,7 +47,8 @@ def sources_per_prompt(family: Policy | type[Policy], config: Config) -> int:
         UserError: the model takes several, or none, and the file of prompts, which would say how many, cannot be read.
     """
     train = Path(config.prompts.train)
-    if family.max_sources > 1 and (train.suffix == ".jsonl" or train.is_dir()):
+    has_images_in_table = is_table(config.prompts.train) and "+" in config.prompts.train  # TEXT+IMAGE
+    if family.max_sources > 1 and (train.suffix == ".jsonl" or train.is_dir() or has_images_in_table):
         return len(run_prompts(config)[0][0].images)
     return int(family.edits_images)
 

@@ -1,4 +1,6 @@
-"""Wan 2.1, and Wan 2.2 TI2V-5B, text to video."""
+"""Wan 2.1 and 2.2, text to video."""
+
+from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
@@ -7,6 +9,7 @@ from torch import Tensor
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.base import DiffusersPolicy
+from fastflowgrpo.policy.experts import Experts
 from fastflowgrpo.policy.latents import latent_size, latent_statistics
 from fastflowgrpo.policy.protocol import Conditioning
 
@@ -19,16 +22,18 @@ class WanPolicy(DiffusersPolicy):
     The pipeline ships a UniPC solver. Here Euler steps go through the same sigmas, which its `flow_shift` shifts, and
     timesteps are not rounded to integers as UniPC's are. Wan 2.2's pipeline gives TI2V-5B a timestep per token, which
     is the same for all tokens without a source image; here there is one per video, and so less to compute.
+
+    Wan 2.2 A14B has two transformers, of which `boundary_ratio` chooses one for each noise level. Both are trained, or
+    one if all trained steps are its.
     """
 
-    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     makes_videos = True
 
     def __init__(self, pipeline: WanPipeline, config: PolicyConfig):
-        if pipeline.transformer_2 is not None or pipeline.config.boundary_ratio is not None:
-            raise UserError(
-                "this WanPipeline has two transformers, as Wan 2.2 A14B; Wan 2.1 and Wan 2.2 TI2V-5B are supported"
-            )
+        parts = pipeline.transformer, pipeline.transformer_2, pipeline.config.boundary_ratio
+        if len({part is None for part in parts[1:]}) == 2 or parts[0] is None:
+            raise UserError("this pipeline needs a transformer, or a transformer, a transformer_2 and a boundary_ratio")
         scheduler = pipeline.scheduler
         if not (isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or scheduler.config.get("use_flow_sigmas")):
             raise UserError(
@@ -36,6 +41,32 @@ class WanPolicy(DiffusersPolicy):
             )
         super().__init__(pipeline, config)
         self._mean, self._std = latent_statistics(pipeline.vae)
+        self._untrained: str | None = None
+
+    def trained_module(self) -> Any:
+        pipeline = self.pipeline
+        if pipeline.transformer_2 is None:
+            return pipeline.transformer
+        boundary = pipeline.config.boundary_ratio * pipeline.scheduler.config.num_train_timesteps
+        return Experts(pipeline.transformer, pipeline.transformer_2, boundary)
+
+    def train_only_at(self, sigmas: Tensor) -> None:
+        if isinstance(self.module, Experts):
+            noisy = sigmas >= self.pipeline.config.boundary_ratio
+            if noisy.all() or not noisy.any():
+                self._untrained = "transformer_2" if noisy.all() else "transformer"
+                self.transformers[self._untrained].requires_grad_(False)
+
+    def warnings(self, guided: bool) -> list[str]:
+        found = super().warnings(guided)
+        if self._untrained is not None:
+            boundary = self.pipeline.config.boundary_ratio
+            side = "from" if self._untrained == "transformer_2" else "below"
+            found.append(
+                f"all trained steps are {side} the noise level {boundary:g}, the boundary of the two transformers: "
+                f"{self._untrained} is not trained; rollout.window_start chooses the steps"
+            )
+        return found
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -45,18 +76,18 @@ class WanPolicy(DiffusersPolicy):
         return {"encoder_hidden_states": embeds.to(self.dtype)}
 
     def example_conditioning(self, batch_size: int) -> Conditioning:
-        shape = (batch_size, self.sequence_length, self.module.config.text_dim)
+        shape = (batch_size, self.sequence_length, self.pipeline.transformer.config.text_dim)
         return {"encoder_hidden_states": torch.empty(shape, dtype=self.dtype, device=self.device)}
 
     def latent_shape(self, height: int | None, width: int | None, num_frames: int | None = None) -> tuple[int, ...]:
-        config, factor = self.module.config, self.pipeline.vae_scale_factor_temporal
+        config, factor = self.pipeline.transformer.config, self.pipeline.vae_scale_factor_temporal
         num_frames = DEFAULT_FRAMES if num_frames is None else num_frames
         if num_frames % factor != 1 % factor:
             raise UserError(
                 f"rollout.num_frames {num_frames} is not 1 more than a multiple of {factor}, as this model needs"
             )
         size = latent_size(height, width, self.pipeline.vae_scale_factor_spatial, config.patch_size[1], DEFAULT_SIZE)
-        return (config.in_channels, (num_frames - 1) // factor + 1, *size)
+        return (self.pipeline.vae.config.z_dim, (num_frames - 1) // factor + 1, *size)
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         timestep = sigma * self.pipeline.scheduler.config.num_train_timesteps

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
-LORA = "pytorch_lora_weights.safetensors"
-"""File of a LoRA adapter."""
-FULL = "transformer"
-"""Folder of a transformer that was trained in full."""
+LORA, LORA_2 = "pytorch_lora_weights.safetensors", "pytorch_lora_weights_2.safetensors"
+"""Files of the LoRA adapters of a transformer, and of a second one. They lie side by side: in a folder within the
+folder, a file of the same name would not be found by diffusers, which looks for the outer one first."""
+FULL, FULL_2 = "transformer", "transformer_2"
+"""Folders of transformers that were trained in full, by the names of the pipeline's components."""
+LORA_OF = {FULL: LORA, FULL_2: LORA_2}
+"""File of the LoRA of each component."""
 
 
 def holds_weights(folder: Path) -> bool:

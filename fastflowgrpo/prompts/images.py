@@ -4,6 +4,7 @@ import hashlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from fastflowgrpo.errors import UserError, did_you_mean
 from fastflowgrpo.prompts.prompt import Prompt
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+Source = TypeVar("Source", bound=Path | bytes)
 
 
 def read_image(image: Path | bytes, height: int, width: int) -> torch.Tensor:
@@ -53,7 +56,7 @@ def image_key(image: Path | bytes) -> str:
     return f"{image.resolve()} {status.st_size} {status.st_mtime_ns}"
 
 
-def check_image(image: Path | bytes) -> Path | bytes:
+def check_image(image: Source) -> Source:
     """Return an image file, or a file's contents, of which only the header is read.
 
     Raises:

@@ -8,10 +8,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from fastflowgrpo.config import Config
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.policy.weights import FULL, LORA
+from fastflowgrpo.policy.weights import FULL, FULL_2, LORA, LORA_2
 from fastflowgrpo.runs.model_card import CARD, PICTURES, PLACE, write_card
 
-UPLOADED = (CARD, *PICTURES, LORA, f"{FULL}/*")
+UPLOADED = (CARD, *PICTURES, LORA, LORA_2, f"{FULL}/*", f"{FULL_2}/*")
 
 
 def push(run: Path, checkpoint: Path, repository: str, private: bool | None = None) -> str:

@@ -17,7 +17,7 @@ from fastflowgrpo.config import PRIVATE_REWARD_SETTINGS, START_SETTINGS, Config,
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy import FAMILIES
 from fastflowgrpo.policy.source_images import sources_per_prompt
-from fastflowgrpo.policy.weights import FULL, LORA, holds_weights
+from fastflowgrpo.policy.weights import FULL, FULL_2, LORA, LORA_2, holds_weights
 from fastflowgrpo.results import versions
 from fastflowgrpo.runs.files import BEFORE_AFTER, CURVE, METRICS, read_rows, writing
 from fastflowgrpo.shapes import BUNDLED
@@ -73,9 +73,8 @@ def _metadata(config: Config, checkpoint: Path, name: str) -> ModelCardData:
     lora = (checkpoint / LORA).is_file()
     pipeline = getattr(diffusers, _index(config)["_class_name"])
     parameters = inspect.signature(pipeline.__call__).parameters
-    task = "text-to-video" if "num_frames" in parameters else "text-to-image"
-    if _num_sources(config):
-        task = "image-to-image"
+    source = "image" if _num_sources(config) else "text"
+    task = f"{source}-to-{'video' if 'num_frames' in parameters else 'image'}"
     on_the_hub = config.model not in BUNDLED and not Path(config.model).exists()
     return ModelCardData(
         model_name=name,
@@ -130,13 +129,16 @@ def _use(config: Config, checkpoint: Path) -> str:
     if (checkpoint / LORA).is_file():
         lines += ["from diffusers import DiffusionPipeline"]
         load = [f'pipe.load_lora_weights("{PLACE}")']
+        if (checkpoint / LORA_2).is_file():
+            load += [f'pipe.load_lora_weights("{PLACE}", weight_name="{LORA_2}", load_into_transformer_2=True)']
     else:
-        transformer = json.loads((checkpoint / FULL / "config.json").read_text())["_class_name"]
-        lines += [f"from diffusers import DiffusionPipeline, {transformer}"]
-        options.append(
-            f'transformer={transformer}.from_pretrained("{PLACE}", subfolder="{FULL}", '
-            f"dtype=torch.{config.policy.dtype})"
-        )
+        kind = json.loads((checkpoint / FULL / "config.json").read_text())["_class_name"]
+        lines += [f"from diffusers import DiffusionPipeline, {kind}"]
+        options += [
+            f'{name}={kind}.from_pretrained("{PLACE}", subfolder="{name}", dtype=torch.{config.policy.dtype})'
+            for name in (FULL, FULL_2)
+            if (checkpoint / name).is_dir()
+        ]
         load = []
     if config.model == "shapes":
         lines.append("from fastflowgrpo.shapes import PIPELINE")

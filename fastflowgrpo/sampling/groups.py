@@ -45,6 +45,12 @@ class GroupSampler:
         self.possible_starts = range(*self.start_range) if equal_passes and not rollout.window_stride else ()
         self.kept: dict[str, Any] = {"keep_steps": keep_steps, "keep_velocities": keep_velocities}
 
+    @property
+    def trained_steps(self) -> slice:
+        """The steps that may be in a window."""
+        low, high = self.start_range
+        return slice(low, high - 1 + self.window_size)
+
     def starts(self, epoch: int, seeds: Sequence[int]) -> list[int]:
         """The first stochastic step of each group, by the groups' seeds."""
         rollout, (low, high) = self.rollout, self.start_range

@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import (
     DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
     ModelMixin,
     UniPCMultistepScheduler,
     WanPipeline,
@@ -22,12 +21,14 @@ from diffusers.models import attention_processor
 from diffusers.pipelines.qwenimage import pipeline_qwenimage
 from safetensors.torch import load_file, save_file
 from support.pipelines import (
+    EulerOnUniPCsSigmas,
     perturb,
     tiny_flux2_klein_pipeline,
     tiny_flux2_pipeline,
     tiny_flux_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
+    tiny_wan_experts_pipeline,
     tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
@@ -39,7 +40,6 @@ from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, R
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.learning.learner import concatenate
-from fastflowgrpo.planning.passes import run_passes
 from fastflowgrpo.policy import FAMILIES, base, sd3
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.policy.flux import FluxPolicy
@@ -57,14 +57,16 @@ BUILD = {
     "qwen": tiny_qwen_image_pipeline,
     "wan": tiny_wan_pipeline,
     "wan22": partial(tiny_wan_pipeline, high_compression=True),
+    "experts": tiny_wan_experts_pipeline,
     "zimage": tiny_z_image_pipeline,
     "flux2": tiny_flux2_pipeline,
     "klein": tiny_flux2_klein_pipeline,
 }
-DISTINCT = [name for name in BUILD if name not in ("wan22", "flux2")]  # these differ little from wan and klein
+# These differ little from wan and klein; test_experts.py has more of the first.
+DISTINCT = [name for name in BUILD if name not in ("experts", "wan22", "flux2")]
 NEW = [name for name in DISTINCT if name != "sd3"]  # SD3 has tests of its own besides
 PACKED = ("flux", "qwen")  # their pipelines take latents as tokens
-VIDEO = ("wan", "wan22")
+VIDEO = ("wan", "wan22", "experts")
 SIZE = {
     name: {"height": 16, "width": 32, "num_frames": 5} if name in VIDEO else {"height": 16, "width": 24}
     for name in BUILD
@@ -102,13 +104,6 @@ class TorchWithoutNorms:
 
     def __getattr__(self, name):
         return (lambda tensor, **_: torch.ones(())) if name == "norm" else getattr(torch, name)
-
-
-class EulerOnUniPCsSigmas(FlowMatchEulerDiscreteScheduler):
-    """What a Wan pipeline gets to be stepped through as it is in training."""
-
-    def set_timesteps(self, num_inference_steps, device=None):
-        super().set_timesteps(sigmas=np.linspace(1, 1e-3, num_inference_steps + 1)[:-1], device=device)
 
 
 def pipeline_images(pipe, name, noise, prompts, num_steps, guidance):
@@ -324,14 +319,10 @@ def test_sizes(folders):
 
 def test_other_wan_models_are_refused(folders, tmp_path):
     pipe = tiny_wan_pipeline()
-    pipe.register_modules(transformer_2=pipe.transformer)
     pipe.register_to_config(boundary_ratio=0.8)
-    pipe.save_pretrained(tmp_path / "two")
-    with pytest.raises(UserError, match=r"has two transformers, as Wan 2\.2 A14B"):
-        load(tmp_path / "two")
-    config = config_of(tmp_path / "two", tmp_path, "wan")
-    with pytest.raises(UserError, match=r"has two transformers"):
-        run_passes(config, 1, 1, 1)
+    pipe.save_pretrained(tmp_path / "one")
+    with pytest.raises(UserError, match=r"needs a transformer, or a transformer, a transformer_2 and a boundary_ratio"):
+        load(tmp_path / "one")
     pipe = tiny_wan_pipeline()
     pipe.scheduler = UniPCMultistepScheduler()
     pipe.save_pretrained(tmp_path / "other")
@@ -459,6 +450,10 @@ def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipel
         moved = [bool(tensor.any()) for key, tensor in raw.items() if "lora_B" in key]
         assert sum(moved) >= 0.7 * len(moved)
         pipe.load_lora_weights(saved)
+        if name == "experts":
+            second = "pytorch_lora_weights_2.safetensors"
+            assert any(tensor.any() for key, tensor in load_file(saved / second).items() if "lora_B" in key)
+            pipe.load_lora_weights(saved, weight_name=second, load_into_transformer_2=True)
     else:
         pipe.transformer = type(pipe.transformer).from_pretrained(saved / "transformer")
         averaged = pipe.transformer.state_dict()

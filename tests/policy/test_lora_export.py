@@ -1,10 +1,13 @@
 """LoRAs for ComfyUI and kohya's trainers: fixed keys, and the same images when diffusers' own converters load them."""
 
+import io
+
 import pytest
 import torch
 from diffusers import FluxPipeline
 from diffusers.loaders.single_file_utils import convert_sd3_transformer_checkpoint_to_diffusers
 from peft import LoraConfig
+from PIL import Image
 from safetensors.torch import save_file
 from support.pipelines import (
     perturb,
@@ -12,6 +15,7 @@ from support.pipelines import (
     tiny_flux_pipeline,
     tiny_qwen_image_pipeline,
     tiny_sd3_pipeline,
+    tiny_wan_image_to_video_pipeline,
     tiny_wan_pipeline,
     tiny_z_image_pipeline,
 )
@@ -30,12 +34,14 @@ BUILD = {
     "flux": (tiny_flux_pipeline, {"height": 16, "width": 24}),
     "qwen": (tiny_qwen_image_pipeline, {"height": 16, "width": 24}),
     "wan": (tiny_wan_pipeline, {"height": 16, "width": 32, "num_frames": 3}),
+    "wan_i2v": (tiny_wan_image_to_video_pipeline, {"height": 16, "width": 32, "num_frames": 5}),
     "zimage": (tiny_z_image_pipeline, {"height": 16, "width": 24}),
     "klein": (tiny_flux2_klein_pipeline, {"height": 16, "width": 24}),
 }
 LAYOUTS = {"comfyui": comfyui, "kohya": kohya}
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"]
+WAN_CROSS = ("q", "k", "v", "o", "k_img", "v_img")
 Z_BLOCKS = ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1"]
 FLUX2_DOUBLE = [f"{stream}_{name}" for stream in ("img", "txt") for name in ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")]
 LAYERS = {  # of the tiny pipelines' default LoRA
@@ -81,6 +87,16 @@ LAYERS = {  # of the tiny pipelines' default LoRA
     ("wan", "kohya"): [
         f"lora_unet_blocks_{i}_{block}_attn_{name}" for i in (0, 1) for block in ("self", "cross") for name in "qkvo"
     ],
+    ("wan_i2v", "comfyui"): [
+        f"diffusion_model.blocks.{i}.{name}"
+        for i in (0, 1)
+        for name in (*(f"self_attn.{part}" for part in "qkvo"), *(f"cross_attn.{part}" for part in WAN_CROSS))
+    ],
+    ("wan_i2v", "kohya"): [
+        f"lora_unet_blocks_{i}_{name}"
+        for i in (0, 1)
+        for name in (*(f"self_attn_{part}" for part in "qkvo"), *(f"cross_attn_{part}" for part in WAN_CROSS))
+    ],
     ("zimage", "comfyui"): [f"transformer.{block}.attention.{name}" for block in Z_BLOCKS for name in ATTENTION[:4]],
     ("zimage", "kohya"): [
         f"lora_unet_{block}_attention_{name}".replace(".", "_") for block in Z_BLOCKS for name in ATTENTION[:4]
@@ -102,6 +118,16 @@ SUFFIXES = {
 # model: it knows the width of the single blocks, 3072, and no other.
 TARGETS = {
     ("wan", "kohya"): ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"],
+    ("wan_i2v", "kohya"): [
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_k_proj",
+        "add_v_proj",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    ],
     ("flux", "kohya"): ["transformer_blocks.0.attn.to_q", "to_out.0", "add_k_proj", "add_v_proj", *FEED_FORWARD],
 }
 
@@ -116,7 +142,8 @@ def perturbed_pipeline(name):
 def trained(name, tmp_path, targets=None):
     """A policy with a LoRA whose scale is 2.5, and the LoRA in its saved file."""
     pipeline = perturbed_pipeline(name)
-    config = PolicyConfig(lora_rank=4, lora_alpha=10, lora_targets=targets, max_sequence_length=12)
+    length = 512 if name == "wan_i2v" else 12
+    config = PolicyConfig(lora_rank=4, lora_alpha=10, lora_targets=targets, max_sequence_length=length)
     policy = FAMILIES[type(pipeline).__name__](pipeline, config)
     perturb(policy.trainable_parameters(), scale=0.3)
     policy.save(tmp_path)
@@ -125,7 +152,13 @@ def trained(name, tmp_path, targets=None):
 
 def images(policy, name):
     noise = torch.randn(1, *policy.latent_shape(**BUILD[name][1]), generator=torch.Generator().manual_seed(3))
-    return policy.decode(sample_ode(policy, policy.encode(["a cat"]), 3, noise))
+    if policy.edits_images:
+        source = io.BytesIO()
+        Image.new("RGB", (32, 16), "red").save(source, "png")
+        conditioning = policy.encode_edit("a cat", [source.getvalue()], noise.shape[1:])
+    else:
+        conditioning = policy.encode(["a cat"])
+    return policy.decode(sample_ode(policy, conditioning, 3, noise))
 
 
 def difference(first, second):

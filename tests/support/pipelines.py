@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from copy import copy
 from functools import cache
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -25,6 +26,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
     ZImagePipeline,
@@ -34,9 +36,12 @@ from support.qwen_processor import tiny_qwen_processor
 from tokenizers import Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    CLIPImageProcessor,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -59,6 +64,13 @@ CLIP_WIDTH = 16
 T5_WIDTH = 32
 QWEN_WIDTH = 32
 FLUX2_WIDTH = 16
+
+
+class EulerOnUniPCsSigmas(FlowMatchEulerDiscreteScheduler):
+    """What a Wan pipeline gets to be stepped through as it is in training."""
+
+    def set_timesteps(self, num_inference_steps, device=None):
+        super().set_timesteps(sigmas=np.linspace(1, 1e-3, num_inference_steps + 1)[:-1], device=device)
 
 
 def perturb(parameters: Iterable[torch.nn.Parameter], scale: float = 0.05, seed: int = 1) -> None:
@@ -198,18 +210,7 @@ def tiny_wan_pipeline(seed: int = 0, *, high_compression: bool = False) -> WanPi
         torch.manual_seed(seed)
         pipe = WanPipeline(
             expand_timesteps=high_compression,
-            transformer=WanTransformer3DModel(
-                patch_size=(1, 2, 2),
-                num_attention_heads=2,
-                attention_head_dim=12,
-                in_channels=4,
-                out_channels=4,
-                text_dim=T5_WIDTH,
-                freq_dim=32,
-                ffn_dim=32,
-                num_layers=2,
-                rope_max_seq_len=32,
-            ),
+            transformer=_wan_transformer(),
             scheduler=UniPCMultistepScheduler(
                 flow_shift=3.0, use_flow_sigmas=True, prediction_type="flow_prediction", num_train_timesteps=1000
             ),
@@ -217,6 +218,49 @@ def tiny_wan_pipeline(seed: int = 0, *, high_compression: bool = False) -> WanPi
             text_encoder=_umt5(),
             tokenizer=_t5_tokenizer(),
         )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_wan_experts_pipeline(seed: int = 0) -> WanPipeline:
+    """Return a `tiny_wan_pipeline` with two transformers, of which the second has the noise levels below 0.8."""
+    components = tiny_wan_pipeline(seed).components
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        components["transformer_2"] = _wan_transformer()
+    pipe = WanPipeline(**components, boundary_ratio=0.8)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_wan_image_to_video_pipeline(kind: str = "wan21", seed: int = 0) -> WanImageToVideoPipeline:
+    """Return a WanImageToVideoPipeline of the components of `tiny_wan_pipeline`.
+
+    Args:
+        kind: "wan21", with CLIP's tokens of the image and further channels; "experts", two transformers without CLIP,
+            of which the second has the noise levels below 0.8; "wan22_5b", with the image as the first latent frame.
+        seed: of the weights.
+    """
+    components = tiny_wan_pipeline(seed, high_compression=kind == "wan22_5b").components
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if kind == "wan21":
+            size = {"image_size": 16, "patch_size": 8}
+            vision = CLIPVisionConfig(
+                **size, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+            )
+            components["image_encoder"] = CLIPVisionModel(vision).eval()
+            components["image_processor"] = CLIPImageProcessor(
+                size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+            )
+        if kind != "wan22_5b":
+            image = {"image_dim": 16, "added_kv_proj_dim": 24} if kind == "wan21" else {}
+            components["transformer"] = _wan_transformer(in_channels=4 + 2 + 4, **image)
+        if kind == "experts":
+            components["transformer_2"] = _wan_transformer(in_channels=4 + 2 + 4)
+    pipe = WanImageToVideoPipeline(
+        **components, expand_timesteps=kind == "wan22_5b", boundary_ratio=0.8 if kind == "experts" else None
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -280,6 +324,22 @@ def tiny_flux2_pipeline(seed: int = 0) -> Flux2Pipeline:
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _wan_transformer(in_channels: int = 4, **image: int) -> WanTransformer3DModel:
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=in_channels,
+        out_channels=4,
+        text_dim=T5_WIDTH,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+        **image,
+    )
 
 
 def _flux2_transformer(*, guidance_embeds: bool) -> Flux2Transformer2DModel:
