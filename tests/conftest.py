@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """One more than there are cores: many tests wait for other processes."""
     return (psutil.cpu_count(logical=False) or 1) + 1
