@@ -5,7 +5,6 @@ from pathlib import Path
 # Set before diffusers is imported: no test may reach the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import psutil
 import pytest
 import torch
 
@@ -16,12 +15,6 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 # Triton 3.9 warns unless told; the kernels do not depend on it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """One more than there are cores: many tests wait for other processes."""
-    return (psutil.cpu_count(logical=False) or 1) + 1
 
 
 def pytest_collection_modifyitems(items):

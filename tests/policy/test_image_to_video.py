@@ -15,6 +15,7 @@ from fastflowgrpo.config import PolicyConfig, PromptsConfig, RolloutConfig, Upda
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.weights import LORA_2
 from fastflowgrpo.prompts import load_prompts
 from fastflowgrpo.runs.report import Report
 from fastflowgrpo.sampling.ode import sample_ode
@@ -123,7 +124,7 @@ def test_the_first_frame_of_wan22_5b_is_the_source_and_the_ratio_is_one(folders,
     trainer.accelerator.end_training()
 
 
-@pytest.mark.parametrize("kind", ["wan21", "wan22_5b"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_command_trains_a_lora_that_gives_its_videos_in_a_fresh_pipeline(folders, tmp_path, kind, monkeypatch):
     shown = []
     monkeypatch.setattr(Report, "evaluated", lambda self, evaluation, step: shown.append(evaluation))
@@ -142,6 +143,8 @@ def test_the_command_trains_a_lora_that_gives_its_videos_in_a_fresh_pipeline(fol
     saved = run / "checkpoints/checkpoint-4"
     pipe = WanImageToVideoPipeline.from_pretrained(folder)
     pipe.load_lora_weights(saved)
+    if kind == "experts":
+        pipe.load_lora_weights(saved, weight_name=LORA_2, load_into_transformer_2=True)
     policy = load(folder)
     noise = philox_normal(sample_seeds(range(2), 2), 0, (4, *policy.latent_shape(**SIZE)))
     expected = policy.decode(pipeline_latents(pipe, folder, noise, 2, 1.0, [0, 0, 1, 1]))[:, 2]
