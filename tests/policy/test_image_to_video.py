@@ -135,8 +135,8 @@ def test_the_command_trains_a_lora_that_gives_its_videos_in_a_fresh_pipeline(fol
         f"--model {folder} --prompts.train {folder / 'prompts.jsonl'} --output_dir {run} --epochs 2 --trackers [] "
         "--policy.lora_rank 4 --policy.lora_alpha 8 --policy.offload --policy.decode_batch_size 2 --reward_frames 1 "
         f"--policy.embeddings_dir {tmp_path / 'embeddings'} --prompts.per_epoch 2 --rollout.group_size 2 "
-        "--rollout.batch_size 4 --rollout.num_steps 3 --rollout.guidance_scale 2 --rollout.window_size 1 "
-        "--rollout.window_start [0,1] --update.batch_size 4 --update.learning_rate 0.01 --update.kl_weight 0.01 "
+        "--rollout.batch_size 4 --rollout.num_steps 4 --rollout.guidance_scale 2 --rollout.window_size 2 "
+        "--rollout.window_start [1,2] --update.batch_size 4 --update.learning_rate 0.01 --update.kl_weight 0.01 "
         "--evaluation.num_steps 2 --evaluation.images_per_prompt 2 --evaluation.guidance_scale 1"
     ).split()
     assert main([*command, *size, "--rewards", json.dumps({"support.worker_rewards:unlike_source": 1})]) == 0
