@@ -56,13 +56,13 @@ END
 part install 40 "$python" -m pip install --no-index --no-deps --no-build-isolation -e .
 workers=()
 "$python" -c "import xdist" 2>/dev/null && workers=(-n 8)
-part tests 150 "$python" -m pytest tests/kernels/test_*kernel*.py "${workers[@]}" -q -W default -p no:benchmark \
+part tests 120 "$python" -m pytest tests/kernels/test_*kernel*.py "${workers[@]}" -q -W default -p no:benchmark \
   -p no:cacheprovider
 # Triton's interpreter would leave no compiled kernels.
 part compiled 5 "$python" -c "import glob, sys; count = len(glob.glob('$TRITON_CACHE_DIR/**/*.cubin', recursive=True))
 print(count, 'kernels were compiled'); sys.exit(not count)"
 # Torch's sanitizer follows streams and events, and compute-sanitizer the accesses of each kernel.
-part epochs 60 "$python" -m pytest tests/test_trainer_gpu.py -q -W default -p no:cacheprovider
+part epochs 90 "$python" -m pytest tests/test_trainer_gpu.py -q -W default -p no:cacheprovider
 part streams 150 env TORCH_CUDA_SANITIZER=1 "$python" -m pytest tests/test_trainer_gpu.py -k 4 -q -W default \
   -p no:cacheprovider
 if command -v compute-sanitizer >/dev/null; then

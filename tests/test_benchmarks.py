@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
+from torch._inductor.exc import InductorError
 
-from benchmarks import epoch, memory, ocr, report, scaling
+from benchmarks import conftest, epoch, memory, ocr, report, scaling
 from benchmarks.faults import __main__ as faults_main
 from benchmarks.faults import cases as faults_cases
 from benchmarks.random_sd35 import PUBLISHED, random_sd35
@@ -192,6 +193,14 @@ def test_a_session_out_of_time_ends_by_itself(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     assert result.returncode == pytest.ExitCode.INTERRUPTED, result.stdout + result.stderr
     assert "out of time" in result.stdout and "1 passed" in result.stdout
+
+
+@pytest.mark.parametrize("variant, raised", [("compile", pytest.skip.Exception), ("eager", InductorError)])
+def test_only_a_baseline_that_torch_cannot_compile_is_left_out(variant, raised):
+    call = conftest.pytest_runtest_call(SimpleNamespace(callspec=SimpleNamespace(params={"variant": variant})))
+    next(call)
+    with pytest.raises(raised, match="RuntimeError: no kernel"):
+        call.throw(InductorError(RuntimeError("no kernel"), None))
 
 
 def test_there_are_two_hundred_faults_with_different_names():

@@ -568,6 +568,15 @@ def own_backend():
     _AttentionBackendRegistry.set_active_backend(before)
 
 
+def test_cudnn_attention_is_off_unless_a_backend_is_asked_for(folders, own_backend, monkeypatch):
+    switched = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", switched.append)
+    load(folders("flux"))
+    assert switched == [False]
+    load(folders("flux"), attention="_native_math")
+    assert switched == [False]
+
+
 @pytest.mark.parametrize("name", NEW)
 def test_attention_backends(folders, name, own_backend, monkeypatch):
     from diffusers.models import attention_dispatch
