@@ -65,7 +65,7 @@ def check_source_images(policy: Policy, prompts: Iterable[Prompt]) -> None:
         if policy.edits_images and not count:
             raise UserError(
                 f"the model edits images, but the prompt {prompt.text!r} has none: give prompts as a .jsonl with the "
-                'key "image" or as a folder of NAME.png and NAME.txt'
+                'key "image", as a table with two columns, FILE:TEXT+IMAGE, or as a folder of NAME.png and NAME.txt'
             )
         if count and not policy.max_sources:
             raise UserError(
