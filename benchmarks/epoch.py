@@ -5,7 +5,8 @@ up and computes the SDE step in several passes, runs both halves of the guidance
 one step of one rollout batch at a time with a reference pass for each, and reads each loss. Both sample the same noise,
 so that their gradients can be compared: in float32 they differ by rounding, in bfloat16 by what a batch of another size
 rounds differently on the way to the images and their rewards. `lean` is ours with the settings that leave out passes:
-in the paper's recipe the gradient differs by the share of the KL, in the window's the images are others.
+in the paper's recipe the gradient differs by the share of the KL, in the window's the images are others. With
+--policy.compile true, `compiled` is ours too, and the other loops run without the compiler.
 
 Settings are those of `fastflowgrpo.train`, by default for the bundled model. At SD3.5-M's size, with random weights:
 
@@ -236,6 +237,16 @@ def run_lean(trainer: Trainer, recipe: str, epoch: int) -> dict[str, float]:
         return run_ours(trainer, epoch)
 
 
+def uncompiled(trainer: Trainer, run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `run` without the compiler, for a trainer with or without `policy.compile`."""
+
+    def inner(*arguments: Any) -> Any:
+        with torch.compiler.set_stance("force_eager"), patch.object(trainer.config.policy, "compile", False):
+            return run(*arguments)
+
+    return inner
+
+
 def gradients(trainer: Trainer) -> Tensor:
     flat = torch.cat([p.grad.flatten().cpu() for p in trainer.learner.parameters if p.grad is not None])
     trainer.learner.optimizer.zero_grad()
@@ -298,18 +309,21 @@ def measure(recipe: str, config: Config, repeats: int) -> dict[str, Any]:
         with torch.no_grad():
             for parameter in trainer.learner.parameters:
                 parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
-        flops = transformer_flops(trainer)
+        flops = uncompiled(trainer, transformer_flops)(trainer)
         on_gpu = trainer.policy.device.type == "cuda"
         loops: dict[str, Callable[[int], dict[str, float]]] = {
             "ours": partial(run_ours, trainer),
             "lean": partial(run_lean, trainer, recipe),
             "eager": EagerEpoch(trainer).run,
         }
+        loops = {name: uncompiled(trainer, run) for name, run in loops.items()}
+        if config.policy.compile:
+            loops["compiled"] = partial(run_ours, trainer)
         seconds: dict[str, list[float]] = defaultdict(list)
         phases: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in loops}
         results: dict[str, dict[str, Any]] = {name: {} for name in loops}
-        same_images = [name for name in loops if name == "ours" or (name == "lean" and recipe == "paper")]
-        differences = dict.fromkeys(same_images, 0.0)
+        other_images = ["eager"] if recipe == "paper" else ["eager", "lean"]
+        differences = {name: 0.0 for name in loops if name not in other_images}
         for repeat in range(repeats + 1):
             found = {}
             for name, loop in loops.items():
@@ -319,7 +333,8 @@ def measure(recipe: str, config: Config, repeats: int) -> dict[str, Any]:
                     begin = time.perf_counter()
                     parts = loop(repeat)
                     total = time.perf_counter() - begin
-                results[name]["passes"] = dict(passes)
+                # Compiled, the rollout too runs with gradients, and passes cannot be told apart; they are those of ours.
+                results[name]["passes"] = results["ours"]["passes"] if name == "compiled" else dict(passes)
                 if on_gpu:
                     results[name]["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
                 found[name] = gradients(trainer)
@@ -346,6 +361,7 @@ def measure(recipe: str, config: Config, repeats: int) -> dict[str, Any]:
         "speedup": results["ours"]["speedup"],
         "relative_gradient_difference": differences["ours"],
         "lean_gradient_difference": differences.get("lean"),
+        "compiled_gradient_difference": differences.get("compiled"),
         "config": asdict(config) | {"output_dir": None},
     }
 
@@ -379,6 +395,9 @@ def main(argv: list[str] | None = None) -> None:
         if row["lean_gradient_difference"] is not None:
             lean += f", gradients differ by {row['lean_gradient_difference']:.1e}, which is the share of the KL"
         print(lean)
+        if "compiled" in row["loops"]:
+            speedup, difference = row["loops"]["compiled"]["speedup"], row["compiled_gradient_difference"]
+            print(f"  compiled: {speedup:.2f}x, gradients differ by {difference:.1e}")
         each = {kind: f"{count / 1e9:.4g}" for kind, count in row["flops_per_pass"].items()}
         print(f"  GFLOP of a sample's pass: forward {each['forward']}, forward and backward {each['forward_backward']}")
         for loop, of in row["loops"].items():

@@ -38,6 +38,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime import triton_helpers
 from torch._inductor.virtualized import V
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from triton.backends.compiler import GPUTarget
@@ -101,6 +102,8 @@ def pretended_gpu(architecture: int) -> Iterator[None]:
         worker = {"current_device": answers["current_device"], "get_device_properties": lambda device=None: properties}
         for name, answer in worker.items():
             stack.enter_context(patch.object(interface.Worker, name, staticmethod(answer)))
+        # A build with CUDA would look for a GPU.
+        stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda device: None))
         stack.enter_context(patch.object(torch.version, "cuda", "12.8"))
         stack.enter_context(patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
         triton.runtime.driver.set_active(driver)

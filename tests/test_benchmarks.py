@@ -19,17 +19,20 @@ from benchmarks.faults import cases as faults_cases
 from benchmarks.random_sd35 import PUBLISHED, random_sd35
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.policy import load_policy
+from fastflowgrpo.policy.sd3 import SD3Policy
 
 GROUPS, SIZE, STEPS = 2, 4, 6
 IMAGES = GROUPS * SIZE
 
 
-def test_epoch_measures_two_loops_of_the_same_gradient(tmp_path, capsys):
+def test_epoch_measures_loops_of_the_same_gradient(tmp_path, capsys, monkeypatch):
     output = tmp_path / "epoch.json"
     sizes = {"prompts.per_epoch": GROUPS, "rollout.group_size": SIZE, "rollout.num_steps": STEPS}
     sizes |= {"rollout.batch_size": IMAGES // 2, "update.batch_size": IMAGES // 2}
     settings = [f"--{name}={value}" for name, value in sizes.items()]
     settings += ["--rewards", '{"support.distributed_runs:redness": 1}', "--rollout.window_start", "[2, 3]"]
+    settings += ["--policy.compile=true"]
+    monkeypatch.setattr(SD3Policy, "_compile", lambda policy: None)  # takes long, and the tests of the policy cover it
     epoch.main(["--repeats", "1", "--output", str(output), *settings])
     result = json.loads(output.read_text())
     assert "images/s" in capsys.readouterr().out
@@ -58,6 +61,8 @@ def test_epoch_measures_two_loops_of_the_same_gradient(tmp_path, capsys):
     for recipe in (paper, window):
         assert recipe["images"] == IMAGES
         assert 0 < recipe["relative_gradient_difference"] < 1e-4
+        assert 0 < recipe["compiled_gradient_difference"] < 1e-4
+        assert recipe["loops"]["compiled"]["passes"] == recipe["loops"]["ours"]["passes"]
         flops = recipe["flops_per_pass"]
         assert 2 * flops["forward"] < flops["forward_backward"] < 3 * flops["forward"]
         for loop in recipe["loops"].values():
