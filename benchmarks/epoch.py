@@ -333,7 +333,7 @@ def measure(recipe: str, config: Config, repeats: int) -> dict[str, Any]:
                     begin = time.perf_counter()
                     parts = loop(repeat)
                     total = time.perf_counter() - begin
-                # Compiled, the rollout too runs with gradients, and passes cannot be told apart; they are those of ours.
+                # Compiled, the rollout runs with gradients too, so that its passes cannot be told apart; they are ours.
                 results[name]["passes"] = results["ours"]["passes"] if name == "compiled" else dict(passes)
                 if on_gpu:
                     results[name]["peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
