@@ -63,8 +63,8 @@ part compiled 5 "$python" -c "import glob, sys; count = len(glob.glob('$TRITON_C
 print(count, 'kernels were compiled'); sys.exit(not count)"
 # Torch's sanitizer follows streams and events, and compute-sanitizer the accesses of each kernel.
 part epochs 90 "$python" -m pytest tests/test_trainer_gpu.py -q -W default -p no:cacheprovider
-part streams 150 env TORCH_CUDA_SANITIZER=1 "$python" -m pytest tests/test_trainer_gpu.py -k 4 -q -W default \
-  -p no:cacheprovider
+part streams 75 env TORCH_CUDA_SANITIZER=1 "$python" -m pytest tests/test_trainer_gpu.py -k "4 and (sd3 or wan)" -q \
+  -W default -p no:cacheprovider
 if command -v compute-sanitizer >/dev/null; then
   part memcheck 90 compute-sanitizer --tool memcheck --error-exitcode 1 "$python" -m pytest tests/test_trainer_gpu.py \
     -k "sd3 and 4" -q -W default -p no:cacheprovider
@@ -73,10 +73,11 @@ else
 fi
 bench sde_step 45 work
 bench grpo_loss 80 direction
-part model 40 "$python" -m benchmarks.random_sd35 "$work/sd35"
-part epoch 135 "$python" -m benchmarks.epoch --config configs/sd35_ocr.yaml --config benchmarks/sd35_medium.yaml \
-  --model "$work/sd35" --repeats 2 --output "$out/epoch.json"
-part memory 60 "$python" -m benchmarks.memory --config configs/sd35_ocr_24gb.yaml --config benchmarks/sd35_medium.yaml \
+part model 30 "$python" -m benchmarks.random_sd35 "$work/sd35"
+part epoch 240 "$python" -m benchmarks.epoch --config configs/sd35_ocr.yaml --config benchmarks/sd35_medium.yaml \
+  --model "$work/sd35" --prompts.per_epoch 1 --update.batch_size 12 --policy.compile true --repeats 1 \
+  --output "$out/epoch.json"
+part memory 50 "$python" -m benchmarks.memory --config configs/sd35_ocr_24gb.yaml --config benchmarks/sd35_medium.yaml \
   --model "$work/sd35" --output "$out/memory.json"
 part report 15 "$python" -m benchmarks.report "$out"
 
