@@ -82,6 +82,10 @@ class Checkup:
             self.say("note", "kernels", 'Triton is missing, so steps are not fused: pip install "fastflowgrpo[gpu]"')
         if self.config.policy.dtype == "float32":
             self.say("note", "dtype", "policy.dtype bfloat16 halves the frozen weights, and is faster")
+        if not self.config.policy.compile and self.config.policy.quantization is None:
+            self.say(
+                "note", "compile", "policy.compile makes epochs up to 1.6 times as fast, once it has compiled"
+            )
 
     def memory(self) -> None:
         """The dry run's estimate against what is free."""

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from fastflowgrpo import doctor
+from fastflowgrpo import Config, doctor
+from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.learning.learner import Learner
 from fastflowgrpo.planning import memory
 
@@ -63,6 +64,18 @@ def test_a_replay_that_differs_and_scores_without_spread(capsys, tmp_path, monke
     assert code == 2 and found["scores"][0] == "note" and "nothing to learn from" in found["scores"][1]
     assert found["replay"][0] == "error" and "update.replay_tolerance" in found["replay"][1]
     assert found["step"][0] == "ok"
+
+
+@pytest.mark.parametrize("policy", [{"dtype": "float32"}, {"dtype": "bfloat16", "compile": True}])
+def test_faster_settings_for_a_gpu(policy, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    doctor.Checkup(Config(policy=PolicyConfig(**policy))).packages()
+    out = capsys.readouterr().out
+    assert "a GPU, compute capability 9.0" in out
+    for name in ("dtype", "compile"):
+        assert (f"policy.{name} " in out) == (policy["dtype"] == "float32")
 
 
 def test_a_wrong_setting_is_one_line(capsys):
