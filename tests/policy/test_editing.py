@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, QwenImageEditPipeline
 from pyarrow import parquet
 from safetensors.torch import load_file
+from support.edit_prompts import write_prompts
 from support.families import EDITING, assert_same_images, pipeline_images
 from support.pipelines import perturb, tiny_sd3_pipeline
 
@@ -71,6 +72,29 @@ def test_ode_samples_are_the_pipelines_own_images(folders, name, guidance):
     pipe = DiffusionPipeline.from_pretrained(folders(name))
     expected = pipeline_images(pipe, EDITING[name], noise_of(policy, name), prompts, 3, guidance)
     assert_same_images(policy.decode(sampled(policy, name, prompts, guidance)), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("kontext", (32, 16)), ("edit", (64, 32)), ("plus", (64, 32)), ("klein_edit", (64, 96))]
+)
+def test_sources_may_have_another_size_than_the_result(folders, tmp_path, name, size):
+    family, (height, width) = EDITING[name], size
+    policy = load(folders(name), source_height=height, source_width=width)
+    prompts = load_prompts(str(write_prompts(tmp_path, TEXTS, height, width, family.sources)))
+    pipe = DiffusionPipeline.from_pretrained(folders(name))
+    expected = pipeline_images(pipe, family, noise_of(policy, name), prompts, 3, 1.0, size)
+    assert_same_images(policy.decode(sampled(policy, name, prompts)), expected)
+    shape = policy.latent_shape(**family.size)
+    example, encoded = policy.example_edit(2, shape, family.sources), EmbeddingCache(policy, shape=shape)(prompts)
+    assert {key: t.shape for key, t in example.items()} == {key: t.shape for key, t in encoded.items()}
+    assert policy.encoder_key() != load(folders(name)).encoder_key()
+    with pytest.raises(UserError, match=r"policy\.source_height 30 is not a positive multiple of"):
+        load(folders(name), source_height=30).encode_edit("a", prompts[0].images, shape)
+
+
+def test_other_models_take_no_source_size(tiny_sd3_folder):
+    with pytest.raises(UserError, match=r"policy\.source_height, policy\.source_width: .*: leave both out$"):
+        load(tiny_sd3_folder, source_width=32)
 
 
 @pytest.mark.parametrize("name", ["kontext", "edit", "plus", "klein_edit"])
@@ -184,7 +208,8 @@ def test_a_missing_package_is_named(folders, monkeypatch):
         raise ImportError("\nVideoProcessor requires the Torchvision library\nbut it was not found. See the\npage")
 
     monkeypatch.setattr(QwenImageEditPipeline, "from_pretrained", without_torchvision)
-    with pytest.raises(UserError, match=r'model ".*": VideoProcessor requires .* but it was not found; install it$'):
+    message = r'": VideoProcessor requires .* not found; install it: pip install "fastflowgrpo\[edit\]"$'
+    with pytest.raises(UserError, match=message):
         load(folders("edit"))
 
 

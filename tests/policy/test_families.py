@@ -95,8 +95,9 @@ def inputs(policy, name):
 
 @pytest.mark.parametrize(
     ("name", "guidance"),
-    # FLUX.2 dev's pipeline has no classifier-free guidance
-    [(name, guidance) for name in GENERATING for guidance in (1.0, 4.5) if (name, guidance) != ("flux2", 4.5)],
+    # FLUX.2 dev's pipeline has no classifier-free guidance, those of two transformers have a scale for each
+    [(name, guidance) for name in GENERATING for guidance in (1.0, 4.5) if (name, guidance) != ("flux2", 4.5)]
+    + [("experts", (4.5, 2.0)), ("i2v_experts", (4.5, 2.0))],
 )
 def test_ode_samples_are_the_pipelines_own_images(folders, name, guidance):
     policy = load(folders(name))

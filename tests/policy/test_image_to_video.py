@@ -1,6 +1,7 @@
 """Wan image to video, besides the tests of all families: the source in the result, and where encoders wait."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from fastflowgrpo import Config, Trainer, load_policy
 from fastflowgrpo.config import PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.kernels.philox import philox_normal
+from fastflowgrpo.planning.meta_pipeline import meta_pipeline
 from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.source_images import check_source_images
 from fastflowgrpo.prompts import load_prompts
 from fastflowgrpo.runs.report import Report
 from fastflowgrpo.sampling.rollout import sample_seeds
@@ -29,7 +32,7 @@ def folders(tmp_path_factory):
     def folder(kind):
         if kind not in made:
             made[kind] = tmp_path_factory.mktemp("families") / kind
-            GENERATING[kind].save(made[kind], TEXTS)
+            replace(GENERATING[kind], sources=1).save(made[kind], TEXTS)
         return made[kind]
 
     return folder
@@ -50,6 +53,25 @@ def test_each_frame_depends_on_the_source(folders, kind):
             policy.velocity(noise, torch.ones(2), given) for given in (conditioning, {**conditioning, **others})
         ]
     assert (velocities[0] - velocities[1]).abs().amax((1, 3, 4)).min() > 1e-4
+
+
+def test_wan22_5b_is_loaded_as_image_to_video(folders):
+    text, image = load(folders("wan22")), load(folders("i2v_wan22"))
+    policy = load(folders("wan22"), image_to_video=True)
+    noise = torch.randn(2, *policy.latent_shape(**VIDEO), generator=torch.Generator().manual_seed(3))
+    prompts = load_prompts(f"{folders('wan22')}/prompts.jsonl")
+    conditioning = EmbeddingCache(policy, shape=tuple(noise.shape[1:]))(prompts)
+    with torch.no_grad():
+        velocities = [one.velocity(noise, torch.full((2,), 0.7), conditioning) for one in (policy, image)]
+    assert torch.equal(*velocities) and policy.edits_images
+    with pytest.raises(UserError, match=r"has a source image, but .* for Wan 2\.2 TI2V-5B set policy\.image_to_video"):
+        check_source_images(text, prompts)
+    pipe = meta_pipeline(str(folders("wan22")), PolicyConfig(image_to_video=True))
+    assert type(pipe) is WanImageToVideoPipeline
+    with pytest.raises(
+        UserError, match=r'^policy\.image_to_video: .*TI2V-5B, and ".*wan" is another WanPipeline: leave'
+    ):
+        load(folders("wan"), image_to_video=True)
 
 
 def test_wan21_needs_its_number_of_text_tokens(folders):
@@ -86,11 +108,13 @@ def test_the_first_frame_of_wan22_5b_is_the_source_and_the_ratio_is_one(folders,
     trainer.accelerator.end_training()
 
 
-def test_the_command_trains_with_offloaded_encoders_and_embeddings_on_disk(folders, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kind", "flags"), [("i2v", []), ("wan22", ["--policy.image_to_video"])])
+def test_the_command_trains_with_offloaded_encoders_and_embeddings_on_disk(folders, tmp_path, kind, flags, monkeypatch):
     shown = []
     monkeypatch.setattr(Report, "evaluated", lambda self, evaluation, step: shown.append(evaluation))
     monkeypatch.setattr(Report, "finish", lambda self, prompts: None)
-    folder, run, family = folders("i2v"), tmp_path / "run", GENERATING["i2v"]
+    folder, run = folders(kind), tmp_path / "run"
+    family = replace(GENERATING[kind], sources=1, length=None)
     size = [f"--rollout.{key}={value}" for key, value in VIDEO.items()]
     command = (
         f"--model {folder} --prompts.train {folder / 'prompts.jsonl'} --output_dir {run} --epochs 2 --trackers [] "
@@ -100,9 +124,11 @@ def test_the_command_trains_with_offloaded_encoders_and_embeddings_on_disk(folde
         "--rollout.window_start [1,2] --update.batch_size 4 --update.learning_rate 0.01 --update.kl_weight 0.01 "
         "--evaluation.num_steps 2 --evaluation.images_per_prompt 2 --evaluation.guidance_scale 1"
     ).split()
-    assert main([*command, *size, "--rewards", json.dumps({"support.worker_rewards:unlike_source": 1})]) == 0
+    assert main([*command, *size, *flags, "--rewards", json.dumps({"support.worker_rewards:unlike_source": 1})]) == 0
     pipe = WanImageToVideoPipeline.from_pretrained(folder)
-    pipe.load_lora_weights(run / "checkpoints/checkpoint-4")
+    saved = run / "checkpoints/checkpoint-4"
+    pipe.load_lora_weights(saved)
+    assert f"pipe = {'Wan' if flags else 'Diffusion'}" in (saved / "README.md").read_text()
     noise = philox_normal(sample_seeds(range(2), 2), 0, (4, *load(folder).latent_shape(**VIDEO)))
     prompts = [prompt for prompt in load_prompts(f"{folder}/prompts.jsonl") for _ in range(2)]
     images = shown[-1].shown.images.flatten(0, 1)

@@ -1,5 +1,6 @@
 """The tiny pipeline of each family: what it is asked for in the tests, and the images of its own call."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ from torch import Tensor
 
 from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.policy import FAMILIES
+from fastflowgrpo.policy.guidance import GuidanceScale
 from fastflowgrpo.policy.latents import pack
 from fastflowgrpo.policy.packed import PackedPolicy
 from fastflowgrpo.policy.weights import LORA_2
@@ -108,17 +110,27 @@ EDITING = {
 
 
 def pipeline_images(
-    pipe: DiffusionPipeline, family: Family, noise: Tensor, prompts: Sequence[Prompt], num_steps: int, guidance: float
+    pipe: DiffusionPipeline,
+    family: Family,
+    noise: Tensor,
+    prompts: Sequence[Prompt],
+    num_steps: int,
+    guidance: GuidanceScale,
+    source_size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Images of the unmodified pipeline's call, or videos, (B, ..., H, W, 3) from 0 to 255.
 
     Args:
         noise: (B, ...), as of the policy.
         prompts: one for each.
+        source_size: height and width of the source images; None for those of the result.
     """
+    first, *second = guidance if isinstance(guidance, tuple) else (guidance,)
     pipe.set_progress_bar_config(disable=True)
     kind = FAMILIES[type(pipe).__name__]
-    arguments = kind.guidance_arguments(PolicyConfig(), guidance)
+    arguments = kind.guidance_arguments(PolicyConfig(), first)
+    if second:
+        arguments["guidance_scale_2"] = second[0]
     arguments |= {"num_inference_steps": num_steps, "output_type": "np", **family.size}
     if kind.makes_videos:
         pipe.scheduler = EulerOnUniPCsSigmas(shift=3.0)
@@ -127,7 +139,7 @@ def pipeline_images(
     if type(pipe).__name__ == "FluxKontextPipeline":
         arguments |= {"max_area": family.size["height"] * family.size["width"], "_auto_resize": False}
     made, at_once = [], 1 if family.sources else len(noise)  # images are given for one prompt at a time
-    with _without_differences(family.size["height"] * family.size["width"]):
+    with _without_differences(math.prod(source_size or (family.size["height"], family.size["width"]))):
         for i in range(0, len(noise), at_once):
             texts, latents = [prompt.text for prompt in prompts[i : i + at_once]], noise[i : i + at_once]
             if "negative_prompt" in arguments:
