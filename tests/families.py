@@ -35,6 +35,7 @@ from fastflowgrpo.sampling.rollout import sample_seeds
 from fastflowgrpo.train import main as train
 
 FAMILIES = GENERATING | EDITING
+TRAIN = "train"  # instead of names: one process of a run, with its arguments
 STEPS, IMAGES = 2, 2  # of the evaluation: denoising steps, images per prompt
 TOLERANCE = 1e-4  # of figures and weights, relative to the figure and to the largest weight
 
@@ -79,11 +80,11 @@ def train_alone(arguments):
 
 
 def train_in_two(arguments, log):
-    """The command in two processes."""
+    """The command in two processes. They run this file, which brings the stand-in for Qwen's processor."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("a") as file:
-        process = [*torchrun, "-m", "fastflowgrpo.train", *arguments]
+        process = [*torchrun, __file__, TRAIN, *arguments]
         subprocess.run(process, env=environment, stdout=file, stderr=file, check=True)
 
 
@@ -140,6 +141,8 @@ def check(name, folder):
 
 def main():
     """Check the families that the command line names, by default all."""
+    if sys.argv[1:2] == [TRAIN]:
+        return train(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: {' '.join(FAMILIES)}")
     names, failed = parser.parse_args().names or FAMILIES, False
