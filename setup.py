@@ -53,6 +53,7 @@ OCR = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3"]
 DATASETS = ["pyarrow>=21"]
 PADDLE = ["paddleocr>=3", "paddlepaddle>=3", "rapidfuzz>=3"]
 DEMO = ["gradio>=6.31"]
+EDIT = ["torchvision"]  # each version needs one of torch
 TEST = [
     "pytest>=9",
     "pytest-xdist>=3.8",
@@ -135,6 +136,7 @@ setup(
         "serve": SERVE,
         "plot": ["matplotlib>=3.8"],
         "demo": DEMO,
+        "edit": EDIT,
         "view": [],  # whose libraries are always installed
         "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1"],
     },

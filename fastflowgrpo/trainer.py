@@ -25,6 +25,7 @@ from fastflowgrpo.planning.passes import example_inputs
 from fastflowgrpo.planning.plan import batch_plan
 from fastflowgrpo.policy import Conditioning, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.guidance import check_guidance
 from fastflowgrpo.policy.source_images import check_source_images
 from fastflowgrpo.prompts import Prompt, epoch_prompts
 from fastflowgrpo.prompts.geneval import MIX
@@ -103,6 +104,7 @@ class Trainer:
         self.policy = load_policy(config.model, config.policy, self.accelerator.device, shard)
         self.shape = self.policy.latent_shape(rollout.height, rollout.width, rollout.num_frames)
         check_source_images(self.policy, [*self.train_prompts, *self.eval_prompts])
+        check_guidance(self.policy, rollout.guidance, config.evaluation_guidance)
         self.embed = self._embeddings()
         scoring = self.policy.decode, self.policy.device, config.reward_frames
         self.scoring = self.evaluation_scoring = Scoring(self.rewards, *scoring)
@@ -135,7 +137,7 @@ class Trainer:
         self.report = Report(config, self.accelerator, self.state, self.lock)
         self.gallery = Gallery(config, self.eval_prompts, self.rewards, self.accelerator)
         self.report.start(self.plan, sum(p.numel() for p in self.learner.parameters), resumed)
-        guided = rollout.guidance_scale != 1 or config.evaluation.guidance_scale not in (None, 1)
+        guided = rollout.guidance_scale != 1 or config.evaluation_guidance != 1
         for warning in self.policy.warnings(guided):
             self.report.warn(warning)
 
@@ -364,7 +366,6 @@ class Trainer:
 
     def _sample_evaluation(self) -> Samples:
         config = self.config.evaluation
-        guidance = self.config.rollout.guidance_scale if config.guidance_scale is None else config.guidance_scale
         return sample_and_score(
             self.policy,
             self.embed,
@@ -374,7 +375,7 @@ class Trainer:
             num_steps=config.num_steps,
             images_per_prompt=config.images_per_prompt,
             batch_size=config.batch_size,
-            guidance_scale=guidance,
+            guidance_scale=self.config.evaluation_guidance,
         )
 
 

@@ -119,7 +119,7 @@ def grpo_step_loss(
     velocity_ref: torch.Tensor | None = None,
     velocity_old: torch.Tensor | None = None,
     velocity_uncond: torch.Tensor | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | torch.Tensor = 1.0,
     kl: str = "flow_grpo",
     kl_weight: float = 0.0,
     log_prob: str = "normalised",
@@ -138,7 +138,7 @@ def grpo_step_loss(
         velocity_old: (B, ...), the velocity that sampled the step, after guidance; with it the loss is GRPO-Guard's.
             Keep it in float32 if there is guidance: rounding moves the ratio.
         velocity_uncond: (B, ...), the policy's unconditional branch; it carries no gradient.
-        guidance_scale: classifier-free guidance scale.
+        guidance_scale: classifier-free guidance scale, a number or one per pair, as in `sde_step`.
         kl: "flow_grpo", "exact" or "velocity".
         kl_weight: weight of the KL, at least 0.
         log_prob: "normalised" or "unnormalised", see `sde_step`.
@@ -163,6 +163,9 @@ def grpo_step_loss(
         velocity_uncond=velocity_uncond,
     )
     _check_pairs(sample.shape[:1], old_log_prob, advantage, clip_range, advantage_clip)
+    if isinstance(guidance_scale, torch.Tensor):
+        velocity = guided_velocity(velocity, velocity_uncond, guidance_scale)
+        velocity_uncond, guidance_scale = None, 1.0
     step = (velocity, sample, prev_sample, c_x, c_v, std, dt, old_log_prob, advantage)
     others = (velocity_ref, velocity_old, velocity_uncond)
     if use_triton(backend, velocity, sample, prev_sample, *others):

@@ -32,7 +32,7 @@ def sde_step(
     std: float | torch.Tensor,
     *,
     velocity_uncond: torch.Tensor | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: float | torch.Tensor = 1.0,
     noise: torch.Tensor | None = None,
     generator: torch.Generator | None = None,
     prev_sample: torch.Tensor | None = None,
@@ -52,7 +52,7 @@ def sde_step(
         c_x, c_v, std: coefficients of the step, a number or one per row, float32 (B,). A row with std == 0 is an ODE
             step: the next sample is the mean and the log-prob is 0. The number 0 draws no noise at all.
         velocity_uncond: (B, ...), the unconditional branch; it carries no gradient.
-        guidance_scale: classifier-free guidance scale.
+        guidance_scale: classifier-free guidance scale, a number, or one per row, (B,), which plain torch applies.
         noise: (B, ...), standard normal; by default it is drawn in the compute dtype.
         generator: draws the noise, on the sample's device; by default torch's default generator.
         prev_sample: (B, ...), the next sample to score instead of drawing one; it is returned unchanged.
@@ -75,6 +75,9 @@ def sde_step(
     check_shapes(sample, velocity=velocity, velocity_uncond=velocity_uncond, noise=noise, prev_sample=prev_sample)
     if seed is not None:
         check_seeds(seed, offset, sample.shape[0])
+    if isinstance(guidance_scale, torch.Tensor):
+        velocity = guided_velocity(velocity, velocity_uncond, guidance_scale)
+        velocity_uncond, guidance_scale = None, 1.0
     if use_triton(backend, velocity, sample, velocity_uncond, noise, prev_sample, dtype):
         check_guidance(velocity_uncond, guidance_scale)
         check_log_prob(log_prob)
@@ -175,14 +178,17 @@ def gaussian_log_prob(
 
 
 def guided_velocity(
-    velocity: torch.Tensor, velocity_uncond: torch.Tensor | None, guidance_scale: float
+    velocity: torch.Tensor, velocity_uncond: torch.Tensor | None, guidance_scale: float | torch.Tensor
 ) -> torch.Tensor:
-    """Classifier-free guidance in the compute dtype; only `velocity` (the conditional branch) carries gradient."""
+    """Classifier-free guidance in the compute dtype, by a number or one per row, (B,); only `velocity` (the conditional
+    branch) carries gradient."""
     check_guidance(velocity_uncond, guidance_scale)
     velocity = velocity.to(compute_dtype(velocity))
     if velocity_uncond is None:
         return velocity
     uncond = velocity_uncond.detach().to(velocity.dtype)
+    if isinstance(guidance_scale, torch.Tensor):
+        guidance_scale = per_row(guidance_scale, velocity, "guidance_scale")
     return uncond + guidance_scale * (velocity - uncond)
 
 
@@ -240,9 +246,9 @@ def check_seeds(seed: torch.Tensor, offset: int | torch.Tensor, batch_size: int)
             )
 
 
-def check_guidance(velocity_uncond: torch.Tensor | None, guidance_scale: float) -> None:
+def check_guidance(velocity_uncond: torch.Tensor | None, guidance_scale: float | torch.Tensor) -> None:
     """Raises ValueError for guidance without its unconditional branch."""
-    if velocity_uncond is None and guidance_scale != 1:
+    if velocity_uncond is None and (isinstance(guidance_scale, torch.Tensor) or guidance_scale != 1):
         raise ValueError(f"guidance_scale {guidance_scale} needs velocity_uncond, the unconditional branch")
 
 

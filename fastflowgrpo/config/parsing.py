@@ -77,12 +77,13 @@ def read_run(run: str | Path) -> Config:
 def _run_defaults(run: str) -> dict[str, Any]:
     """Defaults for an evaluation or a demo from the settings of a run, by dotted name."""
     config = read_run(run)
-    evaluation, rollout = config.evaluation, config.rollout
+    evaluation, rollout, guidance = config.evaluation, config.rollout, config.evaluation_guidance
+    scales = guidance if isinstance(guidance, tuple) else (guidance, None)
     return {
         "model": config.model,
         "rewards": config.rewards,
         "num_steps": evaluation.num_steps,
-        "guidance_scale": rollout.guidance_scale if evaluation.guidance_scale is None else evaluation.guidance_scale,
+        **dict(zip(("guidance_scale", "guidance_scale_2"), scales, strict=True)),
         "images_per_prompt": evaluation.images_per_prompt,
         "height": rollout.height,
         "width": rollout.width,

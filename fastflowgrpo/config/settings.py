@@ -47,6 +47,12 @@ class PolicyConfig:
     """Images or videos that are decoded at once."""
     max_sequence_length: int | None = None
     """Text tokens of a prompt embedding; for SD3 those of T5. Default: 256 for SD3 (0 without T5), 512 for others."""
+    source_height: int | None = None
+    """Height in pixels of the source images of an edit, as the model gets them. Default: that of the result."""
+    source_width: int | None = None
+    """Width in pixels of the source images of an edit, as the model gets them. Default: that of the result."""
+    image_to_video: bool = False
+    """Load Wan 2.2 TI2V-5B as image to video; its model_index.json names the pipeline of text to video."""
     embeddings_dir: str | None = None
     """Folder for prompt embeddings. All prompts are encoded into it at the start, and the text encoders are freed."""
 
@@ -103,6 +109,8 @@ class RolloutConfig:
     """Most steps after the window, over the same range of noise levels. Default: all that num_steps has left."""
     guidance_scale: float = 1.0
     """Classifier-free guidance scale in training; 1 means no guidance, and only the conditional branch runs."""
+    guidance_scale_2: float | None = None
+    """Guidance scale at the noise levels of the second of two transformers (Wan 2.2 A14B). Default: guidance_scale."""
     keep_unconditional: bool = False
     """Keep the unconditional velocities of the trained steps, so that an epoch's first update need not compute them."""
     offload_trajectory: bool = False
@@ -117,6 +125,15 @@ class RolloutConfig:
     """Frames of a video, for video models only. Default: the model's own."""
     batch_size: int = 288
     """Images sampled at once in the rollout; a multiple of group_size."""
+
+    @property
+    def guidance(self) -> float | tuple[float, float]:
+        """The guidance scale, or both."""
+        return _scales(self.guidance_scale, self.guidance_scale_2)
+
+
+def _scales(first: float, second: float | None) -> float | tuple[float, float]:
+    return first if second is None else (first, second)
 
 
 @dataclass
@@ -214,6 +231,8 @@ class EvaluationConfig:
     """Denoising steps."""
     guidance_scale: float | None = None
     """Classifier-free guidance scale. Default: rollout.guidance_scale."""
+    guidance_scale_2: float | None = None
+    """Guidance scale of the second of two transformers. Default: guidance_scale if that is set, else the rollout's."""
     images_per_prompt: int = 6
     """Images per evaluation prompt."""
     batch_size: int = 288
@@ -289,6 +308,15 @@ class Config:
     update: UpdateConfig = field(default_factory=UpdateConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
+    @property
+    def evaluation_guidance(self) -> float | tuple[float, float]:
+        """The guidance scale of the evaluation, or both."""
+        own, rollout = self.evaluation, self.rollout
+        if own.guidance_scale is not None:
+            return _scales(own.guidance_scale, own.guidance_scale_2)
+        second = rollout.guidance_scale_2 if own.guidance_scale_2 is None else own.guidance_scale_2
+        return _scales(rollout.guidance_scale, second)
+
 
 @dataclass
 class EvaluateConfig:
@@ -315,6 +343,8 @@ class EvaluateConfig:
     """Denoising steps of the ODE."""
     guidance_scale: float = 1.0
     """Classifier-free guidance scale; 1 means no guidance."""
+    guidance_scale_2: float | None = None
+    """Guidance scale at the noise levels of the second of two transformers (Wan 2.2 A14B). Default: guidance_scale."""
     images_per_prompt: int = 6
     """Images per prompt."""
     height: int | None = None
@@ -332,6 +362,11 @@ class EvaluateConfig:
     diversity_model: str | None = None
     """CLIP model (hub id or folder) whose image embeddings measure diversity too. Default: only pixels and latents."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+    @property
+    def guidance(self) -> float | tuple[float, float]:
+        """The guidance scale, or both."""
+        return _scales(self.guidance_scale, self.guidance_scale_2)
 
 
 @dataclass

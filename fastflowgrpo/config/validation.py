@@ -20,6 +20,7 @@ _MINIMUM = {
         "policy.max_sequence_length",
         "policy.distilled_guidance",
         "rollout.guidance_scale",
+        "rollout.guidance_scale_2",
         "update.learning_rate",
         "update.weight_decay",
         "update.kl_weight",
@@ -35,6 +36,7 @@ _MINIMUM = {
         "rollout.window_stride",
         "evaluation.every",
         "evaluation.guidance_scale",
+        "evaluation.guidance_scale_2",
         "evaluation.gallery",
     ),
     1: (
@@ -44,6 +46,8 @@ _MINIMUM = {
         "reward_frames",
         "policy.lora_alpha",
         "policy.decode_batch_size",
+        "policy.source_height",
+        "policy.source_width",
         "prompts.per_epoch",
         "rollout.candidate_steps",
         "rollout.window_size",
@@ -82,7 +86,7 @@ _AT_MOST_ONE = ("max_missing", "update.kl_share")
 _BELOW_ONE = ("update.clip_range", "update.old_decay_max", "update.betas", "update.ema_decay")
 _EVALUATE_MINIMUM = {
     1: ("num_steps", "images_per_prompt", "batch_size", "height", "width", "num_frames", "reward_frames"),
-    0: ("guidance_scale", "seed"),
+    0: ("guidance_scale", "guidance_scale_2", "seed"),
 }
 _DEMO_MINIMUM = {
     1: (
@@ -216,6 +220,7 @@ def validate_evaluation(config: EvaluateConfig) -> None:
         UserError: names the first setting that is not.
     """
     _check_minimum(config, _EVALUATE_MINIMUM)
+    _check_second_scale("", config.guidance)
 
 
 def validate_demo(config: DemoConfig) -> None:
@@ -293,6 +298,15 @@ def _check_sampling_and_updates(config: Config) -> None:
         raise UserError("update.kl_share: there is no KL unless update.kl_weight is above 0")
     if rollout.keep_unconditional and rollout.guidance_scale == 1:
         raise UserError("rollout.keep_unconditional: without guidance (rollout.guidance_scale 1) there is none to keep")
+    _check_second_scale("rollout.", rollout.guidance)
+    _check_second_scale("evaluation.", config.evaluation_guidance)
+
+
+def _check_second_scale(group: str, guidance: float | tuple[float, float]) -> None:
+    if isinstance(guidance, tuple) and guidance[0] == 1:
+        raise UserError(
+            f"{group}guidance_scale_2: the model's pipeline does not guide if {group}guidance_scale is 1: set it too"
+        )
 
 
 def _check_unused(config: Config) -> None:

@@ -17,6 +17,7 @@ from fastflowgrpo.evaluation.summary import Evaluation
 from fastflowgrpo.evaluation.tables import Table, markdown
 from fastflowgrpo.policy import Policy, load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.guidance import check_guidance
 from fastflowgrpo.policy.source_images import check_source_images
 from fastflowgrpo.policy.trained import load_trained
 from fastflowgrpo.prompts import Prompt
@@ -68,7 +69,7 @@ def evaluate(config: EvaluateConfig, checkpoint: Path | None) -> Table:
         others = f" and {processes.count - 1} more" if processes.count > 1 else ""
         print(
             f"{config.model}{f', {checkpoint}' if checkpoint else ''}: {count} prompts x {config.images_per_prompt} "
-            f"images, {config.num_steps} steps, guidance {config.guidance_scale:g}, on {loaded.policy.device}{others}"
+            f"images, {config.num_steps} steps, {_guidance(config)}, on {loaded.policy.device}{others}"
         )
     columns = ["base"] if checkpoint is None else ["base", "trained"] if config.weights == "both" else ["trained"]
     evaluations = _measure(config, loaded, columns, processes)
@@ -117,6 +118,7 @@ def _load(config: EvaluateConfig, checkpoint: Path | None) -> _Loaded:
     else:  # the smallest adapter, which is never switched on, takes less memory than a second transformer
         policy = load_policy(config.model, replace(config.policy, lora=None, lora_rank=1), device)
     check_source_images(policy, prompts)
+    check_guidance(policy, config.guidance)
     shape = policy.latent_shape(config.height, config.width, config.num_frames)
     return _Loaded(
         prompts=prompts,
@@ -149,7 +151,7 @@ def _measure(
                 num_steps=config.num_steps,
                 images_per_prompt=config.images_per_prompt,
                 batch_size=config.batch_size,
-                guidance_scale=config.guidance_scale,
+                guidance_scale=config.guidance,
                 seed=config.seed,
             )
         evaluations[column] = Evaluation.of(prompts, samples, processes, embed_images)
@@ -187,7 +189,7 @@ def _heading(config: EvaluateConfig, checkpoint: Path | None, prompts: int) -> s
         "model": config.model,
         "checkpoint": checkpoint,
         "prompts": f"{prompts}, {config.images_per_prompt} images each, seed {config.seed}",
-        "sampling": f"{config.num_steps} ODE steps, guidance {config.guidance_scale:g}",
+        "sampling": f"{config.num_steps} ODE steps, {_guidance(config)}",
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     lines = [f"- {name}: {value}" for name, value in about.items() if value is not None]
@@ -195,6 +197,11 @@ def _heading(config: EvaluateConfig, checkpoint: Path | None, prompts: int) -> s
         "Mean ± standard error over prompts. Images without a score are counted as missing and left out of the means."
     )
     return "\n".join([*lines, "", note, "", ""])
+
+
+def _guidance(config: EvaluateConfig) -> str:
+    second = "" if config.guidance_scale_2 is None else f" and {config.guidance_scale_2:g}"
+    return f"guidance {config.guidance_scale:g}{second}"
 
 
 def _as_dicts(sections: SectionStatistics) -> dict[str, dict[str, dict[str, float]]]:

@@ -11,6 +11,7 @@ from fastflowgrpo.evaluation.diversity import rms_distances
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.policy import Policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.guidance import GuidanceScale
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.sampling.conditioning import repeat_rows
 from fastflowgrpo.sampling.ode import sample_ode
@@ -43,7 +44,7 @@ def sample_and_score(
     num_steps: int,
     images_per_prompt: int,
     batch_size: int,
-    guidance_scale: float = 1.0,
+    guidance_scale: GuidanceScale = 1.0,
     seed: int = 0,
 ) -> Samples:
     """Sample images with the ODE and the policy's present weights. Scoring runs in the background meanwhile.
@@ -57,7 +58,7 @@ def sample_and_score(
         num_steps: steps of the ODE.
         images_per_prompt: images of each prompt.
         batch_size: images sampled at once. The images of a prompt stay together, even if they are more.
-        guidance_scale: classifier-free guidance; 1 runs the conditional branch alone.
+        guidance_scale: classifier-free guidance, as in `sample_ode`; 1 runs the conditional branch alone.
         seed: seed of the noise, at least 0.
     """
     images, distances = [], []

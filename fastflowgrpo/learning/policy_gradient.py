@@ -18,6 +18,7 @@ from fastflowgrpo.learning.guards import mask_by_divergence, norm_guard, norm_ra
 from fastflowgrpo.learning.objective import Batch, Objective, Statistics
 from fastflowgrpo.learning.step_reader import KeptSteps, StepReader
 from fastflowgrpo.policy import Conditioning, Policy
+from fastflowgrpo.policy.guidance import guidance_at
 from fastflowgrpo.sampling.coefficients import StepCoefficients, resolve_log_prob
 from fastflowgrpo.sampling.conditioning import expand_row, repeat_rows
 
@@ -60,7 +61,7 @@ class GRPO(Objective):
         conditioning = repeat_rows(batch.conditioning, rows // self.group_size)
         inputs = sample[distinct], step.sigma[distinct], repeat_rows(conditioning, distinct)
         velocity_uncond = self.unconditional_velocity(batch, kept, *inputs, repeated)
-        guidance = velocity_uncond, self.config.rollout.guidance_scale
+        guidance = velocity_uncond, guidance_at(self.policy, self.config.rollout.guidance, step.sigma)
         velocity_ref, kl_scale, own_statistics = None, 1.0, Statistics()
         if update.kl_weight or update.norm_guard_weight:
             chosen = self.kl_pairs(trajectory.seeds[rows], slots)
@@ -168,7 +169,7 @@ class GRPO(Objective):
             velocity = self.policy.velocity(sample, sigma, conditioning)
             if unconditional is not None:
                 velocity_uncond = self.policy.velocity(sample, sigma, unconditional)
-        return guided_velocity(velocity, velocity_uncond, self.config.rollout.guidance_scale)
+        return guided_velocity(velocity, velocity_uncond, guidance_at(self.policy, self.config.rollout.guidance, sigma))
 
 
 class GRPOGuard(GRPO):

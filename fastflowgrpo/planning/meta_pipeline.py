@@ -10,33 +10,34 @@ import transformers
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
+from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.planning.published_models import PUBLISHED
-from fastflowgrpo.policy import family_of
+from fastflowgrpo.policy import component_dtypes, family_of, pipeline_of
 from fastflowgrpo.policy.protocol import ENCODERS
 from fastflowgrpo.shapes import BUNDLED
 
 
-def meta_pipeline(model: str, dtypes: Mapping[str, torch.dtype]) -> DiffusionPipeline:
+def meta_pipeline(model: str, config: PolicyConfig) -> DiffusionPipeline:
     """Build a model's pipeline without weights and tokenizers, and with a scheduler of default settings.
 
     Args:
         model: a local folder in diffusers' layout, a hub id, or one of BUNDLED. The configurations of a hub id that is
             not in `PUBLISHED` are fetched, a few kB.
-        dtypes: of the parameters of each component, and of all others as "default".
+        config: the components' dtypes, and how the model is loaded.
 
     Raises:
         UserError: there is no such model, it can neither be found here nor fetched, or its family is not supported.
     """
     if model in PUBLISHED:
         name, settings = PUBLISHED[model]["pipeline"]
+        index = {"_class_name": name, **settings}
         modules = {key: _from_published(*part) for key, part in PUBLISHED[model].items() if key != "pipeline"}
     else:
         source = str(BUNDLED.get(model, model))
         try:
             index = DiffusionPipeline.load_config(source)
-            name = index["_class_name"]
-            family_of(model, name)
+            family_of(model, index["_class_name"])
             settings = {
                 key: value for key, value in index.items() if not key.startswith("_") and not isinstance(value, list)
             }
@@ -52,10 +53,11 @@ def meta_pipeline(model: str, dtypes: Mapping[str, torch.dtype]) -> DiffusionPip
                 f'model "{model}" is neither a diffusers folder nor a hub id that can be read ({reason}); '
                 f"known without a network: {', '.join(PUBLISHED)}"
             ) from error
+    dtypes = component_dtypes(config)
     for key, module in modules.items():
         # Buffers made by numpy are on the CPU. diffusers' own `to` would warn.
         nn.Module.to(module, "meta", dtypes.get(key, dtypes["default"]))
-    pipeline: Any = getattr(diffusers, name)
+    pipeline: Any = getattr(diffusers, pipeline_of(model, index, config))
     required = [key for key, value in inspect.signature(pipeline).parameters.items() if value.default is value.empty]
     components = {**dict.fromkeys(required), **modules, "scheduler": FlowMatchEulerDiscreteScheduler()}
     return pipeline(**components, **settings)

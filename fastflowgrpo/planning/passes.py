@@ -10,8 +10,9 @@ from transformers import CLIPTextConfig, CLIPVisionConfig
 from fastflowgrpo.config import Config
 from fastflowgrpo.planning.meta_pipeline import meta_pipeline
 from fastflowgrpo.planning.meter import Cost, measure
-from fastflowgrpo.policy import Conditioning, Policy, component_dtypes, family_of, with_default_rank
+from fastflowgrpo.policy import Conditioning, Policy, family_of, with_default_rank
 from fastflowgrpo.policy.base import DiffusersPolicy
+from fastflowgrpo.policy.guidance import check_guidance
 from fastflowgrpo.policy.protocol import ENCODERS
 from fastflowgrpo.policy.quantization import linear_layers
 from fastflowgrpo.policy.source_images import sources_per_prompt
@@ -120,7 +121,7 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int], tuple
     settings = with_default_rank(config.model, config.policy)
     # The passes are measured with and without checkpointing; neither kernels nor a compiler run on the meta device.
     settings = replace(settings, gradient_checkpointing=False, attention=None, compile=False, quantization=None)
-    pipeline = meta_pipeline(config.model, component_dtypes(settings))
+    pipeline = meta_pipeline(config.model, settings)
     components = {name: component for name, component in pipeline.components.items() if component is not None}
     transformers = nn.ModuleList(component for name, component in components.items() if name.startswith("transformer"))
     encoders = {name: component for name, component in components.items() if name.startswith(ENCODERS)}
@@ -132,6 +133,7 @@ def _meta_policy(config: Config) -> tuple[DiffusersPolicy, dict[str, int], tuple
         for layer in linear_layers(transformer).values()
     )
     policy = family_of(config.model, type(pipeline).__name__)(pipeline, settings)
+    check_guidance(policy, config.rollout.guidance, config.evaluation_guidance)
     if not policy.uses_lora:
         # The meta device has no autocast, which computes in this dtype: give the weights themselves the dtype.
         nn.Module.to(policy.module, policy.dtype)

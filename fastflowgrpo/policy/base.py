@@ -55,11 +55,19 @@ class DiffusersPolicy(ABC):
     has_attention_mask: ClassVar[bool] = False
     """Whether attention gets a mask, which some backends do not take."""
     makes_videos: ClassVar[bool] = False
+    sources_of_any_size: ClassVar[bool] = False
+    """Whether source images may have another size than the result."""
     edits_images: bool = False
     max_sources: int = 0
+    boundary: float | None = None
 
     def __init__(self, pipeline: DiffusionPipeline, config: PolicyConfig):
         self.pipeline, self.config = pipeline, config
+        if (config.source_height or config.source_width) and not self.sources_of_any_size:
+            raise UserError(
+                "policy.source_height, policy.source_width: this model takes no source images, or only those of the "
+                "size of the result: leave both out"
+            )
         self.dtype, self.device = getattr(torch, config.dtype), pipeline.vae.device
         self.transformers = {
             name: component
@@ -202,7 +210,7 @@ class DiffusersPolicy(ABC):
     @torch.no_grad()
     def encode_sources(self, images: Sequence[Path | bytes], shape: tuple[int, ...]) -> Tensor:
         """Encode the source images of an edit to latents, (1, N, C, H, W); arguments as in `encode_edit`."""
-        height, width = self.image_size(shape)
+        height, width = self.image_size(self.source_shape(shape))
         pixels = [read_image(image, height, width)[None].to(self.device, self.pipeline.vae.dtype) for image in images]
         return torch.stack([self.encode_batch(image / 127.5 - 1) for image in pixels], 1).to(self.dtype).contiguous()
 
@@ -211,8 +219,24 @@ class DiffusersPolicy(ABC):
 
     def example_edit(self, batch_size: int, shape: tuple[int, ...], num_images: int) -> Conditioning:
         """Return tensors like those of `encode_edit`, as `example_conditioning` does."""
-        source = torch.empty(batch_size, num_images, *shape, dtype=self.dtype, device=self.device)
+        size = batch_size, num_images, *self.source_shape(shape)
+        source = torch.empty(size, dtype=self.dtype, device=self.device)
         return {**self.example_conditioning(batch_size), SOURCE: source}
+
+    def source_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a source image's latents for a latent sample of a shape.
+
+        Raises:
+            UserError: the model cannot take this size.
+        """
+        height, width = self.config.source_height, self.config.source_width
+        if height is None and width is None:
+            return shape
+        of_result = self.image_size(shape)
+        try:
+            return self.latent_shape(height or of_result[0], width or of_result[1])
+        except UserError as error:
+            raise UserError(str(error).replace("rollout.", "policy.source_", 1)) from error
 
     def image_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
         """Return (height, width) in pixels of the image that a latent sample of a shape is decoded to."""
@@ -317,6 +341,8 @@ class DiffusersPolicy(ABC):
         }
         dtypes = [self.config.dtype, self.config.text_encoder_dtype or self.config.dtype]
         source = [type(self).__name__, self.pipeline.name_or_path, dtypes, self.sequence_length, weights]
+        if self.config.source_height or self.config.source_width:
+            source += [self.config.source_height, self.config.source_width]
         return hashlib.sha256(json.dumps(source).encode()).hexdigest()
 
     def drop_encoders(self) -> None:

@@ -1,5 +1,9 @@
 """The supported model families."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from fastflowgrpo.config import PolicyConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.policy.flux import FluxPolicy
@@ -26,6 +30,25 @@ FAMILIES: dict[str, type[DiffusersPolicy]] = {
     "Flux2KleinPipeline": Flux2KleinPolicy,
 }
 """The class of each family, by the name of its diffusers pipeline."""
+
+
+def pipeline_of(model: str, index: Mapping[str, Any], config: PolicyConfig) -> str:
+    """Return the name of the diffusers pipeline that loads a model.
+
+    Args:
+        model: for the error message.
+        index: the model's model_index.json.
+        config: whether Wan 2.2 TI2V-5B makes videos from images.
+
+    Raises:
+        UserError: it does not, but `policy.image_to_video` is set.
+    """
+    name: str = index["_class_name"]
+    if not config.image_to_video or name == "WanImageToVideoPipeline":
+        return name
+    if name != "WanPipeline" or not index.get("expand_timesteps"):
+        raise UserError(f'policy.image_to_video: is for Wan 2.2 TI2V-5B, and "{model}" is another {name}: leave it out')
+    return "WanImageToVideoPipeline"
 
 
 def family_of(model: str, pipeline: str) -> type[DiffusersPolicy]:

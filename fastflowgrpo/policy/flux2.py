@@ -15,7 +15,7 @@ from fastflowgrpo.policy.latents import latent_size, reject_num_frames
 from fastflowgrpo.policy.protocol import Conditioning
 from fastflowgrpo.policy.schedules import shifted_sigmas
 from fastflowgrpo.policy.sd3 import SD3Policy
-from fastflowgrpo.policy.source_images import SEVERAL, num_sources, text_embeddings, with_source_tokens
+from fastflowgrpo.policy.source_images import SEVERAL, source_sizes, text_embeddings, with_source_tokens
 
 
 class Flux2Policy(DiffusersPolicy):
@@ -24,10 +24,11 @@ class Flux2Policy(DiffusersPolicy):
     Latents are (C, H, W), one per token: 2 x 2 of the VAE's, normalised by the statistics of its batch norm.
 
     Prompts may have reference images, whose tokens follow those of the sample, with 10, 20, ... as the first of their
-    coordinates. The pipelines keep the size of a reference of up to a megapixel. Here it gets the size of the result.
+    coordinates. The pipelines keep the size of a reference of up to a megapixel. Here it gets the size of the result
+    or `policy.source_height` x `policy.source_width`.
     """
 
-    max_sources = SEVERAL
+    max_sources, sources_of_any_size = SEVERAL, True
 
     lora_targets = (
         *SD3Policy.lora_targets,
@@ -85,18 +86,17 @@ class Flux2Policy(DiffusersPolicy):
             timestep=(sigma * 1000).to(latents.dtype) / 1000,
             guidance=torch.full_like(sigma, self.config.distilled_guidance) if distilled else None,
             txt_ids=self._text_positions(conditioning["encoder_hidden_states"].shape[1]),
-            img_ids=self._positions(*latents.shape[-2:], num_sources(conditioning)),
+            img_ids=self._positions(*latents.shape[-2:], *source_sizes(conditioning)),
             return_dict=False,
             **text_embeddings(conditioning),
         )[0]
         return velocity[:, : tokens.shape[1]].transpose(1, 2).reshape(latents.shape)
 
-    def _image_positions(self, height: int, width: int, references: int) -> Tensor:
-        """Return the coordinates of the tokens of a sample and of its references."""
-        latents = torch.empty(1, 1, height, width)
-        positions = [self.pipeline._prepare_latent_ids(latents)]
+    def _image_positions(self, height: int, width: int, *references: tuple[int, int]) -> Tensor:
+        """Return the coordinates of the tokens of a sample and of its references, of (height, width) each."""
+        positions = [self.pipeline._prepare_latent_ids(torch.empty(1, 1, height, width))]
         if references:
-            positions.append(self.pipeline._prepare_image_ids([latents] * references))
+            positions.append(self.pipeline._prepare_image_ids([torch.empty(1, 1, *size) for size in references]))
         return torch.cat(positions, 1).to(self.device)
 
     def decode_batch(self, latents: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from fastflowgrpo.config import BUNDLED_MODELS, PolicyConfig
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.policy.families import family_of
+from fastflowgrpo.policy.families import family_of, pipeline_of
 from fastflowgrpo.policy.protocol import Policy
 from fastflowgrpo.policy.quantization import quantization_config
 from fastflowgrpo.policy.sharded_loading import empty_transformer, weight_files
@@ -61,7 +61,7 @@ def load_policy(
     files: dict[str, list[Path]] = {}
     try:
         index = DiffusionPipeline.load_config(source)
-        name = index["_class_name"]
+        name = pipeline_of(source, index, config)
         family = family_of(source, name)
         # A pipeline saved without a component (SD3 without T5) loads only if told so.
         parts = {key: value for key, value in index.items() if isinstance(value, list)}
@@ -83,7 +83,8 @@ def load_policy(
         ) from error
     except ImportError as error:
         reason = " ".join(str(error).split()).partition(". ")[0]
-        raise UserError(f'model "{source}": {reason}; install it') from error
+        extra = ': pip install "fastflowgrpo[edit]"' if "torchvision" in reason.lower() else ""
+        raise UserError(f'model "{source}": {reason}; install it{extra}') from error
     if shard is None or not files:
         policy = family(pipeline.to(device), config)
     else:

@@ -27,6 +27,8 @@ class Policy(Protocol):
     """Whether every prompt has a source image."""
     max_sources: int
     """The most source images of a prompt; 0 for a model that makes images from text alone."""
+    boundary: float | None
+    """The least noise level of the first of two transformers; None for a model with one."""
     dtype: torch.dtype
     device: torch.device
     transformer: torch.nn.Module

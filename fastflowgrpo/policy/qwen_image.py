@@ -12,7 +12,7 @@ from fastflowgrpo.policy.latents import latent_statistics
 from fastflowgrpo.policy.packed import PackedPolicy
 from fastflowgrpo.policy.protocol import Conditioning
 from fastflowgrpo.policy.sd3 import SD3Policy
-from fastflowgrpo.policy.source_images import num_sources
+from fastflowgrpo.policy.source_images import source_sizes
 
 
 class QwenImagePolicy(PackedPolicy):
@@ -63,9 +63,8 @@ class QwenImagePolicy(PackedPolicy):
         }
 
     def extra_inputs(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> dict[str, Any]:
-        height, width = latents.shape[-2:]
-        images = [(1, height // 2, width // 2)] * (1 + num_sources(conditioning))
-        return {"img_shapes": [images] * len(latents)}
+        sizes = [latents.shape[-2:], *source_sizes(conditioning)]
+        return {"img_shapes": [[(1, height // 2, width // 2) for height, width in sizes]] * len(latents)}
 
     def decode_batch(self, latents: Tensor) -> Tensor:
         latents = latents.unsqueeze(2) * self._std + self._mean

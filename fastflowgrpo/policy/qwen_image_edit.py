@@ -22,10 +22,11 @@ class QwenImageEditPolicy(QwenImagePolicy):
 
     The source's tokens follow those of the sample. The text encoder sees the source too, so that the empty prompt has
     an embedding per source; `policy.max_sequence_length` counts the other tokens. The pipeline scales a source to a
-    megapixel in its own aspect ratio. Here it gets the size of the result, for the text encoder too.
+    megapixel in its own aspect ratio. Here it gets the size of the result or `policy.source_height` x
+    `policy.source_width`, for the text encoder too.
     """
 
-    edits_images, max_sources = True, 1
+    edits_images, max_sources, sources_of_any_size = True, 1, True
 
     def encode(self, prompts: list[str]) -> Conditioning:
         return {}
@@ -33,7 +34,8 @@ class QwenImageEditPolicy(QwenImagePolicy):
     @torch.no_grad()
     def encode_edit(self, prompt: str, images: Sequence[Path | bytes], shape: tuple[int, ...]) -> Conditioning:
         height, width = self.seen_size(shape)
-        pixels = [read_image(image, *self.image_size(shape)).permute(1, 2, 0).numpy() for image in images]
+        size = self.image_size(self.source_shape(shape))
+        pixels = [read_image(image, *size).permute(1, 2, 0).numpy() for image in images]
         seen = [self.pipeline.image_processor.resize(Image.fromarray(image), height, width) for image in pixels]
         length = self.embedding_length(shape, len(images))
         encoded = (self.pipeline.encode_prompt(text, image=seen) for text in (prompt, ""))
@@ -45,8 +47,8 @@ class QwenImageEditPolicy(QwenImagePolicy):
         return {**super().example_edit(batch_size, shape, num_images), **text, **_as_empty(text)}
 
     def seen_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        """Return (height, width) in pixels of an image as the text encoder sees it."""
-        return self.image_size(shape)
+        """Return (height, width) in pixels of a source as the text encoder sees it, for a latent sample of a shape."""
+        return self.image_size(self.source_shape(shape))
 
     def embedding_length(self, shape: tuple[int, ...], num_images: int) -> int:
         """Return the tokens of an embedding: those of the images and `policy.max_sequence_length` others."""
@@ -62,7 +64,7 @@ class QwenImageEditPlusPolicy(QwenImageEditPolicy):
     max_sources = SEVERAL
 
     def seen_size(self, shape: tuple[int, ...]) -> tuple[int, int]:
-        height, width = self.image_size(shape)
+        height, width = super().seen_size(shape)
         width, height = calculate_dimensions(CONDITION_IMAGE_SIZE, width / height)
         return height, width
 

@@ -22,9 +22,12 @@ def text_embeddings(conditioning: Conditioning) -> Conditioning:
     return {name: tensor for name, tensor in conditioning.items() if name != SOURCE and not name.startswith(EMPTY)}
 
 
-def num_sources(conditioning: Conditioning) -> int:
-    """Return the number of source images of each row."""
-    return conditioning[SOURCE].shape[1] if SOURCE in conditioning else 0
+def source_sizes(conditioning: Conditioning) -> list[tuple[int, int]]:
+    """Return the (height, width) of the latents of each source image of a row."""
+    if SOURCE not in conditioning:
+        return []
+    _, count, *_, height, width = conditioning[SOURCE].shape
+    return [(height, width)] * count
 
 
 def with_source_tokens(tokens: Tensor, conditioning: Conditioning, pack: Callable[[Tensor], Tensor]) -> Tensor:
@@ -70,7 +73,7 @@ def check_source_images(policy: Policy, prompts: Iterable[Prompt]) -> None:
         if count and not policy.max_sources:
             raise UserError(
                 f"the prompt {prompt.text!r} has a source image, but the model makes images from text alone: take an "
-                "editing model (docs/editing.md) or prompts without `image`"
+                "editing model (docs/editing.md), for Wan 2.2 TI2V-5B set policy.image_to_video, or leave out `image`"
             )
         if count > policy.max_sources:
             raise UserError(

@@ -40,6 +40,7 @@ class WanPolicy(DiffusersPolicy):
                 f"the scheduler of this model, {type(scheduler).__name__}, does not use flow-matching sigmas"
             )
         super().__init__(pipeline, config)
+        self.boundary = pipeline.config.boundary_ratio
         self._mean, self._std = latent_statistics(pipeline.vae)
         self._untrained: str | None = None
 
@@ -51,8 +52,8 @@ class WanPolicy(DiffusersPolicy):
         return Experts(pipeline.transformer, pipeline.transformer_2, boundary)
 
     def train_only_at(self, sigmas: Tensor) -> None:
-        if isinstance(self.module, Experts):
-            noisy = sigmas >= self.pipeline.config.boundary_ratio
+        if self.boundary is not None:
+            noisy = sigmas >= self.boundary
             if noisy.all() or not noisy.any():
                 self._untrained = "transformer_2" if noisy.all() else "transformer"
                 self.transformers[self._untrained].requires_grad_(False)
@@ -60,11 +61,10 @@ class WanPolicy(DiffusersPolicy):
     def warnings(self, guided: bool) -> list[str]:
         found = super().warnings(guided)
         if self._untrained is not None:
-            boundary = self.pipeline.config.boundary_ratio
             side = "from" if self._untrained == "transformer_2" else "below"
             found.append(
-                f"all trained steps are {side} the noise level {boundary:g}, the boundary of the two transformers: "
-                f"{self._untrained} is not trained; rollout.window_start chooses the steps"
+                f"all trained steps are {side} the noise level {self.boundary:g}, the boundary of the two "
+                f"transformers: {self._untrained} is not trained; rollout.window_start chooses the steps"
             )
         return found
 

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from fastflowgrpo.config import PRIVATE_REWARD_SETTINGS, START_SETTINGS, Config, read_run
 from fastflowgrpo.errors import UserError
-from fastflowgrpo.policy import FAMILIES
+from fastflowgrpo.policy import FAMILIES, pipeline_of
 from fastflowgrpo.policy.source_images import sources_per_prompt
 from fastflowgrpo.policy.weights import FULL, FULL_2, LORA, LORA_2, holds_weights
 from fastflowgrpo.results import versions
@@ -71,7 +71,7 @@ def write_card(run: Path, checkpoint: Path) -> Path:
 def _metadata(config: Config, checkpoint: Path, name: str) -> ModelCardData:
     """The YAML block at the head of the card, which the hub reads."""
     lora = (checkpoint / LORA).is_file()
-    pipeline = getattr(diffusers, _index(config)["_class_name"])
+    pipeline = getattr(diffusers, _pipeline(config))
     parameters = inspect.signature(pipeline.__call__).parameters
     source = "image" if _num_sources(config) else "text"
     task = f"{source}-to-{'video' if 'num_frames' in parameters else 'image'}"
@@ -125,15 +125,16 @@ def _use(config: Config, checkpoint: Path) -> str:
     model = "PIPELINE" if config.model == "shapes" else repr(config.model)
     absent = [name for name, value in index.items() if isinstance(value, list) and value[0] is None]
     options = [f"dtype=torch.{config.policy.dtype}", *(f"{name}=None" for name in absent)]
+    loader = _pipeline(config) if config.policy.image_to_video else "DiffusionPipeline"
     lines = ["import torch"]
     if (checkpoint / LORA).is_file():
-        lines += ["from diffusers import DiffusionPipeline"]
+        lines += [f"from diffusers import {loader}"]
         load = [f'pipe.load_lora_weights("{PLACE}")']
         if (checkpoint / LORA_2).is_file():
             load += [f'pipe.load_lora_weights("{PLACE}", weight_name="{LORA_2}", load_into_transformer_2=True)']
     else:
         kind = json.loads((checkpoint / FULL / "config.json").read_text())["_class_name"]
-        lines += [f"from diffusers import DiffusionPipeline, {kind}"]
+        lines += [f"from diffusers import {loader}, {kind}"]
         options += [
             f'{name}={kind}.from_pretrained("{PLACE}", subfolder="{name}", dtype=torch.{config.policy.dtype})'
             for name in (FULL, FULL_2)
@@ -142,13 +143,15 @@ def _use(config: Config, checkpoint: Path) -> str:
         load = []
     if config.model == "shapes":
         lines.append("from fastflowgrpo.shapes import PIPELINE")
-    family, guidance = FAMILIES[index["_class_name"]], config.evaluation.guidance_scale
+    family, guidance = FAMILIES[_pipeline(config)], config.evaluation_guidance
+    scale, scale_2 = guidance if isinstance(guidance, tuple) else (guidance, None)
     length = config.policy.max_sequence_length
     if length is None and family.default_sequence_length(absent) == 0:
         length = 0  # the pipeline would append zero tokens
     arguments: dict[str, Any] = {
         "num_inference_steps": config.evaluation.num_steps,
-        **family.guidance_arguments(config.policy, rollout.guidance_scale if guidance is None else guidance),
+        **family.guidance_arguments(config.policy, scale),
+        "guidance_scale_2": scale_2,
         "height": rollout.height,
         "width": rollout.width,
         "num_frames": rollout.num_frames,
@@ -159,7 +162,7 @@ def _use(config: Config, checkpoint: Path) -> str:
     call = f"pipe({inputs}{given})"
     lines += [
         "",
-        "pipe = DiffusionPipeline.from_pretrained(",
+        f"pipe = {loader}.from_pretrained(",
         *(f"    {argument}," for argument in (model, *options)),
         ")",
         *load,
@@ -172,7 +175,7 @@ def _num_sources(config: Config) -> int:
     """The source images of a prompt, as far as the model and the file of prompts tell."""
     if config.model == "shapes_edit":
         return 1
-    family = FAMILIES[_index(config)["_class_name"]]
+    family = FAMILIES[_pipeline(config)]
     try:
         return sources_per_prompt(family, config)
     except UserError:  # the run's prompts are not on this machine
@@ -190,6 +193,10 @@ def _recipe(config: Config) -> str:
 
 def _versions() -> str:
     return "## Versions\n\n" + ", ".join(f"{package} {number}" for package, number in versions().items())
+
+
+def _pipeline(config: Config) -> str:
+    return pipeline_of(config.model, _index(config), config.policy)
 
 
 def _index(config: Config) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class GroupSampler:
         rollout = self.rollout
         shared: dict[str, Any] = {
             "unconditional": unconditional,
-            "guidance_scale": rollout.guidance_scale,
+            "guidance_scale": rollout.guidance,
             "solver": rollout.solver,
             "on_step": on_step,
         }

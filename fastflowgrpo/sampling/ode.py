@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fastflowgrpo.kernels.sde_step import guided_velocity, sde_step
 from fastflowgrpo.policy import Conditioning, Policy
+from fastflowgrpo.policy.guidance import GuidanceScale, guidance_at
 from fastflowgrpo.sampling.coefficients import StepCoefficients, step_coefficients
 from fastflowgrpo.sampling.conditioning import expand_row, repeat_rows
 
@@ -35,7 +36,7 @@ def sample_ode(
     noise: Tensor,
     *,
     unconditional: Conditioning | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: GuidanceScale = 1.0,
     solver: str = "euler",
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
@@ -47,7 +48,7 @@ def sample_ode(
         num_steps: denoising steps.
         noise: (B, ...), the initial noise.
         unconditional: the empty prompt's conditioning, one row; needed if guidance_scale is not 1.
-        guidance_scale: classifier-free guidance scale.
+        guidance_scale: classifier-free guidance scale, or two of them, see `guidance_at`.
         solver: "euler" or "dpm_solver".
         on_step: called after each step.
 
@@ -71,7 +72,7 @@ def ode_steps(
     coefficients: StepCoefficients,
     steps: Iterable[int],
     unconditional: Conditioning | None,
-    guidance_scale: float,
+    guidance_scale: GuidanceScale,
     on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
     """The sample (B, ...) after Euler steps of the ODE.
@@ -93,7 +94,7 @@ def ode_steps(
             float(coefficients.dt[i]),
             0.0,
             velocity_uncond=velocity_uncond,
-            guidance_scale=guidance_scale,
+            guidance_scale=guidance_at(policy, guidance_scale, step_sigma),
         )
         on_step()
     return sample
@@ -107,7 +108,7 @@ def solve_rows(
     schedule_of: Tensor,
     solver: str,
     unconditional: Conditioning | None,
-    guidance_scale: float,
+    guidance_scale: GuidanceScale,
     on_step: Callable[[], object] = lambda: None,
     num_passes: int = 0,
 ) -> Tensor:
@@ -137,7 +138,8 @@ def solve_rows(
         for step in table[begin:end, rows]:
             sigma, of_x, of_v, of_clean, of_previous = (value.view(-1, *[1] * (sample.ndim - 1)) for value in step.T)
             branches = branch_velocities(policy, part, sigma.flatten(), of_rows, uncond_of_rows)
-            velocity = guided_velocity(*branches, guidance_scale).float()
+            scale = guidance_at(policy, guidance_scale, sigma.flatten())
+            velocity = guided_velocity(*branches, scale).float()
             clean = part.float() - sigma * velocity
             part = (of_x * part + of_v * velocity + of_clean * clean + of_previous * previous).to(policy.dtype)
             previous = clean

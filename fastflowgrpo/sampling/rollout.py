@@ -10,6 +10,7 @@ from torch import Tensor
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.kernels.sde_step import guided_velocity, sde_step
 from fastflowgrpo.policy import Conditioning, Policy
+from fastflowgrpo.policy.guidance import GuidanceScale, guidance_at
 from fastflowgrpo.sampling.coefficients import StepCoefficients
 from fastflowgrpo.sampling.conditioning import expand_row, repeat_rows
 from fastflowgrpo.sampling.ode import branch_velocities, sample_ode, solve_rows
@@ -81,7 +82,7 @@ def sample_groups(
     shape: tuple[int, ...],
     *,
     unconditional: Conditioning | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: GuidanceScale = 1.0,
     same_noise: bool = False,
     tail_steps: int | None = None,
     solver: str = "euler",
@@ -158,7 +159,7 @@ def _take_steps(
     log_prob: str,
     kept: "_KeptSteps",
     unconditional: Conditioning | None,
-    guidance_scale: float,
+    guidance_scale: GuidanceScale,
     on_step: Callable[[], object],
 ) -> Tensor:
     """The sample (B, ...) after the steps of a schedule; `kept` stores those inside the windows."""
@@ -168,18 +169,19 @@ def _take_steps(
         branches = branch_velocities(policy, *inputs, expand_row(unconditional, inputs[2]))
         velocity = branches[0][repeated]
         velocity_uncond = None if branches[1] is None else branches[1][repeated]
+        scale = guidance_at(policy, guidance_scale, schedule.sigma[i])
         next_sample, step_log_prob = sde_step(
             velocity,
             sample,
             *schedule.coefficients(i),
             velocity_uncond=velocity_uncond,
-            guidance_scale=guidance_scale,
+            guidance_scale=scale,
             seed=noise_seeds if schedule.draws_noise[i] else None,
             offset=schedule.offsets[i],
             log_prob=log_prob,
         )
         if kept.velocities.shape[1]:
-            velocity = guided_velocity(velocity, velocity_uncond, guidance_scale)
+            velocity = guided_velocity(velocity, velocity_uncond, scale)
         kept.store(i, sample, next_sample, step_log_prob, velocity, velocity_uncond)
         sample = next_sample
         on_step()
@@ -196,7 +198,7 @@ def sample_clean_groups(
     shape: tuple[int, ...],
     *,
     unconditional: Conditioning | None = None,
-    guidance_scale: float = 1.0,
+    guidance_scale: GuidanceScale = 1.0,
     solver: str = "euler",
     on_step: Callable[[], object] = lambda: None,
 ) -> Trajectory:

@@ -63,7 +63,7 @@ def explore(
                 rollout.candidate_steps,
                 philox_normal(seeds[rows].to(policy.device, non_blocking=True), 0, (len(rows), *shape)),
                 unconditional=unconditional,
-                guidance_scale=rollout.guidance_scale,
+                guidance_scale=rollout.guidance,
                 solver=rollout.candidate_solver,
                 on_step=steps.update,
             )

@@ -218,6 +218,28 @@ def test_every_number_has_a_lower_limit(name):
             validate(config)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 1),
+        ({"rollout.guidance_scale": 4}, 4),
+        ({"rollout.guidance_scale": 4, "rollout.guidance_scale_2": 3}, (4, 3)),
+        ({"rollout.guidance_scale": 4, "rollout.guidance_scale_2": 3, "evaluation.guidance_scale_2": 2}, (4, 2)),
+        ({"rollout.guidance_scale": 4, "rollout.guidance_scale_2": 3, "evaluation.guidance_scale": 1}, 1),
+        ({"evaluation.guidance_scale": 5, "evaluation.guidance_scale_2": 2}, (5, 2)),
+    ],
+)
+def test_guidance_of_an_evaluation(settings, expected):
+    assert parse([f"--{name}={value}" for name, value in settings.items()]).evaluation_guidance == expected
+
+
+@pytest.mark.parametrize("group", ["rollout", "evaluation"])
+def test_a_second_guidance_scale_alone_guides_nothing(group):
+    message = rf"^{group}\.guidance_scale_2: .* does not guide if {group}\.guidance_scale is 1: set it too$"
+    with pytest.raises(UserError, match=message):
+        parse([f"--{group}.guidance_scale_2", "3"])
+
+
 def test_values_at_the_limits_are_accepted():
     argv = ["--rollout.window_start", "[6, 7]", "--rollout.dynamics", "flow_cps", "--rollout.noise_level", "1"]
     config = parse([*argv, "--rollout.batch_size", "2400", "--policy.lora_rank", "0", "--policy.lora_targets", "[]"])

@@ -218,6 +218,8 @@ def test_every_setting_comes_from_the_run_or_the_command_line(lora_run):
     assert (config.policy.dtype, config.policy.lora_alpha, config.policy.max_sequence_length) == ("float16", 32, 8)
     assert config.model == str(lora_run.parent / "model")
     assert config.rewards == {"jpeg_compressibility": 1}
+    assert config.guidance == 3
+    assert parse_evaluation(["--run", str(lora_run), "--guidance_scale_2", "2"]).guidance == (3, 2)
 
 
 def test_a_sharded_evaluation_is_refused(lora_run, tmp_path, capsys, monkeypatch):

@@ -145,6 +145,21 @@ def test_gradcheck_of_guard(log_prob, kl_weight, guidance):
     assert torch.autograd.gradcheck(loss, (velocity,))
 
 
+def test_a_guidance_scale_per_pair_is_that_of_each_pair_alone():
+    arguments = problem(guidance=2.0)
+    scales = torch.tensor([2.0, 4.5, 1.0, 2.0], dtype=torch.float64)
+
+    def loss(pairs, scale):
+        own = {name: value[pairs] if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+        own["velocity"] = own["velocity"].clone().requires_grad_()
+        loss, _ = grpo_step_loss(**own | {"guidance_scale": scale}, clip_range=math.inf, kl_weight=0.1)
+        return loss, torch.autograd.grad(loss.sum(), own["velocity"])[0]
+
+    losses, gradients = loss(slice(None), scales)
+    for i, scale in enumerate(scales.tolist()):
+        torch.testing.assert_close((losses[i : i + 1], gradients[i : i + 1]), loss(slice(i, i + 1), scale))
+
+
 @pytest.mark.parametrize("guidance", [None, 4.5])
 def test_gradient_of_guard_by_hand(guidance):
     """d loss / d v = -A ratio g c_v (x_next - mean_old) / (std D (-dt)), with the mean of the draw."""

@@ -101,6 +101,21 @@ def test_gradient_of_the_log_prob(log_prob):
     assert torch.autograd.gradcheck(lambda v: score(v, uncond, 4.5), (velocity,))
 
 
+def test_a_guidance_scale_per_row_is_that_of_each_row_alone():
+    velocity, sample, uncond, prev_sample = tensors(count=4)
+    scales = torch.tensor([4.5, 1.0, 2.0])
+
+    def score(rows, scale):
+        own = velocity[rows].clone().requires_grad_()
+        ends = {"velocity_uncond": uncond[rows], "prev_sample": prev_sample[rows]}
+        _, log_prob = sde_step(own, sample[rows], 0.9, -0.1, 0.5, guidance_scale=scale, **ends)
+        return log_prob, torch.autograd.grad(log_prob.sum(), own)[0]
+
+    log_prob, gradient = score(slice(None), scales)
+    for i, scale in enumerate(scales.tolist()):
+        torch.testing.assert_close((log_prob[i : i + 1], gradient[i : i + 1]), score(slice(i, i + 1), scale))
+
+
 def test_log_prob_of_a_drawn_sample_has_the_gradient_of_the_score():
     """If the drawn sample were not a constant, it would follow the velocity and the gradient would be 0."""
     velocity, sample, noise = tensors(count=3)
@@ -235,6 +250,7 @@ def test_one_graph_under_compile():
         ({"c_x": torch.zeros(2)}, r"c_x has shape \(2,\): give a number or one value per row, shape \(3,\)"),
         ({"std": torch.ones(3, 1)}, r"std has shape \(3, 1\): give a number or one value per row"),
         ({"guidance_scale": 4.5}, "guidance_scale 4.5 needs velocity_uncond"),
+        ({"guidance_scale": torch.ones(3)}, r"guidance_scale tensor\(.*\) needs velocity_uncond"),
         ({"log_prob": "sum"}, "unknown log_prob 'sum': choose one of normalised, unnormalised"),
         (
             {"noise": torch.zeros(3, 4, 5, 5), "generator": torch.Generator()},

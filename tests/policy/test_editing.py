@@ -2,35 +2,22 @@
 
 import json
 from dataclasses import replace
-from functools import partial
 
-import numpy as np
 import pyarrow
 import pytest
 import torch
 from diffusers import DiffusionPipeline, QwenImageEditPipeline
-from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
-from PIL import Image
 from pyarrow import parquet
 from safetensors.torch import load_file
 from support.edit_prompts import write_prompts
-from support.pipelines import (
-    perturb,
-    tiny_flux2_klein_pipeline,
-    tiny_flux2_pipeline,
-    tiny_flux_kontext_pipeline,
-    tiny_qwen_image_edit_pipeline,
-    tiny_qwen_image_edit_plus_pipeline,
-    tiny_sd3_pipeline,
-)
+from support.families import EDITING, assert_same_images, pipeline_images
+from support.pipelines import perturb, tiny_sd3_pipeline
 
 from fastflowgrpo import Config, Trainer, load_policy
 from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.planning.passes import run_passes
-from fastflowgrpo.policy import FAMILIES
 from fastflowgrpo.policy.embeddings import EmbeddingCache
-from fastflowgrpo.policy.latents import pack
 from fastflowgrpo.policy.source_images import check_source_images, sources_per_prompt
 from fastflowgrpo.prompts import Prompt, load_prompts
 from fastflowgrpo.prompts.images import source_images
@@ -40,16 +27,8 @@ from fastflowgrpo.shapes.pretrain_edit import with_source_channels
 from fastflowgrpo.train import main
 
 TEXTS = ["make it red", "remove the dog"]
-LENGTH = 40  # of the text
-# name: (pipeline, (height, width), images of a prompt). FLUX.2's pipelines take no smaller images.
-FAMILY = {
-    "kontext": (tiny_flux_kontext_pipeline, (16, 24), 1),
-    "edit": (tiny_qwen_image_edit_pipeline, (32, 64), 1),
-    "plus": (partial(tiny_qwen_image_edit_plus_pipeline, zero_cond_t=True), (32, 64), 2),
-    "klein": (tiny_flux2_klein_pipeline, (64, 64), 2),
-    "flux2": (tiny_flux2_pipeline, (64, 96), 1),
-}
-GUIDED = [(name, guidance) for name in FAMILY for guidance in (1.0, 3.0) if (name, guidance) != ("flux2", 3.0)]
+LENGTH = EDITING["kontext"].length
+GUIDED = [(name, guidance) for name in EDITING for guidance in (1.0, 3.0) if (name, guidance) != ("flux2_edit", 3.0)]
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +38,8 @@ def folders(tmp_path_factory):
 
     def folder(name):
         if name not in made:
-            build, (height, width), count = FAMILY[name]
-            made[name] = tmp_path_factory.mktemp(name)
-            pipe = build()
-            perturb(pipe.transformer.parameters(), scale=0.2)  # to see what the sources change
-            pipe.save_pretrained(made[name])
-            write_prompts(made[name], TEXTS, height, width, count)
+            made[name] = tmp_path_factory.mktemp("families") / name
+            EDITING[name].save(made[name], TEXTS)
         return made[name]
 
     return folder
@@ -81,7 +56,7 @@ def load(folder, **settings):
 
 
 def noise_of(policy, name):
-    return torch.randn(2, *policy.latent_shape(*FAMILY[name][1]), generator=torch.Generator().manual_seed(3))
+    return torch.randn(2, *policy.latent_shape(**EDITING[name].size), generator=torch.Generator().manual_seed(3))
 
 
 def sampled(policy, name, prompts, guidance=1.0):
@@ -91,50 +66,38 @@ def sampled(policy, name, prompts, guidance=1.0):
     return sample_ode(policy, embed(prompts), 3, noise, unconditional=unconditional, guidance_scale=guidance)
 
 
-def pipeline_image(pipe, name, prompt, noise, guidance):
-    """What the pipeline's call makes of a prompt, (H, W, 3) from 0 to 255."""
-    images = [Image.open(image) for image in prompt.images]
-    own = {"max_area": noise.shape[-2] * noise.shape[-1] * 4, "_auto_resize": False} if name == "kontext" else {}
-    height, width = FAMILY[name][1]
-    return (
-        255
-        * pipe(
-            image=images if len(images) > 1 else images[0],
-            prompt=prompt.text,
-            num_inference_steps=3,
-            latents=noise[None] if name in ("klein", "flux2") else pack(noise[None]),
-            max_sequence_length=LENGTH,
-            output_type="np",
-            height=height,
-            width=width,
-            **own,
-            **FAMILIES[type(pipe).__name__].guidance_arguments(PolicyConfig(), guidance),
-        ).images[0]
-    )
-
-
-@pytest.fixture
-def small_images(monkeypatch):
-    """Qwen's pipelines bring a source to an area of 32 x 64 instead of a megapixel; guidance is linear, as here."""
-    resize = pipeline_qwenimage_edit.calculate_dimensions
-    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda _, ratio: resize(32 * 64, ratio))
-    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 32 * 64)
-    monkeypatch.setattr(torch, "norm", lambda *_, **__: torch.ones(()))
-
-
 @pytest.mark.parametrize(("name", "guidance"), GUIDED)
-def test_ode_samples_are_the_pipelines_own_images(folders, name, guidance, small_images):
+def test_ode_samples_are_the_pipelines_own_images(folders, name, guidance):
     policy, prompts = load(folders(name)), prompts_of(folders(name))
-    images = policy.decode(sampled(policy, name, prompts, guidance)).movedim(1, -1).numpy().astype(int)
     pipe = DiffusionPipeline.from_pretrained(folders(name))
-    pipe.set_progress_bar_config(disable=True)
-    for image, prompt, noise in zip(images, prompts, noise_of(policy, name), strict=True):
-        expected = pipeline_image(pipe, name, prompt, noise, guidance)
-        assert image.shape == expected.shape and expected.std() > 5
-        assert np.abs(image - np.rint(expected)).max() <= 1
+    expected = pipeline_images(pipe, EDITING[name], noise_of(policy, name), prompts, 3, guidance)
+    assert_same_images(policy.decode(sampled(policy, name, prompts, guidance)), expected)
 
 
-@pytest.mark.parametrize("name", ["kontext", "edit", "plus", "klein"])
+@pytest.mark.parametrize(
+    ("name", "size"), [("kontext", (32, 16)), ("edit", (64, 32)), ("plus", (64, 32)), ("klein_edit", (64, 96))]
+)
+def test_sources_may_have_another_size_than_the_result(folders, tmp_path, name, size):
+    family, (height, width) = EDITING[name], size
+    policy = load(folders(name), source_height=height, source_width=width)
+    prompts = load_prompts(str(write_prompts(tmp_path, TEXTS, height, width, family.sources)))
+    pipe = DiffusionPipeline.from_pretrained(folders(name))
+    expected = pipeline_images(pipe, family, noise_of(policy, name), prompts, 3, 1.0, size)
+    assert_same_images(policy.decode(sampled(policy, name, prompts)), expected)
+    shape = policy.latent_shape(**family.size)
+    example, encoded = policy.example_edit(2, shape, family.sources), EmbeddingCache(policy, shape=shape)(prompts)
+    assert {key: t.shape for key, t in example.items()} == {key: t.shape for key, t in encoded.items()}
+    assert policy.encoder_key() != load(folders(name)).encoder_key()
+    with pytest.raises(UserError, match=r"policy\.source_height 30 is not a positive multiple of"):
+        load(folders(name), source_height=30).encode_edit("a", prompts[0].images, shape)
+
+
+def test_other_models_take_no_source_size(tiny_sd3_folder):
+    with pytest.raises(UserError, match=r"policy\.source_height, policy\.source_width: .*: leave both out$"):
+        load(tiny_sd3_folder, source_width=32)
+
+
+@pytest.mark.parametrize("name", ["kontext", "edit", "plus", "klein_edit"])
 def test_each_sample_depends_on_its_own_sources_and_their_order(folders, name):
     policy, (first, second) = load(folders(name)), prompts_of(folders(name))
     one, other = Prompt("a", {}, first.image, first.references), Prompt("a", {}, second.image, second.references)
@@ -149,7 +112,7 @@ def test_each_sample_depends_on_its_own_sources_and_their_order(folders, name):
 @pytest.mark.parametrize("name", ["edit", "plus"])
 def test_the_text_encoder_sees_the_image_with_the_empty_prompt_too(folders, name):
     policy, (first, second) = load(folders(name)), prompts_of(folders(name))
-    shape = policy.latent_shape(*FAMILY[name][1])
+    shape = policy.latent_shape(**EDITING[name].size)
     embed = EmbeddingCache(policy, shape=shape)
     conditioning = embed([first, replace(second, text=first.text), first])
     unconditional = expand_row(embed([""]), conditioning)
@@ -162,11 +125,11 @@ def test_the_text_encoder_sees_the_image_with_the_empty_prompt_too(folders, name
     assert (lengths[0] > lengths[1]).all() and (lengths[0] < conditioning["encoder_hidden_states"].shape[1]).all()
 
 
-@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("name", EDITING)
 def test_the_estimate_has_inputs_like_those_of_prompts(folders, name):
     policy, prompts = load(folders(name), dtype="bfloat16"), prompts_of(folders(name))
-    shape = policy.latent_shape(*FAMILY[name][1])
-    example = policy.example_edit(2, shape, FAMILY[name][2])
+    shape = policy.latent_shape(**EDITING[name].size)
+    example = policy.example_edit(2, shape, EDITING[name].sources)
     encoded = EmbeddingCache(policy, shape=shape)(prompts)
     assert {key: (t.shape, t.dtype) for key, t in example.items()} == {
         key: (t.shape, t.dtype) for key, t in encoded.items()
@@ -181,7 +144,7 @@ def test_sources_are_encoded_once_and_kept_on_disk(folders, tmp_path, monkeypatc
     encode = policy.encode_sources
     monkeypatch.setattr(policy, "encode_sources", lambda *args: calls.append(args) or encode(*args))
     prompts = prompts_of(folders("kontext"))
-    shape = policy.latent_shape(*FAMILY["kontext"][1])
+    shape = policy.latent_shape(**EDITING["kontext"].size)
     expected = EmbeddingCache(policy, shape=shape)([prompts[0], prompts[1], prompts[0]])
     assert len(calls) == 2 and torch.equal(expected["source"][0], expected["source"][2])
     cache = EmbeddingCache(policy, tmp_path, shape=shape)
@@ -196,7 +159,7 @@ def test_sources_are_encoded_once_and_kept_on_disk(folders, tmp_path, monkeypatc
 
 def test_embeddings_with_the_empty_prompts_come_back_from_the_disk(folders, tmp_path):
     policy, prompts = load(folders("plus")), prompts_of(folders("plus"))
-    shape = policy.latent_shape(*FAMILY["plus"][1])
+    shape = policy.latent_shape(**EDITING["plus"].size)
     expected = EmbeddingCache(policy, shape=shape)(prompts)
     cache = EmbeddingCache(policy, tmp_path, shape=shape)
     cache.prepare(["", *prompts])
@@ -207,8 +170,8 @@ def test_embeddings_with_the_empty_prompts_come_back_from_the_disk(folders, tmp_
 
 
 def test_source_images_must_fit_the_model(folders, tiny_sd3_folder):
-    kontext, klein = load(folders("kontext")), load(folders("klein"))
-    (one, _), (two, _) = prompts_of(folders("kontext")), prompts_of(folders("klein"))
+    kontext, klein = load(folders("kontext")), load(folders("klein_edit"))
+    (one, _), (two, _) = prompts_of(folders("kontext")), prompts_of(folders("klein_edit"))
     with pytest.raises(UserError, match=r"edits images, but the prompt 'a cat' has none: give prompts as a \.jsonl"):
         check_source_images(kontext, [Prompt("a cat")])
     with pytest.raises(UserError, match=r"the prompt 'make it red' has a source image, but the model makes images"):
@@ -222,16 +185,17 @@ def test_source_images_must_fit_the_model(folders, tiny_sd3_folder):
 
 
 def test_images_in_a_table_are_as_good_as_files(folders, tmp_path):
-    policy, files = load(folders("klein")), [replace(prompt, references=()) for prompt in prompts_of(folders("klein"))]
+    folder = folders("klein_edit")
+    policy, files = load(folder), [replace(prompt, references=()) for prompt in prompts_of(folder)]
     images = [prompt.image.read_bytes() for prompt in files]
     parquet.write_table(pyarrow.table({"edit": TEXTS, "image": images}), tmp_path / "edits.parquet")
-    config = config_of(folders("klein"), tmp_path, "klein")
+    config = config_of(folders("klein_edit"), tmp_path, "klein_edit")
     for columns, count in (("edit", 0), ("edit+image", 1)):
         config.prompts.train = f"{tmp_path}/edits.parquet:{columns}"
         assert sources_per_prompt(policy, config) == count
     prompts = load_prompts(config.prompts.train)
     check_source_images(policy, prompts)
-    embed = EmbeddingCache(policy, shape=policy.latent_shape(*FAMILY["klein"][1]))
+    embed = EmbeddingCache(policy, shape=policy.latent_shape(**EDITING["klein_edit"].size))
     found, expected = embed(prompts), embed(files)
     assert len(embed.rows) == 4 and found.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
@@ -244,7 +208,8 @@ def test_a_missing_package_is_named(folders, monkeypatch):
         raise ImportError("\nVideoProcessor requires the Torchvision library\nbut it was not found. See the\npage")
 
     monkeypatch.setattr(QwenImageEditPipeline, "from_pretrained", without_torchvision)
-    with pytest.raises(UserError, match=r'model ".*": VideoProcessor requires .* but it was not found; install it$'):
+    message = r'": VideoProcessor requires .* not found; install it: pip install "fastflowgrpo\[edit\]"$'
+    with pytest.raises(UserError, match=message):
         load(folders("edit"))
 
 
@@ -263,7 +228,6 @@ def test_source_channels_change_nothing_before_they_are_trained():
 
 
 def config_of(folder, output, name, **policy):
-    height, width = FAMILY[name][1]
     return Config(
         model=str(folder),
         output_dir=str(output),
@@ -277,8 +241,7 @@ def config_of(folder, output, name, **policy):
             num_steps=4,
             window_size=1,
             batch_size=6,
-            height=height,
-            width=width,
+            **EDITING[name].size,
         ),
         update=UpdateConfig(batch_size=6, per_epoch=1, ema_decay=0.0),
         rewards={"jpeg_compressibility": 1},
@@ -287,7 +250,7 @@ def config_of(folder, output, name, **policy):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize(("name", "rank"), [("edit", 0), ("plus", 4), ("klein", 4)])
+@pytest.mark.parametrize(("name", "rank"), [("edit", 0), ("plus", 4), ("klein_edit", 4)])
 def test_the_ratio_is_exactly_one_before_the_first_update(folders, tmp_path, name, rank):
     trainer = Trainer(config_of(folders(name), tmp_path, name, dtype="bfloat16", lora_rank=rank))
     perturb(trainer.learner.parameters)
@@ -297,10 +260,10 @@ def test_the_ratio_is_exactly_one_before_the_first_update(folders, tmp_path, nam
     assert len(ratios) >= 4 and (ratios == 1).all()
 
 
-@pytest.mark.parametrize(("name", "rank"), [("kontext", 4), ("edit", 0), ("plus", 4), ("klein", 4)])
+@pytest.mark.parametrize(("name", "rank"), [("kontext", 4), ("edit", 0), ("plus", 4), ("klein_edit", 4)])
 def test_the_command_trains_weights_that_the_pipeline_loads(folders, tmp_path, name, rank):
     folder, run = folders(name), tmp_path / "run"
-    height, width = FAMILY[name][1]
+    height, width = EDITING[name].size.values()
     command = (
         f"--model {folder} --prompts.train {folder / 'prompts.jsonl'} --output_dir {run} --epochs 1 --trackers [] "
         f"--policy.lora_rank {rank} --policy.max_sequence_length {LENGTH} --rollout.height {height} "
@@ -321,5 +284,5 @@ def test_the_command_trains_weights_that_the_pipeline_loads(folders, tmp_path, n
         changed = [not torch.equal(trained[key], tensor) for key, tensor in pipe.transformer.state_dict().items()]
         assert sum(changed) > len(changed) / 2
     card = (saved / "README.md").read_text()
-    source = "image=source_images" if FAMILY[name][2] > 1 else "image=source_image"
+    source = "image=source_images" if EDITING[name].sources > 1 else "image=source_image"
     assert "pipeline_tag: image-to-image" in card and f"image = pipe({source}, prompt=prompt, " in card

@@ -10,6 +10,8 @@ from support.tiny_run import command, rows
 from fastflowgrpo import Trainer, export, load_policy
 from fastflowgrpo.config import PolicyConfig, parse
 from fastflowgrpo.errors import UserError
+from fastflowgrpo.kernels.sde_step import guided_velocity
+from fastflowgrpo.planning.passes import run_passes
 from fastflowgrpo.policy.weights import LORA, LORA_2
 from fastflowgrpo.sampling.ode import sample_ode
 from fastflowgrpo.train import main
@@ -94,6 +96,7 @@ def test_full_weights_of_both_experts_are_saved_and_loaded(folder, tmp_path):
 def test_a_window_on_one_side_trains_that_expert(folder, tmp_path, capsys, start, untrained):
     # of the sigmas 1, 0.9, 0.75 and 0.5 two are on each side
     settings = VIDEO | {"rollout.window_size": 1, "rollout.window_start": f"[{start},{start + 1}]"}
+    settings |= {"rollout.guidance_scale": 3, "rollout.guidance_scale_2": 2}
     trainer = Trainer(parse(command(folder, tmp_path / "run", **settings)))
     assert f"two transformers: {untrained} is not trained; rollout.window_start" in capsys.readouterr().err
     assert {name.split(".")[0] for name in trainer.learner.named_parameters()} ^ {untrained} == {
@@ -107,13 +110,25 @@ def test_a_window_on_one_side_trains_that_expert(folder, tmp_path, capsys, start
         for name, file in (("transformer", LORA), ("transformer_2", LORA_2))
     }
     assert moved == {"transformer": True, "transformer_2": True} | {untrained: False}
-    assert "load_into_transformer_2=True" in (saved / "README.md").read_text()
+    card = (saved / "README.md").read_text()
+    assert "load_into_transformer_2=True" in card and "guidance_scale=3.0, guidance_scale_2=2.0" in card
+
+
+def test_a_second_guidance_scale_is_for_two_transformers(tiny_sd3_folder, tmp_path):
+    scales = {"rollout.guidance_scale": 3, "rollout.guidance_scale_2": 2}
+    evaluated = {"rollout.guidance_scale": 3, "evaluation.guidance_scale_2": 2}
+    for i, settings in enumerate((scales, evaluated)):
+        config = parse(command(tiny_sd3_folder, tmp_path / str(i), **settings))
+        for use in (Trainer, lambda config: run_passes(config, 1, 1, 1)):
+            with pytest.raises(UserError, match=r"^guidance_scale_2: this model has one transformer, .*leave it out$"):
+                use(config)
 
 
 def test_the_ratio_of_a_batch_of_both_experts_is_one(folder, tmp_path):
     """The windows of two groups lie on different sides, and are sampled together."""
     settings = VIDEO | {"rollout.window_size": 1, "rollout.window_start": "[0,3]", "rollout.tail_steps": 4}
-    settings |= {"policy.dtype": "bfloat16", "rollout.guidance_scale": 3}
+    settings |= {"policy.dtype": "bfloat16", "update.algorithm": "grpo_guard"}
+    settings |= {"rollout.guidance_scale": 3, "rollout.guidance_scale_2": 1.5, "rollout.keep_unconditional": True}
     trainer = Trainer(parse(command(folder, tmp_path / "run", **settings)))
     assert len({name.split(".")[0] for name in trainer.learner.named_parameters()}) == 2
     perturb(trainer.learner.parameters, scale=0.2)
@@ -124,6 +139,13 @@ def test_the_ratio_of_a_batch_of_both_experts_is_one(folder, tmp_path):
     loss, statistics = trainer.objective.loss(batch, pair_rows, slots)
     trainer.accelerator.end_training()
     assert len(loss) == 8 and (statistics["ratio"] == 1).all()
+    for group, step, scale in ((slice(0, 4), 0, 3), (slice(4, 8), 2, 1.5)):
+        sigma, conditioning = trainer.coefficients.sigma[step].expand(4), batch.conditioning
+        own = {name: tensor[step // 2].expand(4, *tensor.shape[1:]) for name, tensor in conditioning.items()}
+        with torch.no_grad():
+            velocity = trainer.policy.velocity(batch.trajectory.latents[group, 0], sigma.float(), own)
+        guided = guided_velocity(velocity, batch.trajectory.unconditional[group, 0], scale)
+        torch.testing.assert_close(batch.trajectory.velocities[group, 0], guided, rtol=0.02, atol=0.02)
 
 
 def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path):

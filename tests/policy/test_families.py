@@ -4,34 +4,18 @@ import math
 import os
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial, partialmethod
+from functools import partialmethod
 from itertools import accumulate
+from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    ModelMixin,
-    UniPCMultistepScheduler,
-    WanPipeline,
-)
+from diffusers import DiffusionPipeline, ModelMixin, UniPCMultistepScheduler, WanPipeline
 from diffusers.models import attention_processor
-from diffusers.pipelines.qwenimage import pipeline_qwenimage
 from safetensors.torch import load_file, save_file
-from support.pipelines import (
-    EulerOnUniPCsSigmas,
-    perturb,
-    tiny_flux2_klein_pipeline,
-    tiny_flux2_pipeline,
-    tiny_flux_pipeline,
-    tiny_qwen_image_pipeline,
-    tiny_sd3_pipeline,
-    tiny_wan_experts_pipeline,
-    tiny_wan_pipeline,
-    tiny_z_image_pipeline,
-)
+from support.families import GENERATING, TEXTS, VIDEO, assert_same_images, load_loras, pipeline_images
+from support.pipelines import perturb, tiny_flux2_klein_pipeline, tiny_flux_pipeline, tiny_wan_pipeline
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn import functional as F
 
@@ -40,37 +24,25 @@ from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, R
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.kernels.philox import philox_normal
 from fastflowgrpo.learning.learner import concatenate
-from fastflowgrpo.policy import FAMILIES, base, sd3
+from fastflowgrpo.policy import base, sd3
 from fastflowgrpo.policy.embeddings import EmbeddingCache
+from fastflowgrpo.policy.experts import Experts
 from fastflowgrpo.policy.flux import FluxPolicy
 from fastflowgrpo.policy.latents import pack, unpack
+from fastflowgrpo.policy.weights import LORA, LORA_2
+from fastflowgrpo.prompts import load_prompts
 from fastflowgrpo.runs.report import Report
 from fastflowgrpo.sampling.conditioning import repeat_rows
 from fastflowgrpo.sampling.ode import sample_ode
 from fastflowgrpo.sampling.rollout import sample_seeds
 from fastflowgrpo.train import main
 
-PROMPTS = ["a cat", "two dogs on a hill", "snow"]
-BUILD = {
-    "sd3": tiny_sd3_pipeline,
-    "flux": tiny_flux_pipeline,
-    "qwen": tiny_qwen_image_pipeline,
-    "wan": tiny_wan_pipeline,
-    "wan22": partial(tiny_wan_pipeline, high_compression=True),
-    "experts": tiny_wan_experts_pipeline,
-    "zimage": tiny_z_image_pipeline,
-    "flux2": tiny_flux2_pipeline,
-    "klein": tiny_flux2_klein_pipeline,
-}
-# These differ little from wan and klein; test_experts.py has more of the first.
-DISTINCT = [name for name in BUILD if name not in ("experts", "wan22", "flux2")]
-NEW = [name for name in DISTINCT if name != "sd3"]  # SD3 has tests of its own besides
-PACKED = ("flux", "qwen")  # their pipelines take latents as tokens
-VIDEO = ("wan", "wan22", "experts")
-SIZE = {
-    name: {"height": 16, "width": 32, "num_frames": 5} if name in VIDEO else {"height": 16, "width": 24}
-    for name in BUILD
-}
+# These differ little from sd35, wan and klein, and get each test once.
+SIMILAR = ["sd35_large", "wan22", "i2v_experts", "i2v_wan22", "flux2"]
+# So do these, of which test_experts.py and test_image_to_video.py have more.
+ELSEWHERE = ["experts", "i2v"]
+TESTED = [name for name in GENERATING if name not in ELSEWHERE]
+WITH_DISPATCHER = [name for name in TESTED if not name.startswith("sd35")]  # of attention
 
 
 @pytest.fixture(scope="module")
@@ -79,60 +51,43 @@ def folders(tmp_path_factory):
 
     def folder(name):
         if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            BUILD[name]().save_pretrained(made[name])
-            (made[name] / "prompts.txt").write_text("\n".join(PROMPTS))
+            made[name] = tmp_path_factory.mktemp("families") / name
+            GENERATING[name].save(made[name])
         return made[name]
 
     return folder
 
 
+def each(for_distinct, for_similar, names=TESTED):
+    """The arguments of a test for each family."""
+    arguments = {name: for_distinct if name not in SIMILAR + ELSEWHERE else for_similar for name in names}
+    return [(name, *of_one) for name, several in arguments.items() for of_one in several]
+
+
 def load(folder, **settings):
-    return load_policy(
-        str(folder), PolicyConfig(**{"max_sequence_length": 12, "lora_rank": 4, "lora_alpha": 8, **settings})
-    )
+    length = GENERATING[folder.name].length if folder.name in GENERATING else 12
+    settings = {"max_sequence_length": length, "lora_rank": 4, "lora_alpha": 8, **settings}
+    return load_policy(str(folder), PolicyConfig(**settings))
 
 
-def inputs(policy, name, prompts=tuple(PROMPTS)):
-    shape = policy.latent_shape(**SIZE[name])
-    latents = torch.randn(len(prompts), *shape, generator=torch.Generator().manual_seed(2)).to(policy.dtype)
-    return latents, torch.full((len(prompts),), 0.7), policy.encode(list(prompts))
+def prompts_of(policy, name):
+    return load_prompts(str(GENERATING[name].prompts(Path(policy.pipeline.name_or_path))))
 
 
-class TorchWithoutNorms:
-    """torch, where every norm is 1."""
-
-    def __getattr__(self, name):
-        return (lambda tensor, **_: torch.ones(())) if name == "norm" else getattr(torch, name)
-
-
-def pipeline_images(pipe, name, noise, prompts, num_steps, guidance):
-    """Images of the unmodified pipeline's call, or videos, (B, ..., H, W, 3) from 0 to 255."""
-    pipe.set_progress_bar_config(disable=True)
-    if name in VIDEO:
-        pipe.scheduler = EulerOnUniPCsSigmas(shift=3.0)
-    arguments = FAMILIES[type(pipe).__name__].guidance_arguments(PolicyConfig(), guidance)
-    if "negative_prompt" in arguments:
-        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
-    output = pipe(
-        prompt=prompts,
-        num_inference_steps=num_steps,
-        max_sequence_length=12,
-        output_type="np",
-        latents=pack(noise) if name in PACKED else noise,
-        **arguments,
-        **SIZE[name],
-    )
-    return 255 * (output.frames if name in VIDEO else output.images)
+def embed(policy, name):
+    """The conditioning of the family's prompts, and the empty prompt's."""
+    cache = EmbeddingCache(policy, shape=policy.latent_shape(**GENERATING[name].size))
+    return cache(prompts_of(policy, name)), cache([""])
 
 
-def assert_same_images(images, expected):
-    """Up to a rounding step of uint8."""
-    assert images.dtype == torch.uint8
-    images = images.movedim(-3, -1).numpy().astype(int)
-    assert images.shape == expected.shape
-    assert images.std() > 5
-    assert np.abs(images - np.rint(expected)).max() <= 1
+def noise_of(policy, name, count, seed=2):
+    shape = policy.latent_shape(**GENERATING[name].size)
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(policy, name):
+    conditioning, _ = embed(policy, name)
+    return noise_of(policy, name, len(TEXTS)).to(policy.dtype), torch.tensor([0.9, 0.7, 0.5]), conditioning
 
 
 # velocity, schedule and decoding
@@ -140,38 +95,35 @@ def assert_same_images(images, expected):
 
 @pytest.mark.parametrize(
     ("name", "guidance"),
-    # FLUX.2 dev's pipeline has no classifier-free guidance
-    [(name, guidance) for name in BUILD for guidance in (1.0, 4.5) if (name, guidance) != ("flux2", 4.5)],
+    # FLUX.2 dev's pipeline has no classifier-free guidance, those of two transformers have a scale for each
+    [(name, guidance) for name in GENERATING for guidance in (1.0, 4.5) if (name, guidance) != ("flux2", 4.5)]
+    + [("experts", (4.5, 2.0)), ("i2v_experts", (4.5, 2.0))],
 )
-def test_ode_samples_are_the_pipelines_own_images(folders, name, guidance, monkeypatch):
+def test_ode_samples_are_the_pipelines_own_images(folders, name, guidance):
     policy = load(folders(name))
-    noise = torch.randn(2, *policy.latent_shape(**SIZE[name]), generator=torch.Generator().manual_seed(3))
-    latents = sample_ode(
-        policy,
-        policy.encode(PROMPTS[:2]),
-        4,
-        noise,
-        unconditional=policy.encode([""]) if guidance != 1 else None,
-        guidance_scale=guidance,
-    )
-    if name == "qwen":  # guidance is linear here, without the pipeline's rescaling to the conditional norm
-        monkeypatch.setattr(pipeline_qwenimage, "torch", TorchWithoutNorms())
-    pipe = DiffusionPipeline.from_pretrained(folders(name))
-    assert_same_images(policy.decode(latents), pipeline_images(pipe, name, noise, PROMPTS[:2], 4, guidance))
+    noise, (conditioning, empty) = noise_of(policy, name, 2, seed=3), embed(policy, name)
+    unconditional = empty if guidance != 1 else None
+    conditioning = {key: tensor[:2] for key, tensor in conditioning.items()}
+    latents = sample_ode(policy, conditioning, 4, noise, unconditional=unconditional, guidance_scale=guidance)
+    pipe, prompts = DiffusionPipeline.from_pretrained(folders(name)), prompts_of(policy, name)[:2]
+    assert_same_images(policy.decode(latents), pipeline_images(pipe, GENERATING[name], noise, prompts, 4, guidance))
 
 
-@pytest.mark.parametrize("name", BUILD)
+@pytest.mark.parametrize("name", GENERATING)
 def test_example_conditioning_is_shaped_like_embeddings(folders, name):
-    policy = load(folders(name), dtype="bfloat16")
-    example, encoded = (
+    policy, family = load(folders(name), dtype="bfloat16"), GENERATING[name]
+    example = policy.example_conditioning(len(TEXTS))
+    if family.sources:
+        example = policy.example_edit(len(TEXTS), policy.latent_shape(**family.size), family.sources)
+    found, encoded = (
         {key: (tensor.shape, tensor.dtype) for key, tensor in conditioning.items()}
-        for conditioning in (policy.example_conditioning(len(PROMPTS)), policy.encode(PROMPTS))
+        for conditioning in (example, embed(policy, name)[0])
     )
-    assert example == encoded
+    assert found == encoded
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", TESTED)
 def test_vae_and_text_encoders_have_dtypes_of_their_own(folders, name):
     single, half, mixed = (
         load(folders(name), dtype=dtype, **other)
@@ -181,11 +133,11 @@ def test_vae_and_text_encoders_have_dtypes_of_their_own(folders, name):
             ("bfloat16", {"text_encoder_dtype": "float32"}),
         )
     )
-    assert mixed.module.dtype == mixed.dtype == torch.bfloat16
-    embeddings, expected = mixed.encode(PROMPTS), single.encode(PROMPTS)
+    assert mixed.pipeline.transformer.dtype == mixed.dtype == torch.bfloat16
+    embeddings, expected = mixed.encode(TEXTS), single.encode(TEXTS)
     for key, tensor in embeddings.items():  # computed in float32, then rounded
         assert torch.equal(tensor, expected[key].to(tensor.dtype)) and tensor.dtype != torch.float32
-    assert any(not torch.equal(tensor, embeddings[key]) for key, tensor in half.encode(PROMPTS).items())
+    assert any(not torch.equal(tensor, embeddings[key]) for key, tensor in half.encode(TEXTS).items())
     latents = inputs(mixed, name)[0]
     assert torch.equal(mixed.decode(latents), single.decode(latents))  # not rounded on the way
     coarse = half.decode(latents).int()
@@ -219,15 +171,15 @@ def test_wan_takes_euler_steps_through_unipcs_sigmas(folders):
     policy.velocity = lambda latents, sigma, conditioning: velocity(
         latents, (sigma * 1000).trunc() / 1000, conditioning
     )
-    noise = torch.randn(1, *policy.latent_shape(**SIZE["wan"]), generator=torch.Generator().manual_seed(3))
+    noise = noise_of(policy, "wan", 1, seed=3)
     pipe = WanPipeline.from_pretrained(folders("wan"))
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = UniPCMultistepScheduler.from_config(
         pipe.scheduler.config, solver_order=1, disable_corrector=list(range(6))
     )
-    settings = {"num_inference_steps": 6, "max_sequence_length": 12, "output_type": "latent", **SIZE["wan"]}
-    expected = pipe(PROMPTS[:1], guidance_scale=1, latents=noise, **settings).frames
-    latents = sample_ode(policy, policy.encode(PROMPTS[:1]), 6, noise)
+    settings = {"num_inference_steps": 6, "max_sequence_length": 12, "output_type": "latent", **VIDEO}
+    expected = pipe(TEXTS[:1], guidance_scale=1, latents=noise, **settings).frames
+    latents = sample_ode(policy, policy.encode(TEXTS[:1]), 6, noise)
     torch.testing.assert_close(latents, expected, rtol=0, atol=1e-4)
 
 
@@ -244,8 +196,8 @@ def test_padding_of_qwens_prompts_has_no_effect(folders):
     latents, sigma, conditioning = inputs(short, "qwen")
     assert conditioning["encoder_hidden_states_mask"].sum(1).unique().numel() > 1  # prompts of different lengths
     assert conditioning["encoder_hidden_states"].shape[1] == 12
-    padded = long.encode(PROMPTS)
-    alone = {name: tensor[:1] for name, tensor in short.encode(PROMPTS).items()}
+    padded = long.encode(TEXTS)
+    alone = {name: tensor[:1] for name, tensor in short.encode(TEXTS).items()}
     with torch.no_grad():
         velocity = short.velocity(latents, sigma, conditioning)
         whole = padded["encoder_hidden_states_mask"].sum(1) <= 12
@@ -258,7 +210,7 @@ def test_padding_of_qwens_prompts_has_no_effect(folders):
 def test_z_image_takes_prompts_of_any_length_together(folders):
     policy = load(folders("zimage"), max_sequence_length=80)
     prompts = ["snow", "two dogs on a hill and a cat in a tree by the sea"]  # of one and of two times 32 tokens
-    latents, sigma, conditioning = inputs(policy, "zimage", prompts)
+    latents, sigma, conditioning = noise_of(policy, "zimage", 2), torch.full((2,), 0.7), policy.encode(prompts)
     assert (conditioning["lengths"] <= 32).tolist() == [True, False]
     with torch.no_grad():
         together = policy.velocity(latents, sigma, conditioning)
@@ -273,10 +225,9 @@ def test_z_image_takes_prompts_of_any_length_together(folders):
 
 
 def test_warnings(folders, tmp_path):
-    for name, few_step, unguided in (("sd3", False, False), ("flux2", False, True), ("klein", False, False)):
+    for name, unguided in (("sd35", False), ("flux2", True), ("klein", False)):
         policy = load(folders(name))
-        assert len(policy.warnings(guided=False)) == few_step
-        assert len(policy.warnings(guided=True)) == few_step + unguided
+        assert policy.warnings(guided=False) == [] and len(policy.warnings(guided=True)) == unguided
     pipe = tiny_flux2_klein_pipeline(is_distilled=True)
     pipe.save_pretrained(tmp_path / "klein")
     distilled, guided = load(tmp_path / "klein").warnings(guided=True)
@@ -285,8 +236,11 @@ def test_warnings(folders, tmp_path):
     pipe = tiny_flux_pipeline()
     pipe.transformer.register_to_config(guidance_embeds=False)
     assert "was distilled" in FluxPolicy(pipe, PolicyConfig()).warnings(guided=True)[0]
-    (tmp_path / "3.5-large-Turbo").symlink_to(folders("sd3"))
-    assert "was distilled" in load(tmp_path / "3.5-large-Turbo").warnings(guided=True)[0]
+    for name in ("3.5-large-turbo", "3.5-large"):
+        (tmp_path / name).symlink_to(folders("sd35_large"))
+    (warning,) = load(tmp_path / "3.5-large-turbo").warnings(guided=True)
+    assert "3.5-large-turbo was distilled to few steps" in warning and "train the model that it was" in warning
+    assert load(tmp_path / "3.5-large").warnings(guided=True) == []
 
 
 def test_a_run_prints_the_warnings(folders, tmp_path, capsys):
@@ -312,7 +266,7 @@ def test_sizes(folders):
         policy.latent_shape(16, 32, 6)
     with pytest.raises(UserError, match=r"rollout\.height 18 is not a positive multiple of 4"):
         policy.latent_shape(18, 32, 5)
-    for name in ("sd3", "flux", "qwen", "zimage", "klein"):
+    for name in ("sd35", "flux", "qwen", "zimage", "klein"):
         with pytest.raises(UserError, match=r"rollout\.num_frames 5: this model makes images"):
             load(folders(name)).latent_shape(16, 16, 5)
 
@@ -334,8 +288,7 @@ def test_other_wan_models_are_refused(folders, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize("rank", [0, 4])
-@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize(("name", "rank"), each([(0,), (4,)], [(4,)]))
 def test_the_trained_weights_change_the_output_and_the_reference_stays(folders, name, rank):
     policy = load(folders(name), lora_rank=rank, dtype="bfloat16")
     trained = policy.trainable_parameters()
@@ -353,14 +306,14 @@ def test_the_trained_weights_change_the_output_and_the_reference_stays(folders, 
 
 
 def config_of(folder, output, name, *, window=(2, (0, 3)), guidance=1.0, **policy):
-    size, start = window
+    family, (size, start) = GENERATING[name], window
     return Config(
         model=str(folder),
         output_dir=str(output / "run"),
         trackers=[],
         reward_frames=2,
-        policy=PolicyConfig(**{"lora_rank": 4, "lora_alpha": 8, "max_sequence_length": 12, **policy}),
-        prompts=PromptsConfig(train=str(folder / "prompts.txt"), per_epoch=2),
+        policy=PolicyConfig(**{"lora_rank": 4, "lora_alpha": 8, "max_sequence_length": family.length, **policy}),
+        prompts=PromptsConfig(train=str(family.prompts(folder)), per_epoch=2),
         rollout=RolloutConfig(
             guidance_scale=guidance,
             group_size=3,
@@ -368,7 +321,7 @@ def config_of(folder, output, name, *, window=(2, (0, 3)), guidance=1.0, **polic
             window_size=size,
             window_start=start,
             batch_size=6,
-            **SIZE[name],
+            **family.size,
         ),
         update=UpdateConfig(batch_size=6, per_epoch=1, ema_decay=0.0),
         rewards={"jpeg_compressibility": 1},
@@ -385,9 +338,17 @@ def ratios(config):
     return torch.cat([trainer.objective.loss(batch, rows, slots)[1]["ratio"] for rows, slots in pairs])
 
 
-@pytest.mark.parametrize(("window", "guidance"), [((2, (0, 3)), 1.0), ((None, (0, 3)), 4.5)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", NEW)
+WINDOW, ALL_STEPS = ((2, (0, 3)), 1.0), ((None, (0, 3)), 4.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "window", "guidance"),
+    each(
+        [("float32", *WINDOW), ("bfloat16", *WINDOW), ("bfloat16", *ALL_STEPS), ("float16", *ALL_STEPS)],
+        [("bfloat16", *ALL_STEPS)],
+        GENERATING,
+    ),
+)
 def test_the_ratio_is_exactly_one_before_the_first_update(folders, tmp_path, name, dtype, window, guidance):
     config = config_of(folders(name), tmp_path, name, dtype=dtype, window=window, guidance=guidance)
     found = ratios(config)
@@ -396,7 +357,7 @@ def test_the_ratio_is_exactly_one_before_the_first_update(folders, tmp_path, nam
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of float32 norms: slower
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", TESTED)
 def test_the_ratio_is_exactly_one_in_full_fine_tuning_with_checkpointing(folders, tmp_path, name):
     config = config_of(
         folders(name), tmp_path, name, dtype="bfloat16", lora_rank=0, gradient_checkpointing=True, guidance=4.5
@@ -405,11 +366,10 @@ def test_the_ratio_is_exactly_one_in_full_fine_tuning_with_checkpointing(folders
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize(("rank", "algorithm"), [(4, "nft"), (0, "awm")])
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize(("name", "rank", "algorithm"), each([(4, "nft"), (0, "awm")], [(4, "nft")]))
 def test_forward_process_methods_train_every_family(folders, tmp_path, name, rank, algorithm):
     config = config_of(folders(name), tmp_path, name, dtype="bfloat16", lora_rank=rank, guidance=1.0)
-    size = SIZE[name]
+    size = GENERATING[name].size
     config.rollout = RolloutConfig(dynamics="ode", solver="dpm_solver", group_size=3, num_steps=3, batch_size=6, **size)
     config.update = UpdateConfig(algorithm=algorithm, batch_size=6, noise_draws=2, kl_weight=0.01, old_decay_slope=0.1)
     trainer = Trainer(config)
@@ -419,41 +379,37 @@ def test_forward_process_methods_train_every_family(folders, tmp_path, name, ran
     assert metrics["kl"] > 0 and metrics["old_distance"] > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "rank"), [(name, rank) for name in BUILD for rank in (0, 4) if rank or name in DISTINCT]
-)
+@pytest.mark.parametrize(("name", "rank"), each([(0,), (4,)], [(4,)], GENERATING))
 def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipeline(
     folders, tmp_path, name, rank, monkeypatch
 ):
     shown = []
     monkeypatch.setattr(Report, "evaluated", lambda self, evaluation, step: shown.append(evaluation))
     monkeypatch.setattr(Report, "finish", lambda self, prompts: None)
-    folder, run = folders(name), tmp_path / "run"
-    size = [f"--rollout.{key}={value}" for key, value in SIZE[name].items()]
+    folder, run, family = folders(name), tmp_path / "run", GENERATING[name]
+    own = [f"--rollout.{key}={value}" for key, value in family.size.items()]
+    own += [f"--policy.max_sequence_length={family.length}"] if family.length else []
     command = (
-        f"--model {folder} --prompts.train {folder / 'prompts.txt'} --output_dir {run} --epochs 2 --trackers [] "
-        f"--policy.lora_rank {rank} --policy.lora_alpha 8 --policy.max_sequence_length 12 --reward_frames 1 "
+        f"--model {folder} --prompts.train {family.prompts(folder)} --output_dir {run} --epochs 2 --trackers [] "
+        f"--policy.lora_rank {rank} --policy.lora_alpha 8 --reward_frames 1 "
         "--prompts.per_epoch 2 --rollout.group_size 3 --rollout.batch_size 6 --rollout.num_steps 4 "
         "--rollout.guidance_scale 2 --rollout.window_size 2 --rollout.window_start [0,2] --update.batch_size 6 "
         "--update.kl_weight 0.01 --update.learning_rate 0.01 --update.ema_every 1 "
         "--evaluation.num_steps 3 --evaluation.images_per_prompt 2 --evaluation.guidance_scale 1"
     ).split()
-    assert main([*command, *size, "--rewards", '{"jpeg_compressibility": 1}']) == 0
+    assert main([*command, *own, "--rewards", '{"jpeg_compressibility": 1}']) == 0
 
     saved = run / "checkpoints/checkpoint-4"
     pipe = DiffusionPipeline.from_pretrained(folder)
     base = {key: tensor.clone() for key, tensor in pipe.transformer.state_dict().items()}
     if rank:
-        file = "pytorch_lora_weights.safetensors"
-        averaged, raw = load_file(saved / file), load_file(saved / "raw" / file)
+        averaged, raw = load_file(saved / LORA), load_file(saved / "raw" / LORA)
         # all but those of the text stream in the last block, which nothing depends on
         moved = [bool(tensor.any()) for key, tensor in raw.items() if "lora_B" in key]
         assert sum(moved) >= 0.7 * len(moved)
-        pipe.load_lora_weights(saved)
-        if name == "experts":
-            second = "pytorch_lora_weights_2.safetensors"
-            assert any(tensor.any() for key, tensor in load_file(saved / second).items() if "lora_B" in key)
-            pipe.load_lora_weights(saved, weight_name=second, load_into_transformer_2=True)
+        load_loras(pipe, saved)
+        if "experts" in name:
+            assert any(tensor.any() for key, tensor in load_file(saved / LORA_2).items() if "lora_B" in key)
     else:
         pipe.transformer = type(pipe.transformer).from_pretrained(saved / "transformer")
         averaged = pipe.transformer.state_dict()
@@ -461,10 +417,11 @@ def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipel
         assert sum(not torch.equal(base[key], raw[key]) for key in base) > len(base) / 2
     assert any(not torch.equal(averaged[key], raw[key]) for key in raw)
 
-    shape = load(folder, lora_rank=4).latent_shape(**SIZE[name])
-    noise = philox_normal(sample_seeds(range(len(PROMPTS)), 2), 0, (2 * len(PROMPTS), *shape))
-    expected = pipeline_images(pipe, name, noise, [prompt for prompt in PROMPTS for _ in range(2)], 3, 1.0)
-    if name in VIDEO:
+    policy = load(folder)
+    shape, prompts = policy.latent_shape(**family.size), prompts_of(policy, name)
+    noise = philox_normal(sample_seeds(range(len(prompts)), 2), 0, (2 * len(prompts), *shape))
+    expected = pipeline_images(pipe, family, noise, [prompt for prompt in prompts for _ in range(2)], 3, 1.0)
+    if policy.makes_videos:
         expected = expected[:, 2]  # the middle one of 5 frames
     assert_same_images(shown[-1].shown.images.flatten(0, 1), expected)
     assert (shown[-1].shown.images != shown[0].shown.images).any()
@@ -473,7 +430,7 @@ def test_the_command_trains_and_its_weights_give_its_own_images_in_a_fresh_pipel
 # a LoRA to continue from
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", TESTED)
 def test_training_continues_from_a_saved_lora(folders, tmp_path, name):
     first = load(folders(name), lora_rank=3, lora_alpha=5)
     perturb(first.trainable_parameters())
@@ -484,7 +441,7 @@ def test_training_continues_from_a_saved_lora(folders, tmp_path, name):
         for own, other in zip(second.trainable_parameters(), first.trainable_parameters(), strict=True):
             assert torch.equal(own, other)  # float32 values, whatever the model's dtype
     latents, sigma, conditioning = inputs(first, name)
-    second = load(folders(name), lora=str(tmp_path / "pytorch_lora_weights.safetensors"), lora_rank=3)
+    second = load(folders(name), lora=str(tmp_path if "experts" in name else tmp_path / LORA), lora_rank=3)
     with torch.no_grad():
         velocity = first.velocity(latents, sigma, conditioning)
         assert torch.equal(second.velocity(latents, sigma, conditioning), velocity)
@@ -495,34 +452,34 @@ def test_training_continues_from_a_saved_lora(folders, tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize(("name", "dtype"), each([("bfloat16",), ("float16",)], [("bfloat16",)]))
 def test_a_float32_adapter_computes_what_the_saved_one_does_in_the_models_dtype(folders, tmp_path, name, dtype):
     policy = load(folders(name), dtype=dtype)
     perturb(policy.trainable_parameters())
     policy.save(tmp_path)
     pipeline = DiffusionPipeline.from_pretrained(folders(name), dtype=policy.dtype)
-    pipeline.load_lora_weights(tmp_path)
+    load_loras(pipeline, tmp_path)
     latents, sigma, conditioning = inputs(policy, name)
     velocity = policy.velocity(latents, sigma, conditioning)
     velocity.float().square().mean().backward()
     gradients = [parameter.grad for parameter in policy.trainable_parameters() if parameter.grad is not None]
     assert len(gradients) > 10 and all(gradient.dtype == torch.float32 for gradient in gradients)
-    policy.transformer = pipeline.transformer
+    two = (pipeline.transformer, pipeline.transformer_2, policy.module.boundary) if "experts" in name else None
+    policy.transformer = Experts(*two) if two else pipeline.transformer
     with torch.no_grad():
         assert torch.equal(policy.velocity(latents, sigma, conditioning), velocity)
 
 
 def test_a_lora_that_does_not_fit_is_refused(folders, tmp_path):
     load(folders("wan")).save(tmp_path / "wan")
-    load(folders("sd3"), lora_rank=3).save(tmp_path / "sd3")
-    with pytest.raises(UserError, match=r"policy\.lora: .*sd3 has rank 3, not policy\.lora_rank 4"):
-        load(folders("sd3"), lora=str(tmp_path / "sd3"))
+    load(folders("sd35"), lora_rank=3).save(tmp_path / "sd35")
+    with pytest.raises(UserError, match=r"policy\.lora: .*sd35 has rank 3, not policy\.lora_rank 4"):
+        load(folders("sd35"), lora=str(tmp_path / "sd35"))
     with pytest.raises(UserError, match=r"policy\.lora: .*wan (cannot be loaded into|fits another model)"):
-        load(folders("sd3"), lora=str(tmp_path / "wan"), lora_rank=None)
+        load(folders("sd35"), lora=str(tmp_path / "wan"), lora_rank=None)
     with pytest.raises(UserError, match=r"policy\.lora: .*nowhere cannot be loaded"):
-        load(folders("sd3"), lora=str(tmp_path / "nowhere"), lora_rank=None)
-    file = tmp_path / "sd3/pytorch_lora_weights.safetensors"
+        load(folders("sd35"), lora=str(tmp_path / "nowhere"), lora_rank=None)
+    file = tmp_path / "sd35/pytorch_lora_weights.safetensors"
     weights = load_file(file)
     name = next(iter(weights))
     for change, message in (
@@ -532,21 +489,21 @@ def test_a_lora_that_does_not_fit_is_refused(folders, tmp_path):
     ):
         save_file({key: tensor.clone() for key, tensor in (weights | change).items()}, file)
         with pytest.raises(UserError, match=message):
-            load(folders("sd3"), lora=str(tmp_path / "sd3"), lora_rank=None)
+            load(folders("sd35"), lora=str(tmp_path / "sd35"), lora_rank=None)
 
 
 # memory and speed
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", TESTED)
 def test_checkpointing_computes_the_same_gradients_again(folders, name):
     gradients, calls = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)  # of the adapter
         policy = load(folders(name), gradient_checkpointing=checkpointing)
         perturb(policy.trainable_parameters())
-        names = ("transformer_blocks", "blocks", "layers")
-        blocks = next(getattr(policy.module, name) for name in names if hasattr(policy.module, name))
+        transformer, names = policy.pipeline.transformer, ("transformer_blocks", "blocks", "layers")
+        blocks = next(getattr(transformer, name) for name in names if hasattr(transformer, name))
         count = []
         blocks[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
         policy.velocity(*inputs(policy, name)).square().sum().backward()
@@ -577,10 +534,8 @@ def test_cudnn_attention_is_off_unless_a_backend_is_asked_for(folders, own_backe
     assert switched == [False]
 
 
-@pytest.mark.parametrize("name", NEW)
-def test_attention_backends(folders, name, own_backend, monkeypatch):
-    from diffusers.models import attention_dispatch
-
+@pytest.mark.parametrize("name", WITH_DISPATCHER)
+def test_attention_backends(folders, name, own_backend):
     plain = load(folders(name))
     chosen = load(folders(name), attention="_native_math")
     processors = [module.processor for module in chosen.module.modules() if hasattr(module, "processor")]
@@ -590,6 +545,12 @@ def test_attention_backends(folders, name, own_backend, monkeypatch):
         torch.testing.assert_close(
             chosen.velocity(latents, sigma, conditioning), plain.velocity(latents, sigma, conditioning)
         )
+
+
+@pytest.mark.parametrize("name", ["flux", "qwen"])  # without and with a mask
+def test_attention_backends_that_do_not_work_are_refused(folders, name, own_backend, monkeypatch):
+    from diffusers.models import attention_dispatch
+
     with pytest.raises(UserError, match=r"policy\.attention: flash does not work here: .*flash-attn"):
         load(folders(name), attention="flash")
     with pytest.raises(UserError, match=r"policy\.attention: flsh does not work here: .*must be one of"):
@@ -620,43 +581,43 @@ def test_sd3_takes_xformers(folders, monkeypatch):
 
     def velocity_and_gradients(policy):
         perturb(policy.trainable_parameters())
-        velocity = policy.velocity(*inputs(policy, "sd3"))
+        velocity = policy.velocity(*inputs(policy, "sd35"))
         velocity.square().sum().backward()
         return velocity, [parameter.grad for parameter in policy.trainable_parameters()]
 
     installed(attend)
     torch.manual_seed(0)  # of the adapter
-    chosen = load(folders("sd3"), attention="xformers", gradient_checkpointing=True)
+    chosen = load(folders("sd35"), attention="xformers", gradient_checkpointing=True)
     tried = len(calls)
     torch.manual_seed(0)
-    plain = load(folders("sd3"), gradient_checkpointing=True)
+    plain = load(folders("sd35"), gradient_checkpointing=True)
     (velocity, gradients), (expected, expected_gradients) = map(velocity_and_gradients, (chosen, plain))
-    assert tried == 1 and len(calls) == tried + 2 * 2  # two blocks, each computed again in the backward pass
+    assert tried == 1 and len(calls) == tried + 2 * 3  # of two blocks, each computed again in the backward pass
     torch.testing.assert_close(velocity, expected)
     for gradient, other in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, other)
     installed(lambda query, key, value, **_: query.detach())
     with pytest.raises(UserError, match=r"policy\.attention: xformers does not work here: .*grad"):
-        load(folders("sd3"), attention="xformers")
+        load(folders("sd35"), attention="xformers")
 
 
 def test_sd3_without_xformers(folders, monkeypatch):
     monkeypatch.setattr(sd3, "is_xformers_available", lambda: False)
     with pytest.raises(UserError, match=r"policy\.attention: xformers does not work here: it is not installed"):
-        load(folders("sd3"), attention="xformers")
+        load(folders("sd35"), attention="xformers")
     with pytest.raises(UserError, match=r"policy\.attention: flash does not work here: .* has only xformers"):
-        load(folders("sd3"), attention="flash")
+        load(folders("sd35"), attention="flash")
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", TESTED)
 def test_compiled_blocks_are_the_same_in_rollout_and_update(folders, tmp_path, name, monkeypatch):
     with_graph = []
     compile_blocks = ModelMixin.compile_repeated_blocks
 
     def backend(graph, inputs):
         with_graph.append(torch.is_grad_enabled())
-        return aot_eager(graph, inputs)
+        return aot_eager(graph, inputs) if name == "sd35" else graph  # the graph as it is takes a third of the time
 
     def quickly(self, **settings):
         assert settings == {"fullgraph": True, "dynamic": False}
@@ -689,7 +650,7 @@ def test_compiled_the_rollout_saves_nothing_and_all_is_compiled_before_the_first
     compile_blocks = ModelMixin.compile_repeated_blocks
     monkeypatch.setattr(ModelMixin, "compile_repeated_blocks", partialmethod(compile_blocks, backend=backend))
     torch._dynamo.reset()
-    trainer = Trainer(config_of(folders("sd3"), tmp_path, "sd3", compile=True))
+    trainer = Trainer(config_of(folders("sd35"), tmp_path, "sd35", compile=True))
     perturb(trainer.learner.parameters)
     trainer._warm_up()
     graphs = len(compiled)
@@ -713,7 +674,7 @@ def test_compiled_the_rollout_saves_nothing_and_all_is_compiled_before_the_first
 
 
 def test_repeats_in_a_smaller_micro_batch_change_nothing(folders, tmp_path):
-    trainer = Trainer(config_of(folders("sd3"), tmp_path, "sd3"))
+    trainer = Trainer(config_of(folders("sd35"), tmp_path, "sd35"))
     perturb(trainer.learner.parameters)
     batch, _ = trainer.collect(0)
     batch.advantages = torch.tensor([1.0, -1.0, 0.5, 2.0, -2.0, 0.0])
@@ -738,7 +699,7 @@ def test_repeats_in_a_smaller_micro_batch_change_nothing(folders, tmp_path):
 @pytest.mark.slow
 def test_an_inductor_run_has_ratio_one(folders, tmp_path):
     torch._dynamo.reset()
-    config = config_of(folders("sd3"), tmp_path, "sd3", compile=True, dtype="bfloat16")
+    config = config_of(folders("sd35"), tmp_path, "sd35", compile=True, dtype="bfloat16")
     assert (ratios(config) == 1).all()
 
 
@@ -757,7 +718,7 @@ def test_a_run_with_embeddings_on_disk_frees_the_encoders_and_samples_the_same(f
             assert trainer.policy.pipeline.text_encoder_2 is None
             written.append({path.name: path.stat().st_mtime_ns for path in folder.iterdir()})
         batches.append(trainer.collect(0)[0])
-    assert len(written[0]) == len(PROMPTS) + 1
+    assert len(written[0]) == len(TEXTS) + 1
     assert written[1] == written[0]  # the second run found them
     torch.testing.assert_close(batches[1].trajectory.final, batches[0].trajectory.final, rtol=1e-3, atol=1e-4)
     assert torch.equal(batches[2].trajectory.final, batches[1].trajectory.final)
@@ -771,25 +732,25 @@ def test_embeddings_on_disk_are_told_apart_and_checked(folders, tmp_path):
     others = ({"max_sequence_length": 8}, {"dtype": "bfloat16"}, {"text_encoder_dtype": "bfloat16"})
     assert len({key(), *(key(**other) for other in others)}) == 4
     policy = load(folders("flux"))
-    expected = policy.encode(PROMPTS[:1])
+    expected = policy.encode(TEXTS[:1])
     cache = EmbeddingCache(policy, tmp_path / "cache")
-    cache.prepare(PROMPTS[:1])
+    cache.prepare(TEXTS[:1])
     (file,) = (tmp_path / "cache").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"policy\.embeddings_dir: an embedding is missing or damaged, start the run"):
-        cache(PROMPTS[:1])
+        cache(TEXTS[:1])
     abandoned, begun = (file.with_suffix(f".{digit * 32}") for digit in "ab")  # by a killed process, and by another run
     for unfinished in (abandoned, begun):
         unfinished.touch()
     os.utime(abandoned, (0, 0))
     cache = EmbeddingCache(load(folders("flux")), tmp_path / "cache")
-    cache.prepare(PROMPTS[:1])  # makes the torn one again
+    cache.prepare(TEXTS[:1])  # makes the torn one again
     assert not abandoned.exists() and begun.exists()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in cache(PROMPTS[:1]).items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in cache(TEXTS[:1]).items())
 
     policy = load(folders("flux"))
     with torch.no_grad():
         policy.pipeline.text_encoder_2.shared.weight[3, 5] += 0.1
     assert policy.encoder_key() != key()
     with pytest.raises(UserError, match=r"policy\.embeddings_dir .* cannot be written"):
-        EmbeddingCache(policy, file).prepare(PROMPTS)
+        EmbeddingCache(policy, file).prepare(TEXTS)

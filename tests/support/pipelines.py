@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 from copy import copy
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,8 +82,14 @@ def perturb(parameters: Iterable[torch.nn.Parameter], scale: float = 0.05, seed:
             parameter += scale * torch.randn(parameter.shape, generator=generator)
 
 
-def tiny_sd3_pipeline(seed: int = 0, *, t5: bool = True) -> StableDiffusion3Pipeline:
-    """Return a StableDiffusion3Pipeline of 16 x 16 px images and 4 x 8 x 8 latents, with shift 3 and optional T5."""
+def tiny_sd3_pipeline(seed: int = 0, *, t5: bool = True, **transformer: Any) -> StableDiffusion3Pipeline:
+    """Return a StableDiffusion3Pipeline of 16 x 16 px images and 4 x 8 x 8 latents, with shift 3.
+
+    Args:
+        seed: of the weights.
+        t5: whether it has T5.
+        transformer: what distinguishes Stable Diffusion 3.5: qk_norm, and for Medium dual_attention_layers.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = StableDiffusion3Pipeline(
@@ -98,6 +105,7 @@ def tiny_sd3_pipeline(seed: int = 0, *, t5: bool = True) -> StableDiffusion3Pipe
                 joint_attention_dim=T5_WIDTH,
                 pooled_projection_dim=2 * CLIP_WIDTH,
                 pos_embed_max_size=8,
+                **transformer,
             ),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=_vae(),
