@@ -26,15 +26,15 @@ INSTANT, WAITING = "benchmarks.serve:instant", "benchmarks.serve:waiting"
 
 
 @contextmanager
-def trainer(groups: int, rewards: dict[str, Any]) -> Iterator[Trainer]:
-    """Make a trainer that samples and scores one group at a time."""
+def trainer(groups: int, rewards: dict[str, Any], ahead: int = 0) -> Iterator[Trainer]:
+    """Make a trainer that samples and scores one group at a time, and `ahead` groups before the update."""
     with TemporaryDirectory() as folder:
         made = Trainer(
             Config(
                 output_dir=folder + "/run",
                 trackers=[],
                 prompts=PromptsConfig(per_epoch=groups),
-                rollout=RolloutConfig(batch_size=RolloutConfig.group_size),
+                rollout=RolloutConfig(batch_size=RolloutConfig.group_size, ahead=ahead),
                 rewards=rewards,
                 evaluation=EvaluationConfig(images_per_prompt=1),
             )

@@ -187,6 +187,7 @@ def one_batch(config: Config, folder: str) -> Config:
         trackers=[],
         hub_model_id=None,
         prompts=replace(config.prompts, per_epoch=per_epoch),
+        rollout=replace(config.rollout, ahead=0),
         evaluation=replace(config.evaluation, gallery=0),
     )
 

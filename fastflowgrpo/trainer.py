@@ -4,13 +4,11 @@ import time
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
-import torch
 from accelerate.utils import set_seed
 from torch import Tensor
 
 from fastflowgrpo.config import Config, validate
-from fastflowgrpo.console import log_to, progress
+from fastflowgrpo.console import log_to
 from fastflowgrpo.distributed import Processes, make_accelerator, mark_collective
 from fastflowgrpo.errors import GuardStop, UserError
 from fastflowgrpo.evaluation.guard import with_guard
@@ -23,7 +21,7 @@ from fastflowgrpo.planning.memory import warn_if_short
 from fastflowgrpo.planning.micro_batch import with_micro_batch
 from fastflowgrpo.planning.passes import example_inputs
 from fastflowgrpo.planning.plan import batch_plan
-from fastflowgrpo.policy import Conditioning, load_policy
+from fastflowgrpo.policy import load_policy
 from fastflowgrpo.policy.embeddings import EmbeddingCache
 from fastflowgrpo.policy.guidance import check_guidance
 from fastflowgrpo.policy.source_images import check_source_images
@@ -44,15 +42,10 @@ from fastflowgrpo.runs.signals import Signals
 from fastflowgrpo.runs.state import RunState
 from fastflowgrpo.sampling.coefficients import step_coefficients
 from fastflowgrpo.sampling.groups import GroupSampler
-from fastflowgrpo.sampling.host_trajectory import HostTrajectory
-from fastflowgrpo.sampling.rollout import Trajectory, sample_seeds
-from fastflowgrpo.scoring.exploration import exploration_metrics, explore
+from fastflowgrpo.scoring.epoch import EpochSampler, group_seed, max_batches_in_flight
+from fastflowgrpo.scoring.exploration import exploration_metrics
 from fastflowgrpo.scoring.gather import check_missing, gather_scores
 from fastflowgrpo.scoring.pipeline import Scoring
-
-Sampled = tuple[Trajectory, Conditioning, Conditioning | None, Tensor, Scores, Scores | None]
-"""Trajectories, the conditioning of each group, the unconditional one with guidance, the images of the first GROUPS
-groups if the gallery keeps them, the scores of the samples, and those of the candidates if there are any."""
 
 
 class Trainer:
@@ -107,7 +100,8 @@ class Trainer:
         check_guidance(self.policy, rollout.guidance, config.evaluation_guidance)
         self.embed = self._embeddings()
         scoring = self.policy.decode, self.policy.device, config.reward_frames
-        self.scoring = self.evaluation_scoring = Scoring(self.rewards, *scoring)
+        in_flight = max_batches_in_flight(config, self.processes.count)
+        self.scoring = self.evaluation_scoring = Scoring(self.rewards, *scoring, in_flight)
         if self.evaluation_rewards is not self.rewards:
             self.evaluation_scoring = Scoring(self.evaluation_rewards, *scoring)
         sigmas = self.policy.sigmas(rollout.num_steps, self.shape)
@@ -136,6 +130,7 @@ class Trainer:
             self.state.load(resumed)
         self.report = Report(config, self.accelerator, self.state, self.lock)
         self.gallery = Gallery(config, self.eval_prompts, self.rewards, self.accelerator)
+        self.epoch_sampler = self._epoch_sampler()
         self.report.start(self.plan, sum(p.numel() for p in self.learner.parameters), resumed)
         guided = rollout.guidance_scale != 1 or config.evaluation_guidance != 1
         for warning in self.policy.warnings(guided):
@@ -203,6 +198,7 @@ class Trainer:
             with self.report.phase("update"):
                 metrics |= self.learner.update(batch)
             state.epoch += 1
+            state.ahead = self.epoch_sampler.ahead
             state.mark_epoch_boundary()
             self.report.epoch(state.epoch - 1, self.learner.step, metrics)
 
@@ -224,74 +220,34 @@ class Trainer:
         """
         rollout, size = self.config.rollout, self.config.rollout.group_size
         prompts = self.epoch_prompts(epoch)
-        sampled = self.signals.interruptible(self.sample, epoch, prompts)
-        trajectory, conditioning, unconditional, shown, scores, candidates = sampled
-        scores = gather_scores(self.processes, scores, len(prompts), size)
+        sampled = self.signals.interruptible(self.epoch_sampler.sample, epoch, prompts)
+        scores = gather_scores(self.processes, sampled.scores, len(prompts), size)
         check_missing(scores, self.config.max_missing, f"images of epoch {epoch}")
         rewards = scores.values
         advantages = self.objective.advantages(scores, self.rewards.weights)
         if self.gallery.keeps_epoch(epoch):
-            self.processes.on_main(lambda: self._show_groups(epoch, prompts, shown, scores, advantages))
+            self.processes.on_main(lambda: self._show_groups(epoch, prompts, sampled.shown, scores, advantages))
         advantages = advantages.view(-1, size)[self.processes.rank_indices(len(prompts))].flatten()
         metrics = {
             "reward": rewards.nanmean().item(),
             "missing": int(rewards.isnan().sum()),
             "images": len(rewards),
-            "latent_rms": self._latent_rms(trajectory.final, len(prompts)),
+            "latent_rms": self._latent_rms(sampled.trajectory.final, len(prompts)),
             "groups_without_spread": share_without_spread(rewards, size),
             **{name: value.nanmean().item() for name, value in scores.details.items()},
             **{f"{name}/missing": int(scores.details[name].isnan().sum()) for name in self.rewards.rewards},
         }
-        if candidates is not None and rollout.candidates:
-            candidates = gather_scores(self.processes, candidates, len(prompts), rollout.candidates)
+        if sampled.candidates is not None and rollout.candidates:
+            candidates = gather_scores(self.processes, sampled.candidates, len(prompts), rollout.candidates)
             check_missing(candidates, self.config.max_missing, f"candidates of epoch {epoch}")
             metrics |= exploration_metrics(candidates.values.view(-1, rollout.candidates), rewards.view(-1, size))
-        return Batch(trajectory, conditioning, unconditional, advantages), metrics
+        batch = Batch(sampled.trajectory, sampled.conditioning, sampled.unconditional, advantages, stale=sampled.stale)
+        return batch, metrics
 
     def _latent_rms(self, latents: Tensor, groups: int) -> float:
         """The mean RMS of the clean latents (B, ...) of all processes' groups. Collective."""
         rms = latents.float().flatten(1).square().mean(1).sqrt().cpu().view(-1, self.config.rollout.group_size)
         return self.processes.gather_rows({"rms": rms}, groups)["rms"].mean().item()
-
-    def sample(self, epoch: int, prompts: list[Prompt]) -> Sampled:
-        """Sample this process's groups of an epoch, and score each batch while the next one is sampled.
-
-        Args:
-            epoch: its number.
-            prompts: one per group, of all processes.
-        """
-        rollout, size = self.config.rollout, self.config.rollout.group_size
-        groups_at_once = rollout.batch_size // size
-        indices = self.processes.padded_rank_indices(len(prompts))
-        prompts, seeds = [prompts[i] for i in indices], [group_seed(self.config.seed, epoch, i) for i in indices]
-        with self.report.phase("encode"):
-            conditioning = self.embed(prompts)
-            unconditional = self.embed([""]) if rollout.guidance_scale != 1 else None
-        candidates, noise_seeds = None, sample_seeds(seeds, size).view(-1, size)
-        if rollout.candidates:
-            embeddings, phase = (conditioning, unconditional), self.report.phase
-            with self.learner.sampling_weights():
-                candidates, noise_seeds = explore(
-                    self.policy, self.scoring, rollout, prompts, seeds, self.shape, *embeddings, phase
-                )
-        parts: list[Trajectory] = []
-        shown: list[Tensor] = [torch.empty(0, dtype=torch.uint8)]
-        num_shown = GROUPS if self.processes.is_main and self.gallery.keeps_epoch(epoch) else 0
-        with progress("rollout", rollout.num_steps * -(-len(prompts) // groups_at_once)) as steps:
-            for begin in range(0, len(prompts), groups_at_once):
-                groups = slice(begin, begin + groups_at_once)
-                with self.report.phase("rollout", begin // groups_at_once), self.learner.sampling_weights():
-                    of_groups = {name: tensor[groups] for name, tensor in conditioning.items()}
-                    starts, noise = self.sampler.starts(epoch, seeds[groups]), noise_seeds[groups].flatten()
-                    part = self.sampler.sample(starts, noise, of_groups, unconditional, steps.update)
-                with self.report.phase("decode", begin // groups_at_once):
-                    images = self.scoring.submit(part.final, prompts[groups], size)
-                parts.append(HostTrajectory.of(part) if rollout.offload_trajectory else part)
-                if begin < num_shown:
-                    shown.append(images[: (num_shown - begin) * size])
-            with self.report.phase("score"):
-                scores = self.scoring.finish(steps.set_postfix_str)
-        return type(parts[0]).cat(parts), conditioning, unconditional, torch.cat(shown), scores, candidates
 
     def check_replay(self, batch: Batch) -> None:
         """Compute log-probs of the rollout's steps again, with the weights that sampled them, and compare.
@@ -364,21 +320,32 @@ class Trainer:
             embed.prepare(distinct)
         return embed
 
+    def _epoch_sampler(self) -> EpochSampler:
+        made = EpochSampler(
+            self.config,
+            self.processes,
+            self.sampler,
+            self.embed,
+            self.scoring,
+            prompts=self.epoch_prompts,
+            weights=self.learner.sampling_weights,
+            phase=self.report.phase,
+            num_shown=lambda epoch: GROUPS if self.processes.is_main and self.gallery.keeps_epoch(epoch) else 0,
+        )
+        made.ahead = self.state.ahead
+        return made
+
     def _sample_evaluation(self) -> Samples:
         config = self.config.evaluation
-        return sample_and_score(
-            self.policy,
-            self.embed,
-            self.evaluation_scoring,
-            [(i, self.eval_prompts[i]) for i in self.processes.padded_rank_indices(len(self.eval_prompts))],
-            self.shape,
-            num_steps=config.num_steps,
-            images_per_prompt=config.images_per_prompt,
-            batch_size=config.batch_size,
-            guidance_scale=self.config.evaluation_guidance,
-        )
-
-
-def group_seed(seed: int, epoch: int, group: int) -> int:
-    """The seed of everything random in a group: its window and its noise."""
-    return int(np.random.SeedSequence((seed, epoch, group)).generate_state(1)[0])
+        with self.scoring.set_aside():
+            return sample_and_score(
+                self.policy,
+                self.embed,
+                self.evaluation_scoring,
+                [(i, self.eval_prompts[i]) for i in self.processes.padded_rank_indices(len(self.eval_prompts))],
+                self.shape,
+                num_steps=config.num_steps,
+                images_per_prompt=config.images_per_prompt,
+                batch_size=config.batch_size,
+                guidance_scale=self.config.evaluation_guidance,
+            )

@@ -125,6 +125,9 @@ class RolloutConfig:
     """Frames of a video, for video models only. Default: the model's own."""
     batch_size: int = 288
     """Images sampled at once in the rollout; a multiple of group_size."""
+    ahead: int = 0
+    """Groups of the next epoch that are sampled before the update and scored beside it, for slow rewards; a multiple of
+    the number of processes. The weights that sample them are an epoch older, which the ratio corrects."""
 
     @property
     def guidance(self) -> float | tuple[float, float]:

@@ -34,6 +34,7 @@ _MINIMUM = {
         "update.batch_size",
         "rollout.window_start",
         "rollout.window_stride",
+        "rollout.ahead",
         "evaluation.every",
         "evaluation.guidance_scale",
         "evaluation.guidance_scale_2",
@@ -113,6 +114,7 @@ _USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
         "update.kl_share",
         "rollout.keep_unconditional",
         "rollout.offload_trajectory",
+        "rollout.ahead",
     ),
     ("update.algorithm", ("grpo",)): ("update.trust_region",),
     ("update.trust_region", ("clip",)): ("update.clip_range",),
@@ -289,6 +291,8 @@ def _check_sampling_and_updates(config: Config) -> None:
     if prompts.per_epoch % update.per_epoch:
         division = _division(prompts.per_epoch, update.per_epoch)
         raise UserError(f"prompts.per_epoch: must be a multiple of update.per_epoch, but {division}")
+    if rollout.ahead > prompts.per_epoch:
+        raise UserError(f"rollout.ahead: must be at most prompts.per_epoch {prompts.per_epoch}, got {rollout.ahead}")
     if update.algorithm in POLICY_GRADIENTS and rollout.dynamics == "ode":
         raise UserError(
             f"rollout.dynamics: update.algorithm {update.algorithm} learns from log-probs, and ode has none; "
@@ -368,6 +372,8 @@ def _check_candidates(config: Config) -> None:
         )
     if rollout.same_noise:
         raise UserError("rollout.candidates: candidates differ by their initial noise; set rollout.same_noise to false")
+    if rollout.ahead:
+        raise UserError("rollout.ahead: candidates wait for their scores before their groups are sampled; set it to 0")
 
 
 def _check_guard(config: Config) -> None:

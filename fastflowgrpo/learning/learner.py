@@ -40,6 +40,11 @@ class Learner:
             raise UserError("update.halve_batch_size: the ranks of a sharded model (FSDP2) cannot repeat a pass alone")
         if config.policy.quantization is not None and policy.uses_lora and processes.sharded:
             raise UserError("policy.quantization: FSDP2 cannot shard quantised weights; launch with DDP instead")
+        if config.rollout.ahead and config.rollout.keep_unconditional and processes.sharded:
+            raise UserError(
+                "rollout.keep_unconditional: with rollout.ahead ranks would compute different passes, and those of a "
+                "sharded model (FSDP2) cannot; set it to false"
+            )
         if update.optimizer == "adamw_8bit" and processes.sharded:
             raise UserError("update.optimizer: the state of adamw_8bit is not sharded (FSDP2); launch with DDP instead")
         optimizer = make_optimizer(policy.trainable_parameters(), update)
@@ -198,13 +203,14 @@ class Learner:
         """Compute log-probs of sampled steps again, with the weights that sampled them. Collective.
 
         It replays a first micro-batch with one pair per row, its slots in turn, and the last micro-batch, which may be
-        smaller.
+        smaller. Stale samples are left out.
 
         Returns:
             Steps and absolute differences from the rollout's log-probs, (N,) each on the CPU, of all processes; None
             if no process has a pair.
         """
-        micro_batches = self.objective.micro_batches(batch, 0, len(batch.advantages))
+        fresh = len(batch.advantages) - batch.stale
+        micro_batches = self.objective.micro_batches(batch, batch.stale, fresh)
         replayed: list[tuple[Tensor, Tensor]] = []
         if micro_batches:
             first = micro_batches[0][0]

@@ -38,8 +38,10 @@ class Batch:
     """The empty prompt, one row; None without guidance."""
     advantages: Tensor
     """(B,), from `Objective.advantages`; 0 and NaN are not trained on."""
+    stale: int = 0
+    """The first so many samples were sampled with weights that are an epoch older (`rollout.ahead`)."""
     has_rollout_weights: bool = True
-    """Whether the policy still has the weights that sampled the trajectory."""
+    """Whether the policy still has the weights that sampled the others."""
 
 
 class Objective(ABC):

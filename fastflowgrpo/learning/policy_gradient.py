@@ -60,7 +60,8 @@ class GRPO(Objective):
         sample, prev_sample = kept.sample, kept.prev_sample
         conditioning = repeat_rows(batch.conditioning, rows // self.group_size)
         inputs = sample[distinct], step.sigma[distinct], repeat_rows(conditioning, distinct)
-        velocity_uncond = self.unconditional_velocity(batch, kept, *inputs, repeated)
+        stale = on_host[0] < batch.stale
+        velocity_uncond = self.unconditional_velocity(batch, kept, stale, *inputs, repeated)
         guidance = velocity_uncond, guidance_at(self.policy, self.config.rollout.guidance, step.sigma)
         velocity_ref, kl_scale, own_statistics = None, 1.0, Statistics()
         if update.kl_weight or update.norm_guard_weight:
@@ -106,20 +107,22 @@ class GRPO(Objective):
                 loss = loss + kl_scale * update.norm_guard_weight * norm_guard(ratio)
             # Their means over the micro-batch are those of the pairs with a reference.
             own_statistics |= {"kl": kl_scale * statistics["kl"], "norm_ratio": 1 + kl_scale * (ratio.detach() - 1)}
-        return loss, statistics | own_statistics
+        statistics |= own_statistics
+        return loss, statistics | self.stale_statistics(stale, statistics)
 
     @torch.no_grad()
     def unconditional_velocity(
         self,
         batch: Batch,
         kept: KeptSteps,
+        stale: Tensor,
         sample: Tensor,
         sigma: Tensor,
         conditioning: Conditioning,
         repeated: Tensor | slice,
     ) -> Tensor | None:
         """The unconditional velocity of each pair, kept or computed at the distinct inputs; None without guidance."""
-        if batch.has_rollout_weights and self.config.rollout.keep_unconditional:
+        if batch.has_rollout_weights and self.config.rollout.keep_unconditional and not stale.any():
             return kept.unconditional
         unconditional = expand_row(batch.unconditional, conditioning)
         return None if unconditional is None else self.policy.velocity(sample, sigma, unconditional)[repeated]
@@ -158,6 +161,14 @@ class GRPO(Objective):
             return torch.arange(count, device=seeds.device)
         offset = self.config.rollout.num_steps + 1 + slots  # beyond those of the rollout's noise
         return philox_normal(seeds, offset, (len(seeds), 1))[:, 0].topk(count).indices.sort().values
+
+    def stale_statistics(self, stale: Tensor, statistics: Statistics) -> Statistics:
+        """With `rollout.ahead`: which pairs are stale, bool (N,) on the CPU, and which of these are clipped as well."""
+        if not self.config.rollout.ahead:
+            return {}
+        stopped = statistics["clipped_above"] + statistics["clipped_below"]
+        share = stale.to(stopped, non_blocking=True)
+        return {"stale_pairs": share, "stale_clipped": stopped * share}
 
     @torch.no_grad()
     def reference_velocity(

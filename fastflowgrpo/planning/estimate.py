@@ -19,6 +19,8 @@ Memory of a process, in bytes:
   grpo_guard and update.trust_region divergence also keep each step's velocity, and rollout.keep_unconditional its
   unconditional one; algorithms without log-probs keep only the last latents. With rollout.offload_trajectory the
   steps of one batch or of two micro-batches are there at a time, and the others on the CPU.
+- ahead: the same for the groups of the next epoch that rollout.ahead samples before the update. An update may then
+  overlap the decoding of the last of them.
 - old policy: 4 for each trained parameter, for nft and awm.
 - embeddings: those of the process's groups, and the 512, or the 5 GB of them, in the cache.
 - passes: the larger of two sums, since the two phases do not overlap: the forward pass of a rollout (or evaluation)
@@ -164,6 +166,8 @@ def _memory(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
         "trajectory": images * kept + on_device * steps,
         "embeddings": (cached_prompts(passes.conditioning) + groups) * passes.conditioning,
     }
+    if plan.ahead:
+        memory["ahead"] = plan.ahead * plan.group_size * (kept + (0 if offloads else steps))
     if objective.uses_old_policy:
         memory["old policy"] = passes.trained * FLOAT32
     return memory
@@ -187,10 +191,12 @@ def _pass_memory(config: Config, passes: Passes, memory: dict[str, int]) -> dict
     in_rollout = config.update.data == "offline"
     # The reference computes before the trained pass keeps its activations.
     before = passes.reference.peak + reference if uses_reference(config) else 0
+    decoding = passes.decode.peak + vae
+    beside = decoding if config.rollout.ahead else 0
     found = {
-        "rollout": passes.forward.peak + passes.decode.peak + max(extra, in_rollout * reference) + vae,
-        "update": max(passes.train.peak + extra, before),
-        "update with gradient checkpointing": max(passes.checkpointed.peak + extra, before),
+        "rollout": passes.forward.peak + max(extra, in_rollout * reference) + decoding,
+        "update": max(passes.train.peak + extra, before) + beside,
+        "update with gradient checkpointing": max(passes.checkpointed.peak + extra, before) + beside,
     }
     if passes.encode is not None and policy.embeddings_dir is not None:
         encode = encoders + vae + BATCH * passes.encode.peak
@@ -237,8 +243,9 @@ def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     reference = passes.reference.flops_per_sample if uses_reference(config) else 0
     trained_branches = branches if objective.uses_log_probs else 1  # the other losses have no guidance
     unconditional = distinct * (trained_branches - 1) * forward
-    if config.rollout.keep_unconditional:  # the first update of an epoch has them
-        unconditional -= unconditional // plan.updates
+    if config.rollout.keep_unconditional:  # the first update of an epoch has them, but for stale samples
+        kept = max(0, plan.groups // plan.updates - config.rollout.ahead)
+        unconditional -= unconditional * kept // plan.groups
     candidates = plan.groups * plan.candidates
     flops = {"candidates": candidates * config.rollout.candidate_steps * branches * forward} if candidates else {}
     flops |= {

@@ -41,6 +41,8 @@ class Plan:
     """Forward and backward passes in an update of the process with the most groups."""
     micro_batch_size: int
     """Pairs in the largest micro-batch."""
+    ahead: int
+    """Groups of the next epoch that a process samples before the update."""
 
     @property
     def images(self) -> int:
@@ -79,6 +81,10 @@ class Plan:
                 f"explore  {groups} groups a process, {candidates} candidates in batches of "
                 f"{self.candidate_batch_size}; the {half} best and the {half} worst of each {self.candidates} are kept",
             )
+        if self.ahead:
+            lines.append(
+                f"ahead    {self.ahead} groups a process of the next epoch, {self.ahead * self.group_size} images"
+            )
         if self.utilization < 1:
             lines.append(
                 f"uneven   processes wait {1 - self.utilization:.0%} of the update for those with one more group"
@@ -94,7 +100,7 @@ def batch_plan(config: Config, processes: int) -> Plan:
         processes: number of processes that the groups are divided among.
 
     Raises:
-        UserError: there are more processes than groups in an update.
+        UserError: there are more processes than groups in an update, or they cannot share rollout.ahead evenly.
     """
     rollout, update = config.rollout, config.update
     groups, size = config.prompts.per_epoch, rollout.group_size
@@ -104,6 +110,8 @@ def batch_plan(config: Config, processes: int) -> Plan:
             f"prompts.per_epoch: {groups} groups in {_count(update.per_epoch, 'update')} are {groups_per_update} "
             f"an update, fewer than the {processes} processes; raise it, or lower update.per_epoch"
         )
+    if rollout.ahead % processes:
+        raise UserError(f"rollout.ahead: {rollout.ahead} groups must be a multiple of the {processes} processes")
     objective = OBJECTIVES[update.algorithm]
     if objective.uses_log_probs:  # the last step is never trained
         pair_name, pairs_per_image = "trained step", rollout.window_size or rollout.num_steps - 1
@@ -132,6 +140,7 @@ def batch_plan(config: Config, processes: int) -> Plan:
         update_groups_per_process=update_groups_per_process,
         micro_batches=-(-pairs // micro_batch_size),
         micro_batch_size=min(pairs, micro_batch_size),
+        ahead=rollout.ahead // processes,
     )
 
 

@@ -27,6 +27,9 @@ def process_count(config: Config, at_most: int, memory: int) -> int:
     """
     count = max(1, min(at_most, most_processes(config)))
     while count > 1:
+        if config.rollout.ahead % count:
+            count -= 1
+            continue
         try:
             needed = estimate(config, count).total_memory(config.policy.gradient_checkpointing) + PROCESS_BYTES
         except UserError:

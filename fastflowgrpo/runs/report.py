@@ -143,6 +143,8 @@ class Report:
         if "ratio" in metrics:
             parts.append(f"ratio 1{metrics['ratio_min'] - 1:+.1e}..{metrics['ratio_max'] - 1:+.1e}")
             parts.append(f"clipped {metrics['clipped_above'] + metrics['clipped_below']:.0%}")
+        if "stale_pairs" in metrics:
+            parts.append(f"stale {metrics['stale_pairs']:.0%}")
         if "kl" in metrics:
             parts.append(f"kl {metrics['kl']:.1e}")
         parts.append(f"{images_per_s:.0f} images/s")

@@ -12,7 +12,16 @@ from fastflowgrpo.learning.learner import Learner
 from fastflowgrpo.runs.checkpoints import TRAINING, Checkpoint, write_checkpoint
 from fastflowgrpo.runs.guard import best_step
 from fastflowgrpo.runs.resume import config_as_json
-from fastflowgrpo.runs.training_state import load_rng, load_training, rng_state, save_training, training_state
+from fastflowgrpo.runs.training_state import (
+    ahead_state,
+    load_ahead,
+    load_rng,
+    load_training,
+    rng_state,
+    save_training,
+    training_state,
+)
+from fastflowgrpo.scoring.epoch import Drawn
 
 
 class RunState:
@@ -35,6 +44,8 @@ class RunState:
         """Epochs done."""
         self.rows: list[dict[str, Any]] = []
         """The rows of metrics.jsonl; every rank has them."""
+        self.ahead = Drawn()
+        """The groups of the next epoch that were sampled before the last update."""
         self.saved_step = 0
         """Optimiser updates done when the last checkpoint was written."""
         self._start = time.perf_counter()
@@ -49,6 +60,7 @@ class RunState:
         learner = self.learner
         load_training(checkpoint, learner.named_parameters(), learner.optimizer, learner.ema, learner.old_policy)
         load_rng(checkpoint, self.processes.rank, self.processes.accelerator.device)
+        self.ahead = load_ahead(checkpoint, self.processes)
         self.run_id, self.epoch, self.rows = checkpoint.manifest["run_id"], checkpoint.epoch, checkpoint.rows()
         learner.step = self.saved_step = checkpoint.step
         self._start -= checkpoint.manifest["wall_s"]
@@ -86,6 +98,8 @@ class RunState:
         processes.note("checkpoint")
         rng_states = processes.gather(self.boundary_rng)
         state = training_state(learner.named_parameters(), learner.optimizer, learner.ema, learner.old_policy)
+        if ahead := ahead_state(self.ahead, self.config.rollout.group_size, processes):
+            state["ahead"] = ahead
         state = {name: processes.full_on_main(tensors) for name, tensors in state.items()}
         module = processes.unwrap(learner.policy.transformer)
         # 0: there is no average yet, and both folders get the raw weights.

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastflowgrpo.distributed import shard_like
+from fastflowgrpo.distributed import Processes, shard_like
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.learning.optimizer import loaded_state, stored_state
 from fastflowgrpo.learning.snapshot import WeightSnapshot
 from fastflowgrpo.runs.checkpoints import Checkpoint
 from fastflowgrpo.runs.files import METRICS, json_lines
+from fastflowgrpo.sampling.rollout import Trajectory
+from fastflowgrpo.scoring.epoch import Drawn
 
 WEIGHTS, OPTIMIZER, EMA, RNG = "weights.safetensors", "optimizer.safetensors", "ema.safetensors", "rng.json"
-OLD_POLICY = "old_policy.safetensors"
+OLD_POLICY, AHEAD = "old_policy.safetensors", "ahead.safetensors"
 
 
 def training_state(
@@ -122,6 +125,32 @@ def load_training(
             saved = load_file(folder / OLD_POLICY)
             for name, value in zip(parameters, old_policy.values, strict=True):
                 value.copy_(shard_like(saved[name], value))
+
+
+def ahead_state(ahead: Drawn, group_size: int, processes: Processes) -> dict[str, Tensor]:
+    """The tensors of the trajectories that all processes have sampled ahead, by name, on the CPU. Collective.
+
+    Returns:
+        (groups, group_size, ...) each; {} if there are none.
+    """
+    if not ahead.parts:
+        return {}
+    own = type(ahead.parts[0]).cat(ahead.parts)
+    rows = {f.name: getattr(own, f.name).cpu().unflatten(0, (-1, group_size)) for f in fields(own)}
+    return processes.gather_rows(rows, len(rows["final"]) * processes.count)
+
+
+def load_ahead(checkpoint: Checkpoint, processes: Processes) -> Drawn:
+    """This process's share of what a checkpoint holds of the next epoch; its scores have to be asked for again."""
+    path = checkpoint.training / AHEAD
+    if not path.is_file():
+        return Drawn()
+    tensors = load_file(path)
+    groups = processes.rank_indices(len(tensors["final"]))
+    own = {name: tensor[groups].flatten(0, 1) for name, tensor in tensors.items()}
+    device = processes.accelerator.device
+    own = {name: tensor if name == "steps" else tensor.to(device) for name, tensor in own.items()}
+    return Drawn([Trajectory(**own)], is_scored=False)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class GroupSampler:
             filled = torch.arange(self.fill_up_to).clamp(max=groups - 1)
             starts, seeds = [starts[i] for i in filled], seeds.view(groups, -1)[filled].flatten()
             conditioning = {name: tensor[filled.to(tensor.device)] for name, tensor in conditioning.items()}
-            return self.sample(starts, seeds, conditioning, unconditional, on_step).first(samples)
+            return self.sample(starts, seeds, conditioning, unconditional, on_step).part(slice(samples))
         rollout = self.rollout
         shared: dict[str, Any] = {
             "unconditional": unconditional,

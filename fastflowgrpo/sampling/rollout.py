@@ -42,9 +42,9 @@ class Trajectory:
         """The samples of several trajectories, one after the other."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
-    def first(self, count: int) -> "Trajectory":
-        """The first samples."""
-        return type(self)(*(getattr(self, field.name)[:count] for field in fields(self)))
+    def part(self, samples: slice) -> "Trajectory":
+        """Some of the samples, in the same memory."""
+        return type(self)(*(getattr(self, field.name)[samples] for field in fields(self)))
 
 
 def sliding_start(low: int, high: int, stride: int, epochs: int, epoch: int) -> int:

@@ -3,8 +3,9 @@
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import contextmanager
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
@@ -19,7 +20,7 @@ from fastflowgrpo.prompts.images import source_images
 from fastflowgrpo.scoring.contract import RewardBatch, Scores, checked_scores
 from fastflowgrpo.scoring.weighted import WeightedRewards
 
-MAX_BATCHES_IN_FLIGHT = 2  # `submit` waits while so many batches are not scored yet
+MAX_BATCHES_IN_FLIGHT = 2  # `submit` waits while so many batches are not scored yet, unless told otherwise
 REMINDER_SECONDS = 60.0  # between two messages about a reward that has not answered
 
 
@@ -40,12 +41,18 @@ class Scoring:
         device: of the latents.
         frames: number of frames of a video that are scored: the video is cut into as many equal parts, and the middle
             frame of each part is scored.
+        max_in_flight: `submit` waits while so many batches are not scored yet.
     """
 
     def __init__(
-        self, rewards: WeightedRewards, decode: Callable[[Tensor], Tensor], device: torch.device, frames: int = 1
+        self,
+        rewards: WeightedRewards,
+        decode: Callable[[Tensor], Tensor],
+        device: torch.device,
+        frames: int = 1,
+        max_in_flight: int = MAX_BATCHES_IN_FLIGHT,
     ):
-        self.rewards, self.frames = rewards, frames
+        self.rewards, self.frames, self.max_in_flight = rewards, frames, max_in_flight
         self.decode = lambda latents: self._scored_frames(decode(latents))
         self.threads = {name: _RewardThread(name, reward, device) for name, reward in rewards.rewards.items()}
         self.streams = [torch.cuda.Stream(device) for _ in range(2)] if device.type == "cuda" else None
@@ -53,13 +60,13 @@ class Scoring:
         self.done: list[Scores] = []
 
     def submit(self, latents: Tensor, prompts: Sequence[Prompt], images_per_prompt: int) -> Tensor:
-        """Start to score `images_per_prompt` images of each prompt; waits while MAX_BATCHES_IN_FLIGHT are not scored.
+        """Start to score `images_per_prompt` images of each prompt; waits while `max_in_flight` batches are not.
 
         Returns:
             The images on the CPU, or of each video the middle one of the scored frames. On a GPU they are complete only
             when `finish` has returned.
         """
-        while len(self.in_flight) >= MAX_BATCHES_IN_FLIGHT:
+        while len(self.in_flight) >= self.max_in_flight:
             self._wait_for_oldest()
         images, host, events = self._decoded(latents)
         sources = source_images(prompts, *images.shape[-2:])
@@ -78,20 +85,36 @@ class Scoring:
         self.in_flight.append((futures, events))
         return host if host.ndim == 4 else host[:, host.shape[1] // 2]
 
-    def finish(self, show: Callable[[str], object] = lambda unfinished: None) -> Scores:
+    def finish(self, show: Callable[[str], object] = lambda unfinished: None, leave: int = 0) -> Scores:
         """Wait for the scores of all images since the last call, and return them in the order of their submission.
 
         Args:
             show: called with the names of the rewards that have not answered yet.
+            leave: so many batches, the last ones, are left for the next call.
 
         Raises:
             UserError: a reward raised it, because the user has to change something.
         """
-        while self.in_flight:
+        while len(self.in_flight) > leave:
             show(_unfinished(self.in_flight[0][0]))
             self._wait_for_oldest()
-        scores, self.done = Scores.cat(self.done), []
+        count = len(self.done) + len(self.in_flight) - leave
+        scores, self.done = Scores.cat(self.done[:count]), self.done[count:]
         return scores
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Wait for the batches in flight; inside it `finish` does not return their scores.
+
+        Other threads may then call the same rewards.
+        """
+        while self.in_flight:
+            self._wait_for_oldest()
+        aside, self.done = self.done, []
+        try:
+            yield
+        finally:
+            self.done = aside
 
     def _wait_for_oldest(self) -> None:
         """Wait for the scores of the oldest batch in flight."""

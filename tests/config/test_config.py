@@ -129,6 +129,15 @@ WRONG = {
         ["--rollout.candidates", "96", "--rollout.same_noise", "true"],
         "rollout.candidates: candidates differ by their initial noise; set rollout.same_noise to false",
     ),
+    "candidates ahead": (
+        ["--rollout.candidates", "96", "--rollout.ahead", "12"],
+        "rollout.ahead: candidates wait for their scores before their groups are sampled; set it to 0",
+    ),
+    "too far ahead": (["--rollout.ahead", "25"], "rollout.ahead: must be at most prompts.per_epoch 24, got 25"),
+    "ahead without a ratio": (
+        ["--update.algorithm", "awm", "--rollout.ahead", "12"],
+        "update.algorithm: awm does not use rollout.ahead (default 0): leave at the default",
+    ),
     "no candidates": (
         ["--rollout.candidate_steps", "3"],
         "rollout.candidate_steps: nothing is explored unless rollout.candidates is set",

@@ -397,6 +397,10 @@ def test_memory_adds_up():
     assert estimate(config).memory["average"] == 0
     kept = estimate(replace(config, update=replace(config.update, trust_region="divergence"))).memory["trajectory"]
     assert kept == memory["trajectory"] + 16 * 2 * latent  # a velocity for each trained step, in float32 with guidance
+    ahead = estimate(replace(config, rollout=replace(config.rollout, ahead=2)))
+    assert ahead.memory == estimate(config).memory | {"ahead": memory["trajectory"] / 2}
+    assert ahead.passes["update"] == found.passes["update"] + run_passes(config, 8, 6, 8).decode.peak
+    assert "ahead    2 groups a process of the next epoch, 8 images" in str(ahead)
     halves = estimate(config, processes=2)
     assert halves.memory["trajectory"] == memory["trajectory"] / 2
     assert halves.flops == found.flops

@@ -44,6 +44,14 @@ def test_the_largest_count_that_groups_and_memory_allow(monkeypatch, groups, at_
     batch_plan(config, processes.process_count(config, at_most, 2**60))
 
 
+def test_processes_share_the_groups_ahead_evenly(monkeypatch):
+    config = Config()
+    config.rollout.ahead = 9
+    assert processes.process_count(config, 8, 2**60) == 3
+    with pytest.raises(UserError, match=r"rollout\.ahead: 9 groups must be a multiple of the 4 processes"):
+        batch_plan(config, 4)
+
+
 def test_gradient_checkpointing_makes_room(monkeypatch):
     config, gib = Config(), 2**30
     of = lambda checkpointing: gib if checkpointing else 8 * gib  # noqa: E731

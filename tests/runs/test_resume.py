@@ -27,6 +27,8 @@ from fastflowgrpo.learning.learner import Learner
 from fastflowgrpo.learning.policy_gradient import GRPO
 from fastflowgrpo.runs import checkpoints, lock, resume, signals, state
 from fastflowgrpo.runs.lock import RunLock
+from fastflowgrpo.scoring.epoch import EpochSampler
+from fastflowgrpo.scoring.pipeline import Scoring
 from fastflowgrpo.train import main
 
 pytestmark = pytest.mark.xdist_group("resume")
@@ -179,6 +181,35 @@ def test_a_run_with_an_old_policy_resumes_as_the_unbroken_one(model, tmp_path, m
     assert any(not torch.equal(old[name], weights[name]) for name in weights)
 
 
+def test_a_run_that_samples_ahead_resumes_as_the_unbroken_one(model, tmp_path, monkeypatch):
+    """Ended where the next epoch's group is sampled already; failed in an update; set back to a checkpoint."""
+
+    def fail():
+        raise UserError("the gradient is not finite")
+
+    settings = {"rollout.ahead": 1, "rewards": '{"jpeg_compressibility": 1}', "epochs": 4, "evaluation.every": 2}
+    settings["rollout.offload_trajectory"] = "true"
+    unbroken, broken = (command(model, tmp_path / name, **settings) for name in ("unbroken", "broken"))
+    broken += ["--save_every", "0"]
+    assert main(unbroken) == 0
+    whole = result(tmp_path / "unbroken")
+    ends = (
+        (Scoring, "finish", 5, lambda: os.kill(os.getpid(), signal.SIGTERM), 143, 2),  # two were evaluations
+        (Learner, "accumulate", 3, fail, 2, 3),  # the first of an epoch's two
+    )
+    for owner, name, number, act, code, epochs in ends:
+        with monkeypatch.context() as patched:
+            on_call(patched, owner, name, number, act)
+            assert main(broken) == code
+        last = checkpoints.list_checkpoints(tmp_path / "broken")[-1]
+        assert json.loads((last / "manifest.json").read_text())["epoch"] == epochs
+        assert load_file(last / "training/ahead.safetensors")["final"].shape[:2] == (1, 4)
+    assert main(broken) == 0
+    assert result(tmp_path / "broken") == whole
+    assert main([*unbroken, "--resume", str(tmp_path / "unbroken/checkpoints/checkpoint-4")]) == 0
+    assert result(tmp_path / "unbroken") == whole
+
+
 PLACES = {  # what is called, for which time, and the whole epochs that the last checkpoint has behind it
     "update": ((GRPO, "loss"), 13, 3),  # the epoch under way is finished
     "scoring": ((killed_run, "noisy"), 7, 2),  # in a reward's thread; the epoch is left
@@ -223,7 +254,7 @@ def test_a_signal_in_the_first_epoch_leaves_nothing_to_resume_and_the_same_comma
     model, whole, tmp_path, monkeypatch, capsys
 ):
     with monkeypatch.context() as patched:
-        on_call(patched, Trainer, "sample", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        on_call(patched, EpochSampler, "sample", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert main(command(model, tmp_path / "run")) == 143
     assert "there is no checkpoint" in capsys.readouterr().err
     assert main(command(model, tmp_path / "run", **{"update.clip_range": 0.02})) == 2
@@ -544,15 +575,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoints_as_they_were(model, 
 def test_too_many_missing_scores_stop_the_run_with_a_checkpoint(model, whole, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
-        sample = Trainer.sample
+        sample = EpochSampler.sample
 
         def without_scores(self, epoch, chosen):
-            *sampled, scores, candidates = sample(self, epoch, chosen)
+            sampled = sample(self, epoch, chosen)
             if epoch == 3:
-                scores.values[2:] = torch.nan
-            return *sampled, scores, candidates
+                sampled.scores.values[2:] = torch.nan
+            return sampled
 
-        patched.setattr(Trainer, "sample", without_scores)
+        patched.setattr(EpochSampler, "sample", without_scores)
         assert main(command(model, run)) == 75
     assert [path.name for path in checkpoints.list_checkpoints(run)] == ["checkpoint-4", "checkpoint-6"]
     printed = capsys.readouterr().err

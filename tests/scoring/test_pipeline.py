@@ -5,10 +5,12 @@ import threading
 import pytest
 import torch
 
+from fastflowgrpo.config import Config
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards import RewardBatch, Scores, WeightedRewards
 from fastflowgrpo.scoring import pipeline as module
+from fastflowgrpo.scoring.epoch import max_batches_in_flight
 from fastflowgrpo.scoring.pipeline import MAX_BATCHES_IN_FLIGHT, Scoring, is_same_device
 
 PROMPTS = [Prompt("a", {}), Prompt("b", {"tag": "x"})]
@@ -239,6 +241,44 @@ def test_a_device_that_is_none_is_named():
     reward.device = "gpu"
     with pytest.raises(UserError, match=r"^rewards\.mine: its attribute device is 'gpu', not a device$"):
         scoring(mine=reward)
+
+
+def test_the_last_batches_are_left_for_the_next_call_whatever_else_is_scored_meanwhile():
+    go_on = threading.Event()
+
+    def reward(batch):
+        assert batch.images.float().mean() < 150 or go_on.wait(TIMEOUT)
+        return level(batch)
+
+    scorer = scoring(reward=reward)
+    for value in (10, 100, 200, 201):  # the last two are not scored before `go_on`
+        scorer.submit(latents(value), PROMPTS, COPIES)
+    assert scorer.finish(leave=3).values.tolist() == [10, 11, 12, 13]
+    assert scorer.finish(leave=2).values.tolist() == [100, 101, 102, 103]
+    go_on.set()
+    with scorer.set_aside():
+        scorer.submit(latents(50), PROMPTS, COPIES)
+        assert finished(scorer).values.tolist() == [50, 51, 52, 53]
+    scorer.submit(latents(20), PROMPTS, COPIES)
+    assert finished(scorer).values.tolist() == [200, 201, 202, 203, 201, 202, 203, 204, 20, 21, 22, 23]
+
+
+def test_as_many_batches_as_asked_for_wait_for_their_scores():
+    go_on = threading.Event()
+
+    def slow(batch):
+        assert go_on.wait(TIMEOUT)
+        return level(batch)
+
+    scorer = Scoring(WeightedRewards({"slow": slow}, {"slow": 1.0}), to_images, torch.device("cpu"), max_in_flight=4)
+    for value in range(4):
+        scorer.submit(latents(value), PROMPTS, COPIES)  # would wait for ever
+    go_on.set()
+    assert len(finished(scorer).values) == 16
+    config = Config()
+    assert max_batches_in_flight(config, 1) == MAX_BATCHES_IN_FLIGHT
+    config.rollout.ahead, config.rollout.batch_size = 20, 48
+    assert [max_batches_in_flight(config, processes) for processes in (1, 4, 20)] == [11, 4, 2]
 
 
 def test_what_is_awaited_is_shown():

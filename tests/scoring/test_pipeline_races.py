@@ -9,14 +9,14 @@ import pytest
 import torch
 from support.fake_gpu import CUDA, FakeGpu
 
-from fastflowgrpo.config import RolloutConfig
+from fastflowgrpo.config import Config, RolloutConfig
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.policy.base import DiffusersPolicy
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards import WeightedRewards
 from fastflowgrpo.sampling.rollout import Trajectory
 from fastflowgrpo.scoring import pipeline
-from fastflowgrpo.trainer import Trainer
+from fastflowgrpo.scoring.epoch import EpochSampler
 
 PROMPTS = [Prompt("a", {})]
 COPIES = 2
@@ -131,27 +131,33 @@ def the_run_is_interrupted(module, gpu):
         scorer.finish()
 
 
-def an_epoch_of_the_trainer(module, gpu):
-    """`Trainer.sample`, with a sampler whose trajectories have only clean latents."""
+def epochs_of_the_trainer(module, gpu):
+    """Two epochs and an evaluation after each, with a sampler whose trajectories have only clean latents."""
 
     def sample(starts, seeds, conditioning, unconditional, on_step):
         none = torch.zeros(COPIES, 0, device=CUDA)
         return Trajectory(none, none, none, torch.zeros(COPIES, 0), torch.zeros(COPIES, device=CUDA), latents(), none)
 
-    rollout = RolloutConfig(group_size=COPIES, batch_size=COPIES, num_steps=1)
-    trainer = SimpleNamespace(
-        config=SimpleNamespace(rollout=rollout, seed=0),
-        processes=SimpleNamespace(padded_rank_indices=range, is_main=True),
-        report=SimpleNamespace(phase=lambda name, batch=None: nullcontext()),
-        embed=lambda prompts: {"text": torch.zeros(len(prompts), 1, device=CUDA)},
-        learner=SimpleNamespace(sampling_weights=nullcontext),
-        sampler=SimpleNamespace(starts=lambda epoch, seeds: [0], sample=sample),
-        gallery=SimpleNamespace(keeps_epoch=lambda epoch: True),
-        scoring=scoring(module, device=on_gpu(gpu)),
+    rollout = RolloutConfig(group_size=COPIES, batch_size=COPIES, num_steps=1, ahead=2)
+    epochs = EpochSampler(
+        Config(epochs=2, rollout=rollout),
+        SimpleNamespace(padded_rank_indices=range, count=1),
+        SimpleNamespace(starts=lambda epoch, seeds: [0], sample=sample),
+        lambda prompts: {"text": torch.zeros(len(prompts), 1, device=CUDA)},
+        scoring(module, device=on_gpu(gpu)),
+        prompts=lambda epoch: PROMPTS * 4,
+        weights=nullcontext,
+        phase=lambda name, batch=None: nullcontext(),
+        num_shown=lambda epoch: 4,
     )
-    trajectory, _, _, images, scores, _ = Trainer.sample(trainer, 0, PROMPTS * 4)
-    assert images.float().mean() == scores.values.mean() == 153
-    assert trajectory.final.cpu().mean() == 20
+    for epoch, stale in ((0, 0), (1, 2)):
+        sampled = epochs.sample(epoch, PROMPTS * 4)
+        assert sampled.stale == stale * COPIES
+        assert sampled.shown.float().mean() == sampled.scores.values.mean() == 153
+        assert sampled.trajectory.final.cpu().mean() == 20
+        assert len(sampled.shown) == len(sampled.scores.values) == len(sampled.trajectory.final) == 4 * COPIES
+        with epochs.scoring.set_aside():
+            submit_and_look(epochs.scoring, batches=1)
 
 
 SCENARIOS = (
@@ -160,7 +166,7 @@ SCENARIOS = (
     rewards_on_the_gpu,
     a_reward_fails_after_its_kernels_began,
     the_run_is_interrupted,
-    an_epoch_of_the_trainer,
+    epochs_of_the_trainer,
 )
 
 

@@ -64,6 +64,7 @@ def config_of(
     dtype: str = "float32",
     evaluated: int = 5,
     algorithm: str = "grpo",
+    ahead: int = 0,
 ) -> Config:
     config = Config(
         model=str(folder),
@@ -72,7 +73,13 @@ def config_of(
         policy=PolicyConfig(dtype=dtype, lora_rank=rank, lora_alpha=8, max_sequence_length=8),
         prompts=PromptsConfig(train=str(folder / "prompts.txt"), eval=str(folder / f"{evaluated}.txt"), per_epoch=6),
         rollout=RolloutConfig(
-            guidance_scale=2.0, group_size=SIZE, num_steps=5, window_size=2, window_start=(0, 3), batch_size=2 * SIZE
+            guidance_scale=2.0,
+            group_size=SIZE,
+            num_steps=5,
+            window_size=2,
+            window_start=(0, 3),
+            batch_size=2 * SIZE,
+            ahead=ahead,
         ),
         update=UpdateConfig(
             per_epoch=updates, batch_size=5, learning_rate=3.0, kl_weight=0.1, ema_decay=0.9, ema_every=1
@@ -125,7 +132,7 @@ def train(config: Config, resumes: bool = False) -> dict:
         seen["passes"].append(len(calls))
         trainer.report.epoch(epoch, trainer.learner.step, metrics)
     trainer.evaluate()
-    trainer.state.epoch = 2
+    trainer.state.epoch, trainer.state.ahead = 2, trainer.epoch_sampler.ahead
     trainer.state.mark_epoch_boundary()
     trainer.state.save()
     after = [full_tensor(parameter.detach()).clone() for parameter in trainer.learner.parameters]
@@ -213,7 +220,7 @@ def main(count: int, folder: Path, output: Path, arguments: list[str]) -> None:
         os.environ.update(PARALLELISM_CONFIG_DP_REPLICATE_SIZE="2", PARALLELISM_CONFIG_DP_SHARD_SIZE="2")
         seen["few"] = train(config_of(folder, output / "few", updates=1, rank=0, evaluated=3))
     else:
-        seen["lora"] = train(config_of(folder, output / "lora"), resumes=True)
+        seen["lora"] = train(config_of(folder, output / "lora", ahead=2), resumes=True)
         try:
             Trainer(config_of(folder, output / "lora"))
         except UserError as error:
@@ -227,7 +234,7 @@ def main(count: int, folder: Path, output: Path, arguments: list[str]) -> None:
         pretend_gpus("fsdp2")
         seen["nft sharded"] = train(config_of(folder, output / "nft sharded", algorithm="nft"), resumes=True)
         pretend_gpus("fsdp2")
-        seen["lora sharded"] = train(config_of(folder, output / "lora sharded"), resumes=True)
+        seen["lora sharded"] = train(config_of(folder, output / "lora sharded", ahead=2), resumes=True)
         pretend_gpus("fsdp2")
         seen["full sharded"] = train(config_of(folder, output / "full sharded", rank=0), resumes=True)
         pretend_gpus("fsdp2")
