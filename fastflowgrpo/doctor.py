@@ -83,9 +83,7 @@ class Checkup:
         if self.config.policy.dtype == "float32":
             self.say("note", "dtype", "policy.dtype bfloat16 halves the frozen weights, and is faster")
         if not self.config.policy.compile and self.config.policy.quantization is None:
-            self.say(
-                "note", "compile", "policy.compile makes epochs up to 1.6 times as fast, once it has compiled"
-            )
+            self.say("note", "compile", "policy.compile makes epochs up to 1.6 times as fast, once it has compiled")
 
     def memory(self) -> None:
         """The dry run's estimate against what is free."""
