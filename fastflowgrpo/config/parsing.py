@@ -6,7 +6,9 @@ This module does not import torch, so that ``--help`` and the message for a wron
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from types import MappingProxyType
@@ -115,8 +117,10 @@ def parse_settings(
             if name in groups:
                 raise UserError(f"{name}: is a group of settings; set one of them, as in --{name}.NAME VALUE")
             _check_name(name, options)
-    parser = _parser(cls, command)
-    parser.set_defaults(defaults or {})
+    parser = _parser(cls, command)  # type: ignore[arg-type] # mypy takes the class of a dataclass for unhashable
+    if defaults:
+        parser = deepcopy(parser)
+        parser.set_defaults(defaults)
     return _to_dataclass(cls, parser.parse_args(_complete_flags(argv, types)).as_dict())
 
 
@@ -167,6 +171,7 @@ class _ConfigFile(ActionConfigFile):
             raise UserError(f"{values}: {error}") from None
 
 
+@cache  # it reads the source of the settings for their help
 def _parser(cls: type, command: str) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _Parser(

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fastflowgrpo import train
-from fastflowgrpo.config import Config, parse, save, setting_types, validate
+from fastflowgrpo.config import Config, EvaluateConfig, parse, parse_settings, save, setting_types, validate
 from fastflowgrpo.errors import UserError
 
 # error -> the command line, and a part of its message
@@ -316,6 +316,13 @@ def test_help_explains_every_setting(capsys):
         for field in fields(group):
             if not is_dataclass(field.type):
                 assert re.sub(r"\s", "", documented[field.name]) in squeezed
+
+
+def test_what_was_read_before_changes_no_later_reading():
+    parse(["--seed", "3"]).rewards["other"] = 1.0
+    assert parse([]) == Config()
+    assert parse_settings(EvaluateConfig, "evaluate", [], {"num_steps": 7}).num_steps == 7
+    assert parse_settings(EvaluateConfig, "evaluate", []) == EvaluateConfig()
 
 
 def test_help_and_wrong_settings_do_not_wait_for_torch():
