@@ -13,6 +13,7 @@ from fastflowgrpo import Config, Trainer
 from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, RolloutConfig, UpdateConfig, save
 from fastflowgrpo.errors import TemporaryError, UserError
 from fastflowgrpo.rewards import Scores
+from fastflowgrpo.shapes import scenes
 from fastflowgrpo.train import main
 from fastflowgrpo.trainer import group_seed
 
@@ -390,12 +391,22 @@ def test_an_interrupted_run_keeps_its_weights(folder, tmp_path, monkeypatch, cap
 
 @pytest.mark.slow
 def test_a_short_run_improves_the_shapes_model_beyond_noise(tmp_path):
-    """With 648 images twice, 0.1 is more than three standard errors of the difference."""
-    update = UpdateConfig(learning_rate=6e-4, ema_decay=0)
-    config = Config(output_dir=str(tmp_path / "run"), epochs=5, trackers=[], update=update)
-    config.evaluation = EvaluationConfig(every=0, num_steps=10, images_per_prompt=3)
+    """On prompts of one kind, which are learnt from few images. With 216 images twice, 0.13 is three standard errors of
+    the difference; seeds 0 to 3 gained 0.43, 0.54, 0.27 and 0.16."""
+    chosen = [prompt for prompt in scenes.eval_prompts() if prompt.metadata["tag"] == "two_object"]
+    evaluated = tmp_path / "eval.jsonl"
+    evaluated.write_text("\n".join(json.dumps({**prompt.metadata, "prompt": prompt.text}) for prompt in chosen))
+    config = Config(
+        output_dir=str(tmp_path / "run"),
+        epochs=3,
+        trackers=[],
+        prompts=PromptsConfig(per_epoch=8, mix={"two_object": 1}, eval=str(evaluated)),
+        rollout=RolloutConfig(num_steps=6, window_start=(0, 3)),
+        update=UpdateConfig(learning_rate=1e-3, ema_decay=0),
+        evaluation=EvaluationConfig(every=0, num_steps=6, images_per_prompt=6),
+    )
     Trainer(config).run()
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     first, last = summary["eval"]["first"], summary["eval"]["last"]
-    assert last["overall"] - first["overall"] > 0.1
+    assert last["overall"] - first["overall"] > 0.13
     assert last["diversity"] > 0.8 * first["diversity"]
