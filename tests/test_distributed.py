@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import re
 import socket
@@ -19,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from support import distributed_runs
 from support.distributed_runs import CONFIGS, PROMPTS, SIZE, config_of, train, z_image_config
+from support.forks import FORK
 from support.pipelines import tiny_sd3_pipeline, tiny_z_image_pipeline
 from torch.distributed.run import get_args_parser
 
@@ -38,9 +38,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]),
 }
-# Forked from a process that has imported everything and computed nothing.
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["fastflowgrpo.train", "fastflowgrpo.trainer", "support.killed_run"])
 TIMEOUT = 900  # seconds
 
 

@@ -1,13 +1,10 @@
 """The demo's page, served and asked through Gradio's own client."""
 
 import asyncio
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
-from pathlib import Path
+import time
 from types import SimpleNamespace
 
 import gradio as gr
@@ -15,7 +12,8 @@ import gradio_client
 import httpx
 import numpy as np
 import pytest
-from support.demo_runs import PROMPT, SHAPES, request, save_run
+from support.demo_runs import PROMPT, SHAPES, request, run_command, save_run
+from support.forks import FORK
 
 from fastflowgrpo import demo as command
 from fastflowgrpo.config import Config, DemoConfig, parse_demo
@@ -24,7 +22,6 @@ from fastflowgrpo.demonstration.generation import Demo
 from fastflowgrpo.demonstration.page import build_page, launch
 from fastflowgrpo.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 HOSTILE = '<script>alert("1")</script> **bold** ![x](http://192.0.2.1/x.png) \u202emirror \U0001f984'
 
 
@@ -140,41 +137,46 @@ def test_a_cancelled_request_frees_the_model_for_the_next(page):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("resume")  # forks from the same process, which has imported everything
 def test_the_command_serves_the_page_and_nothing_else(run, tmp_path):
     """As a process of its own, asked by Gradio's client."""
     (tmp_path / "secret.txt").write_text("secret")
-    command = [sys.executable, "-m", "fastflowgrpo.demo", "--run", str(run), "--num_steps", "4", "--queue", "1"]
-    command += ["--port", str(port())]
+    command = ["--run", str(run), "--num_steps", "4", "--queue", "1", "--port", str(port())]
     (tmp_path / "tmp").mkdir()
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
-        try:
-            line = process.stdout.readline()
-            assert re.fullmatch(r"open http://127.0.0.1:\d+/; Ctrl\+C ends the demo\n", line)
-            url = line.split()[1].rstrip(";")
-            client = gradio_client.Client(url, verbose=False, analytics_enabled=False, download_files=False)
-            answers = client.predict(prompt=PROMPT, checkpoint="checkpoint-2", api_name="/generate")
-            assert [len(gallery) for gallery in answers[:2]] == [4, 4]
-            assert "checkpoint-2, 4 images, seed 0" in answers[2]
-            picture = answers[0][0]["image"]["url"]
-            assert [*(tmp_path / "tmp").rglob("*.png")]
-            assert httpx.get(picture).content.startswith(b"\x89PNG")
-            for path in ("/etc/passwd", run / "config.yaml", tmp_path / "secret.txt"):
-                assert httpx.get(f"{url}gradio_api/file={path}").status_code in (403, 404)
-            text = httpx.get(url).text
-            addresses = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', text)
-            assert [address for address in addresses if not address.startswith(url)] == []
-            assert "fonts.googleapis.com" not in text + httpx.get(f"{url}theme.css").text
-            assert client.config["analytics_enabled"] is False
-            slow = {"prompt": PROMPT, "num_images": 8, "num_steps": 50, "api_name": "/generate"}
-            jobs = [client.submit(**slow) for _ in range(4)]  # at most one is computed, and one waits
-            refused = [job for job in jobs if isinstance(job.exception(60), gradio_client.utils.QueueError)]
-            assert len(refused) >= 2
-            client.close()
-        finally:
-            process.terminate()
-        assert process.wait(30) == 0
+    log = tmp_path / "log"
+    log.touch()
+    process = FORK.Process(target=run_command, args=(command, tmp_path))
+    process.start()
+    try:
+        while not log.read_text().endswith("\n"):
+            assert process.is_alive()
+            time.sleep(0.05)
+        line = log.read_text()
+        assert re.fullmatch(r"open http://127.0.0.1:\d+/; Ctrl\+C ends the demo\n", line)
+        url = line.split()[1].rstrip(";")
+        client = gradio_client.Client(url, verbose=False, analytics_enabled=False, download_files=False)
+        answers = client.predict(prompt=PROMPT, checkpoint="checkpoint-2", api_name="/generate")
+        assert [len(gallery) for gallery in answers[:2]] == [4, 4]
+        assert "checkpoint-2, 4 images, seed 0" in answers[2]
+        picture = answers[0][0]["image"]["url"]
+        assert [*(tmp_path / "tmp").rglob("*.png")]
+        assert httpx.get(picture).content.startswith(b"\x89PNG")
+        for path in ("/etc/passwd", run / "config.yaml", tmp_path / "secret.txt"):
+            assert httpx.get(f"{url}gradio_api/file={path}").status_code in (403, 404)
+        text = httpx.get(url).text
+        addresses = re.findall(r'<(?:script|link|img)[^>]*(?:src|href)="(https?:[^"]+)"', text)
+        assert [address for address in addresses if not address.startswith(url)] == []
+        assert "fonts.googleapis.com" not in text + httpx.get(f"{url}theme.css").text
+        assert client.config["analytics_enabled"] is False
+        slow = {"prompt": PROMPT, "num_images": 8, "num_steps": 50, "api_name": "/generate"}
+        jobs = [client.submit(**slow) for _ in range(4)]  # at most one is computed, and one waits
+        refused = [job for job in jobs if isinstance(job.exception(60), gradio_client.utils.QueueError)]
+        assert len(refused) >= 2
+        client.close()
+    finally:
+        process.terminate()
+    process.join(30)
+    assert process.exitcode == 0
     assert not [*(tmp_path / "tmp").rglob("*.png")]
 
 

@@ -1,7 +1,6 @@
 """Processes that the command starts by itself: their errors, signals and ends."""
 
 import json
-import multiprocessing
 import os
 import re
 import signal
@@ -12,6 +11,7 @@ import psutil
 import pytest
 import torch
 from support import launched
+from support.forks import FORK
 
 from fastflowgrpo.planning import machine, processes
 from fastflowgrpo.runs import checkpoints, launcher
@@ -19,8 +19,6 @@ from fastflowgrpo.train import main
 
 pytestmark = pytest.mark.xdist_group("resume")
 
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["fastflowgrpo.train", "fastflowgrpo.trainer", "support.killed_run"])
 TIMEOUT = 120  # seconds
 
 

@@ -1,14 +1,11 @@
 """Runs that are killed, interrupted, damaged or full, and go on."""
 
 import json
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import killed_run
+from support.forks import FORK
 from support.pipelines import tiny_sd3_pipeline
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -32,10 +30,6 @@ from fastflowgrpo.scoring.pipeline import Scoring
 from fastflowgrpo.train import main
 
 pytestmark = pytest.mark.xdist_group("resume")
-
-# Forked from a process that has imported everything and computed nothing: a run takes a second, not ten.
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["fastflowgrpo.train", "fastflowgrpo.trainer", "support.killed_run"])
 
 PROMPTS = ["a cat", "two dogs", "a red ball", "the sea", "a cat on a ball", "snow"]
 TIMEOUT = 600  # seconds; nothing takes more than one or two
@@ -292,22 +286,15 @@ def test_a_background_job_still_ignores_ctrl_c(tmp_path):
 def test_no_process_is_left_after_a_signal(model, tmp_path):
     """Sent to the whole process group, as by schedulers and Ctrl+C, while a reward's thread is within torch and another
     reward has processes."""
-    run, log, once = tmp_path / "run", tmp_path / "log", tmp_path / "busy"
+    run, log, once = tmp_path / "run", tmp_path / "run.log", tmp_path / "busy"
     rewards = json.dumps({"jpeg_compressibility": {"workers": 2}, "support.killed_run:busy": {"once": str(once)}})
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "fastflowgrpo.train", *command(model, run, rewards=rewards)],
-            cwd=Path(killed_run.__file__).parents[1],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    until(lambda: once.exists() or process.poll() is not None)
-    assert process.poll() is None, log.read_text()
+    process = start(command(model, run, rewards=rewards), run)
+    until(lambda: once.exists() or not process.is_alive())
+    assert process.is_alive(), log.read_text()
     children = descendants(process.pid)
     assert len(children) >= 2
     os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(TIMEOUT) == 143, log.read_text()
+    assert end(process) == 143, log.read_text()
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))
     assert "--resume latest\ninterrupted\n" in log.read_text()
     assert "the process died" not in log.read_text()  # a reward's processes wait for the run to end them

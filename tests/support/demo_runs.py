@@ -1,5 +1,9 @@
-"""Run directories with checkpoints, made without training, and requests to a demo."""
+"""Run directories with checkpoints, made without training, requests to a demo, and its command."""
 
+import os
+import runpy
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +42,18 @@ def request(**changes: Any) -> Request:
         "checkpoint": "checkpoint-10",
     }
     return Request(**values | changes)
+
+
+def run_command(arguments: list[str], folder: Path) -> None:
+    """`python -m fastflowgrpo.demo`, in a process forked for it.
+
+    Args:
+        arguments: its command line.
+        folder: where it runs; has a folder `tmp` for temporary files, and a file `log` for what it prints.
+    """
+    os.chdir(folder)
+    tempfile.tempdir = str(folder / "tmp")
+    os.dup2(os.open("log", os.O_WRONLY), 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    sys.argv = ["fastflowgrpo.demo", *arguments]
+    runpy.run_module("fastflowgrpo.demo", run_name="__main__")

@@ -5,10 +5,12 @@ import random
 import resource
 import signal
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from fastflowgrpo.console import run_and_exit
 from fastflowgrpo.train import main
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir", "shutil.rmtree")
@@ -63,8 +65,11 @@ def run(
 
     sys.addaudithook(touch)
     torch.set_num_threads(1)
-    code = main(arguments)
-    if count:
-        with open(count, "w") as file:
-            file.write(str(touches))
-    sys.exit(code)
+
+    def work() -> int:
+        code = main(arguments)
+        if count:
+            Path(count).write_text(str(touches))
+        return code
+
+    run_and_exit(work)
