@@ -37,13 +37,14 @@ if __name__ == "__main__":
     config = Config(
         output_dir="runs/custom_reward",
         overwrite=True,
-        epochs=6,
+        epochs=3,
         rewards={"custom_reward:redness": 1.0, "custom_reward:novelty": 0.5},
         prompts=PromptsConfig(per_epoch=6),
         evaluation=EvaluationConfig(every=0, num_steps=4, images_per_prompt=1),
         trackers=[],
     )
     config.rollout.batch_size = 144
+    config.update.learning_rate = 1e-3
     trainer = Trainer(config)
     trainer.run()
     rewards = [row["reward"] for row in trainer.state.rows if "epoch" in row]

@@ -1,4 +1,4 @@
-"""Train a LoRA for a few epochs, and load it into a plain diffusers pipeline, as its users will.
+"""Train a LoRA for two epochs, and load it into a plain diffusers pipeline, as its users will.
 
 python load_lora.py [CHECKPOINT]     runs/NAME/checkpoints/checkpoint-STEP of the bundled model; without one it trains
 """
@@ -22,7 +22,7 @@ def train():
     config = Config(
         output_dir="runs/load_lora",
         overwrite=True,
-        epochs=4,
+        epochs=2,
         policy=PolicyConfig(lora_rank=16),
         prompts=PromptsConfig(per_epoch=6),
         evaluation=EvaluationConfig(every=0, num_steps=4, images_per_prompt=1),
