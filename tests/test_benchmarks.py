@@ -1,6 +1,7 @@
 """The benchmarks run and report what they say; nothing here measures a time."""
 
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -195,7 +196,8 @@ def test_report_without_results(tmp_path, capsys):
 def test_a_session_out_of_time_ends_by_itself(tmp_path):
     (tmp_path / "test_two.py").write_text("def test_one(): pass\ndef test_two(): pass\n")
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "--seconds=0", tmp_path]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # to import less
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], env=environment)
     assert result.returncode == pytest.ExitCode.INTERRUPTED, result.stdout + result.stderr
     assert "out of time" in result.stdout and "1 passed" in result.stdout
 
@@ -215,6 +217,7 @@ def test_there_are_two_hundred_faults_with_different_names():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("resume")  # forks from the same process, which has imported everything
 def test_a_fault_is_tried_on_a_real_run_and_a_loss_is_reported(tmp_path, monkeypatch, capsys):
     def lost(place):
         faults_cases.check(False, "the run | was lost")

@@ -39,7 +39,7 @@ def sample(sizes, columns, missing=0.1):
 @pytest.mark.parametrize("std", ["global", "group", "none"])
 @pytest.mark.parametrize("mode", ["sum", "gdpo"])
 @pytest.mark.parametrize(
-    "sizes", [[1], [24] * 6, [1, 2, 3, 5, 30], [BLOCK], [BLOCK - 1, BLOCK + 1], [2 * BLOCK, 3], [4 * BLOCK + 77, 11]]
+    "sizes", [[1], [24] * 6, [1, 2, 3, 5, 30], [BLOCK], [BLOCK - 1, BLOCK + 1], [2 * BLOCK, 3], [2 * BLOCK + 77, 11]]
 )
 def test_equals_the_definition(sizes, mode, std):
     weights = [1.0, -0.5, 2.0]

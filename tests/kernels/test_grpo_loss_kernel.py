@@ -41,7 +41,7 @@ def run(arguments, backend, convert=lambda tensor: tensor, **settings):
 
 
 def compare(arguments, rtol=2e-5, clip_range=0.15, atol=2e-5, **settings):
-    """Triton against the reference in float64; returns Triton's gradient."""
+    """Triton against the reference in float64; returns Triton's gradient and statistics."""
     settings["clip_range"] = clip_range
     loss, stats, gradient = run(arguments, "triton", **settings)
     exact_loss, exact_stats, exact_gradient = run(arguments, "reference", torch.Tensor.double, **settings)
@@ -53,7 +53,7 @@ def compare(arguments, rtol=2e-5, clip_range=0.15, atol=2e-5, **settings):
         torch.testing.assert_close(value.double(), exact_stats[name], rtol=rtol, atol=2e-5)
     eps = torch.finfo(gradient.dtype).eps
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=max(rtol, 2 * eps), atol=atol)
-    return gradient
+    return gradient, stats
 
 
 @pytest.mark.parametrize("guidance", [None, 4.5])
@@ -62,7 +62,7 @@ def compare(arguments, rtol=2e-5, clip_range=0.15, atol=2e-5, **settings):
 @pytest.mark.parametrize("dynamics", ["flow_sde", "flow_cps", "dance_sde"])
 def test_against_float64(dynamics, log_prob, kl, guidance, kernel_device):
     arguments = on(kernel_device, problem(dynamics, torch.float32, guidance=guidance, log_prob=log_prob))
-    gradient = compare(arguments, kl=kl, kl_weight=0.3)
+    gradient, _ = compare(arguments, kl=kl, kl_weight=0.3)
     assert gradient.abs().amin(dim=(1, 2)).min() > 0
 
 
@@ -76,8 +76,7 @@ def test_guard_against_float64(dynamics, log_prob, kl, guidance, kernel_device):
     settings = {"kl": kl, "kl_weight": 0.3} if kl in KL_KINDS else {}
     if kl == "none":
         del arguments["velocity_ref"]
-    gradient = compare(arguments, **settings)
-    _, stats, _ = run(arguments, "triton", **settings)
+    gradient, stats = compare(arguments, **settings)
     assert stats["clipped_above"].tolist() == [0, 0, 1, 0]
     assert stats["clipped_below"].tolist() == [0, 0, 0, 1]
     assert gradient[:2].abs().amin() > 0
@@ -118,10 +117,9 @@ def test_clipping(ratio, advantage, kernel_device):
     new_log_prob = stats["log_prob_difference"] + arguments["old_log_prob"]
     arguments["old_log_prob"] = new_log_prob - math.log(ratio)
     arguments["advantage"] = torch.full((4,), advantage, device=kernel_device)
-    gradient = compare(arguments, clip_range=0.1)
+    gradient, stats = compare(arguments, clip_range=0.1)
     held = (ratio > 1.1 and advantage > 0) or (ratio < 0.9 and advantage < 0)
     assert ((gradient == 0) == (held or advantage == 0)).all()
-    _, stats, _ = run(arguments, "triton", clip_range=0.1)
     assert (stats["clipped_above"] == (held and advantage > 0)).all()
     assert (stats["clipped_below"] == (held and advantage < 0)).all()
     clipped = max(-5.0, min(5.0, advantage))
@@ -156,7 +154,7 @@ def test_ode_pairs_have_no_policy_gradient(kl, kernel_device):
     arguments["std"][1] = 0
     arguments["old_log_prob"][1] = 0
     for old in (None, arguments["velocity_ref"] + 0.1):
-        gradient = compare(arguments, kl=kl, kl_weight=0.3, velocity_old=old, clip_range=0.9)
+        gradient, _ = compare(arguments, kl=kl, kl_weight=0.3, velocity_old=old, clip_range=0.9)
         assert ((gradient[1] != 0) == (kl == "velocity")).all()
 
 

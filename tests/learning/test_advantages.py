@@ -162,8 +162,11 @@ def test_a_backend_that_cannot_run_is_an_error(runs, monkeypatch):
 
 def test_without_the_extension_torch_computes_and_one_warning_says_so():
     code = """
-import sys, warnings
+import sys, types, warnings
+import fastflowgrpo
 sys.modules["fastflowgrpo._native"] = None  # as if it were not there: importing it is an ImportError
+room = sys.modules["fastflowgrpo.learning"] = types.ModuleType("fastflowgrpo.learning")
+room.__path__ = [f"{folder}/learning" for folder in fastflowgrpo.__path__]  # without the objectives, and so diffusers
 import torch
 from fastflowgrpo import group_advantages
 with warnings.catch_warnings(record=True) as seen:

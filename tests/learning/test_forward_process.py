@@ -21,7 +21,7 @@ def trainer_of(output, algorithm, *, dtype="float32", **update):
     config = Config(
         output_dir=str(output / "run"),
         trackers=[],
-        prompts=PromptsConfig(per_epoch=4),
+        prompts=PromptsConfig(per_epoch=2),
         rollout=RolloutConfig(dynamics="ode", num_steps=5, group_size=SIZE, batch_size=2 * SIZE),
         update=UpdateConfig(algorithm=algorithm, **update),
         evaluation=EvaluationConfig(num_steps=2, images_per_prompt=1),

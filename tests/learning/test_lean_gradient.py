@@ -13,14 +13,14 @@ from fastflowgrpo.config import EvaluationConfig, PolicyConfig, PromptsConfig, R
 SIZE = 8
 
 
-def trainer_of(output, *, batch_size=64, guidance=4.5, rank=4, rollout=None, **update):
+def trainer_of(output, *, groups=2, batch_size=64, guidance=4.5, rank=4, rollout=None, **update):
     settings = {"num_steps": 4, "window_size": None, "batch_size": 32, "guidance_scale": guidance} | (rollout or {})
     rollout = RolloutConfig(group_size=SIZE, **settings)
     config = Config(
         output_dir=str(output / "run"),
         trackers=[],
         policy=PolicyConfig(lora_rank=rank),
-        prompts=PromptsConfig(per_epoch=4),
+        prompts=PromptsConfig(per_epoch=groups),
         rollout=rollout,
         update=UpdateConfig(**{"per_epoch": 1, "batch_size": batch_size, "ema_decay": 0.0} | update),
         evaluation=EvaluationConfig(num_steps=2, images_per_prompt=1),
@@ -72,7 +72,7 @@ def test_equal_samples_share_the_passes_of_their_first_step(tmp_path, algorithm,
     """Rollout and update pass one of each group through the model. The gradient is that of the single samples."""
     window = {"num_steps": 7, "window_size": 2, "window_start": (0, 4), "tail_steps": 1, "solver": "dpm_solver"}
     settings = {"same_noise": True, "keep_unconditional": guidance != 1} | window
-    trainer = trainer_of(tmp_path, guidance=guidance, rollout=settings, batch_size=32, algorithm=algorithm)
+    trainer = trainer_of(tmp_path, groups=4, guidance=guidance, rollout=settings, batch_size=32, algorithm=algorithm)
     batch, _ = trainer.collect(0)
     steps = batch.trajectory.steps[:, 0]
     assert len(steps.unique()) > 1

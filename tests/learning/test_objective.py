@@ -21,7 +21,7 @@ LIKELIHOODS = ["dpo", "sft", "rwr"]
 SIZE = 8
 
 
-def trainer_of(output, algorithm, *, guidance=1.0, dtype="float32", rewards=None, advantage=None, **settings):
+def trainer_of(output, algorithm, *, guidance=1.0, dtype="float32", rewards=None, advantage=None, groups=4, **settings):
     rollout = {"dynamics": "flow_sde", "num_steps": 5, "window_size": 2, "window_start": (0, 3), "same_noise": False}
     rollout |= {"window_stride": 0, "window_epochs": 1}
     rollout |= {name: settings.pop(name) for name in list(settings) if name in rollout}
@@ -30,7 +30,7 @@ def trainer_of(output, algorithm, *, guidance=1.0, dtype="float32", rewards=None
     config = Config(
         output_dir=str(output / "run"),
         trackers=[],
-        prompts=PromptsConfig(per_epoch=4),
+        prompts=PromptsConfig(per_epoch=groups),
         rollout=RolloutConfig(group_size=SIZE, batch_size=2 * SIZE, guidance_scale=guidance, **rollout),
         update=UpdateConfig(**{"algorithm": algorithm, "per_epoch": 1, "batch_size": 64, "ema_decay": 0.0} | settings),
         evaluation=EvaluationConfig(num_steps=2, images_per_prompt=1),
@@ -178,7 +178,8 @@ def test_dpo_starts_at_log_2_and_leaves_it_by_beta_over_4(tmp_path):
     ],
 )
 def test_the_ratio_of_guard_is_exactly_one_before_the_first_update(tmp_path, guidance, dtype, dynamics):
-    trainer = trainer_of(tmp_path, "grpo_guard", guidance=guidance, dtype=dtype, dynamics=dynamics, batch_size=16)
+    settings = {"guidance": guidance, "dtype": dtype, "dynamics": dynamics}
+    trainer = trainer_of(tmp_path, "grpo_guard", groups=2, batch_size=16, **settings)
     batch, _ = trainer.collect(0)
     stats = all_stats(trainer, batch)
     assert len(stats["ratio"]) == 2 * int((batch.advantages != 0).sum()) > 0
@@ -189,7 +190,7 @@ def test_the_ratio_of_guard_is_exactly_one_before_the_first_update(tmp_path, gui
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
 def test_the_ratio_of_guard_is_the_papers(tmp_path, guidance):
     """(d log_prob + mean of (mean - mean_old)^2 / (2 std^2)) std, the old mean from a replay with the old weights."""
-    trainer = trainer_of(tmp_path, "grpo_guard", guidance=guidance)
+    trainer = trainer_of(tmp_path, "grpo_guard", groups=2, guidance=guidance)
     batch, _ = trainer.collect(0)
     rows, slots = micro_batches(trainer, batch)[0]
     sample = batch.trajectory.latents[rows, slots]
@@ -216,7 +217,7 @@ def test_the_ratio_of_guard_is_the_papers(tmp_path, guidance):
 
 @pytest.mark.parametrize("algorithm", ["grpo_guard", *LIKELIHOODS])
 def test_micro_batches_add_up_to_one_batch(tmp_path, algorithm):
-    trainer = trainer_of(tmp_path, algorithm)
+    trainer = trainer_of(tmp_path, algorithm, groups=2)
     perturb(trainer.learner.parameters, 0.01, seed=0)
     batch, _ = trainer.collect(0)
     whole = gradient(trainer, batch)

@@ -56,8 +56,9 @@ ON_CPU = {
 }
 
 
-def config_of(output="unused", *, rank=4, guidance=4.5, kl_weight=0.04, window=2, **settings):
+def config_of(output="unused", *, model="shapes", rank=4, guidance=4.5, kl_weight=0.04, window=2, **settings):
     config = Config(
+        model=str(model),
         output_dir=str(output),
         trackers=[],
         policy=PolicyConfig(lora_rank=rank, lora_alpha=8),
@@ -123,8 +124,10 @@ def test_plan_equals_groups_assigned_by_hand(groups, updates, processes, window)
         (0, 1.0, 0.0, "awm"),
     ],
 )
-def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weight, algorithm, tmp_path):
-    config = config_of(tmp_path / "run", rank=rank, guidance=guidance, kl_weight=kl_weight)
+def test_parameters_and_flops_are_those_of_a_real_epoch(
+    tiny_sd3_folder, rank, guidance, kl_weight, algorithm, tmp_path
+):
+    config = config_of(tmp_path / "run", model=tiny_sd3_folder, rank=rank, guidance=guidance, kl_weight=kl_weight)
     config.update.algorithm = algorithm
     config.update.noise_draws = 1 if algorithm.startswith("grpo") else 2
     validate(config)
@@ -152,8 +155,8 @@ def test_parameters_and_flops_are_those_of_a_real_epoch(rank, guidance, kl_weigh
 
 
 @pytest.mark.parametrize(("candidates", "groups", "largest"), [(6, 4, 6), (12, 4, 8), (5, 1, 5)])
-def test_flops_of_candidates_are_those_of_a_real_epoch(candidates, groups, largest, tmp_path):
-    config = config_of(tmp_path / "run")
+def test_flops_of_candidates_are_those_of_a_real_epoch(tiny_sd3_folder, candidates, groups, largest, tmp_path):
+    config = config_of(tmp_path / "run", model=tiny_sd3_folder)
     config.prompts.per_epoch, config.update.per_epoch = groups, 1
     config.rollout.candidates, config.rollout.candidate_steps = candidates, 2
     validate(config)
@@ -172,10 +175,10 @@ def test_flops_of_candidates_are_those_of_a_real_epoch(candidates, groups, large
     assert line in str(found)
 
 
-def test_flops_of_fewer_passes_are_those_of_a_real_epoch(tmp_path):
+def test_flops_of_fewer_passes_are_those_of_a_real_epoch(tiny_sd3_folder, tmp_path):
     """Unconditional velocities kept for the first of two updates, and the reference on a third of the pairs, for a norm
     guard as for a KL."""
-    config = config_of(tmp_path / "run", rank=4, guidance=4.5, kl_weight=0.0)
+    config = config_of(tmp_path / "run", model=tiny_sd3_folder, rank=4, guidance=4.5, kl_weight=0.0)
     config.rollout.keep_unconditional, config.update.kl_share = True, 1 / 3
     config.update.norm_guard_weight = 0.1
     validate(config)
@@ -197,9 +200,9 @@ def test_flops_of_fewer_passes_are_those_of_a_real_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("stride", [0, 1])
-def test_flops_of_shared_passes_and_a_short_tail_are_those_of_real_epochs(tmp_path, stride):
+def test_flops_of_shared_passes_and_a_short_tail_are_those_of_real_epochs(tiny_sd3_folder, tmp_path, stride):
     """Of as many epochs as give each first step of a window equally often, or of those of a sliding window."""
-    config = config_of(tmp_path / "run", kl_weight=0.0, epochs=2)
+    config = config_of(tmp_path / "run", model=tiny_sd3_folder, kl_weight=0.0, epochs=2)
     config.rollout.same_noise, config.rollout.tail_steps, config.rollout.num_steps = True, 1, 6
     config.rollout.window_start, config.rollout.window_stride = (1, 3), stride
     validate(config)
