@@ -3,15 +3,31 @@
 import multiprocessing
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support import worker_rewards
+from support.forks import FORK
 
 from fastflowgrpo.prompts import Prompt
 from fastflowgrpo.rewards import RewardBatch, build_rewards
+from fastflowgrpo.scoring import workers
 
+pytestmark = pytest.mark.xdist_group("resume")  # forks from the same process
 GROUP = 3
+
+
+@pytest.fixture
+def spawned():
+    """For a test whose processes are started anew, as in a run."""
+
+
+@pytest.fixture(autouse=True)
+def forked(request, monkeypatch):
+    """Processes are forked from one that has imported everything, unless the test asks for `spawned`."""
+    if "spawned" not in request.fixturenames:
+        monkeypatch.setattr(workers, "multiprocessing", SimpleNamespace(get_context=lambda method: FORK))
 
 
 def batch_of(prompts: list[str]) -> RewardBatch:
@@ -37,6 +53,7 @@ def reward(request):
 
 
 @pytest.mark.parametrize("reward", [("brightness", {"workers": 2, "scale": 0.5})], indirect=True)
+@pytest.mark.usefixtures("spawned")
 def test_processes_give_what_the_reward_gives_in_its_order(reward):
     batch = batch_of(["a", "unscorable", "b", "c", "d"])
     scores, expected = reward(batch), worker_rewards.brightness(batch, scale=0.5)
