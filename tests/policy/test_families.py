@@ -452,7 +452,7 @@ def test_training_continues_from_a_saved_lora(folders, tmp_path, name):
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize(("name", "dtype"), each([("bfloat16",), ("float16",)], [("bfloat16",)]))
+@pytest.mark.parametrize(("name", "dtype"), [*each([("bfloat16",)], [("bfloat16",)]), ("sd35", "float16")])
 def test_a_float32_adapter_computes_what_the_saved_one_does_in_the_models_dtype(folders, tmp_path, name, dtype):
     policy = load(folders(name), dtype=dtype)
     perturb(policy.trainable_parameters())
@@ -610,14 +610,16 @@ def test_sd3_without_xformers(folders, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, in tracing
-@pytest.mark.parametrize("name", TESTED)
+@pytest.mark.parametrize(
+    "name", [name for name in TESTED if name not in ("wan22", "flux2")]
+)  # wan's and klein's blocks
 def test_compiled_blocks_are_the_same_in_rollout_and_update(folders, tmp_path, name, monkeypatch):
     with_graph = []
     compile_blocks = ModelMixin.compile_repeated_blocks
 
     def backend(graph, inputs):
         with_graph.append(torch.is_grad_enabled())
-        return aot_eager(graph, inputs) if name == "sd35" else graph  # the graph as it is takes a third of the time
+        return graph  # as it is; the test with Inductor has the passes that follow
 
     def quickly(self, **settings):
         assert settings == {"fullgraph": True, "dynamic": False}
@@ -625,7 +627,7 @@ def test_compiled_blocks_are_the_same_in_rollout_and_update(folders, tmp_path, n
 
     monkeypatch.setattr(ModelMixin, "compile_repeated_blocks", quickly)
     torch._dynamo.reset()
-    found = ratios(config_of(folders(name), tmp_path, name, compile=True, dtype="bfloat16"))
+    found = ratios(config_of(folders(name), tmp_path, name, compile=True, dtype="bfloat16", lora_targets=["to_q"]))
     assert with_graph
     assert all(with_graph)
     assert (found == 1).all()
