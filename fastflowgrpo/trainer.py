@@ -197,6 +197,7 @@ class Trainer:
                 self.check_replay(batch)
             with self.report.phase("update"):
                 metrics |= self.learner.update(batch)
+            del batch  # the next rollout can have its memory
             state.epoch += 1
             state.ahead = self.epoch_sampler.ahead
             state.mark_epoch_boundary()
