@@ -1,5 +1,6 @@
 """The command line: settings, their order, their help, and a one-line message for every error."""
 
+import importlib
 import math
 import re
 import subprocess
@@ -351,6 +352,8 @@ def run_with(monkeypatch: pytest.MonkeyPatch, error: BaseException | None) -> in
 
 
 def test_exit_codes_of_training(monkeypatch, capsys):
+    importlib.import_module("fastflowgrpo.policy")  # transformers warns while it is imported for the first time
+    capsys.readouterr()
     assert run_with(monkeypatch, None) == 0
     assert capsys.readouterr().err == ""
     assert run_with(monkeypatch, UserError("model:\n  no such folder")) == 2
