@@ -4,6 +4,7 @@ The place of a tensor is kept on its storage, so views share it. Every operation
 the backward pass.
 """
 
+import threading
 import traceback
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 MOVES = (Tensor.to, Tensor.cpu, Tensor.cuda)
 
 
+class _Thread(threading.local):
+    makes_tensors = False
+    """Whether new tensors are on the device though no device is named, as inside a backward pass."""
+
+
 class FakeGpu:
     """The device: inside `active`, which each thread enters for itself, tensors can be made on it.
 
@@ -38,7 +44,7 @@ class FakeGpu:
         self.races = self.order.races
         self.errors: list[str] = []
         self.in_step_loop = False
-        self.makes_tensors = False  # without a device that is named, as inside a backward pass
+        self.thread = _Thread()
         happens_before.install(self.order, monkeypatch, pipeline)
         autocast = torch.autocast
         monkeypatch.setattr(torch, "autocast", lambda kind, *args, **kw: autocast("cpu", *args, **kw))
@@ -111,7 +117,7 @@ class _Operations(TorchDispatchMode):
         gpu, name = self.gpu, func.overloadpacket.__name__
         tensors = list(tensors_of((*args, *kwargs.values())))
         places = {on_gpu(tensor) for tensor in tensors if tensor.ndim or on_gpu(tensor)}
-        gpu_called = True in places or (not tensors and gpu.makes_tensors)
+        gpu_called = True in places or (not tensors and gpu.thread.makes_tensors)
         # Indexing takes indices of the CPU, and then copies them while the host waits.
         if len(places) == 2 and name not in ("copy_", "_to_copy"):
             if name not in INDEXING:
@@ -167,11 +173,12 @@ class _Calls(TorchFunctionMode):
         wanted = device is not None and torch.device(device).type == "cuda"
         if wanted:
             kwargs["device"] = "cpu"
-        outer, self.gpu.makes_tensors = self.gpu.makes_tensors, device is None and any(map(on_gpu, tensors_of(args)))
+        thread = self.gpu.thread
+        outer, thread.makes_tensors = thread.makes_tensors, device is None and any(map(on_gpu, tensors_of(args)))
         try:
             made = func(*args, **kwargs)
         finally:
-            self.gpu.makes_tensors = outer
+            thread.makes_tensors = outer
         if wanted or pinned:
             if func in (torch.tensor, torch.as_tensor):
                 self.gpu.wait(f"{func} copies numbers to the device")
