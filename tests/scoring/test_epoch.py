@@ -36,7 +36,7 @@ def statistics(trainer, batch):
 def test_groups_ahead_are_those_of_their_epoch_with_the_weights_before_the_update(tiny_sd3_folder, tmp_path):
     """The first two groups of four, in batches of one group. All else is as without the setting."""
     plain = trainer_of(tiny_sd3_folder, tmp_path / "plain")
-    ahead = trainer_of(tiny_sd3_folder, tmp_path / "ahead", **{"rollout.ahead": 2})
+    ahead = trainer_of(tiny_sd3_folder, tmp_path / "ahead", **{"rollout.ahead": 2, "epochs": 2})
     first, expected = ahead.collect(0)[0], plain.collect(0)[0]
     assert torch.equal(first.trajectory.final, expected.trajectory.final)
     assert torch.equal(first.advantages, expected.advantages)
@@ -47,6 +47,7 @@ def test_groups_ahead_are_those_of_their_epoch_with_the_weights_before_the_updat
     assert metrics["stale_pairs"] == metrics["stale_clipped"] == 0
     batch, fresh = ahead.collect(1)[0], plain.collect(1)[0]
     assert batch.stale == 2 * SIZE
+    assert not ahead.epoch_sampler.ahead.parts, "no epoch follows the last one"
     for field in fields(before):
         old, found, new = (
             getattr(trajectory, field.name) for trajectory in (before, batch.trajectory, fresh.trajectory)
