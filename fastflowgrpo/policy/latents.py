@@ -9,7 +9,12 @@ from fastflowgrpo.errors import UserError
 
 
 def latent_size(
-    height: int | None, width: int | None, factor: int, patch: int, default: tuple[int, int]
+    height: int | None,
+    width: int | None,
+    factor: int,
+    patch: int,
+    default: tuple[int, int],
+    most_tokens: int | None = None,
 ) -> tuple[int, int]:
     """Return (H, W) of the latents for an image size in pixels.
 
@@ -18,16 +23,20 @@ def latent_size(
         factor: pixels per latent along a side.
         patch: latents per token along a side.
         default: (height, width) in pixels.
+        most_tokens: for how many along a side the model has positions; None if for any number.
 
     Raises:
-        UserError: the size is not a multiple of a token's.
+        UserError: the size is not a multiple of a token's, or larger than the model's positions.
     """
-    sizes = []
+    sizes, multiple = [], factor * patch
     for name, size, default_size in (("height", height, default[0]), ("width", width, default[1])):
         size = default_size if size is None else size
-        if size <= 0 or size % (factor * patch):
-            multiple = factor * patch
+        if size <= 0 or size % multiple:
             raise UserError(f"rollout.{name} {size} is not a positive multiple of {multiple}, as this model needs")
+        if most_tokens is not None and size > most_tokens * multiple:
+            raise UserError(
+                f"rollout.{name} {size} is more than {most_tokens * multiple}, the most that this model takes"
+            )
         sizes.append(size // factor)
     return sizes[0], sizes[1]
 

@@ -64,8 +64,10 @@ class SD3Policy(DiffusersPolicy):
         reject_num_frames(num_frames)
         factor = self.pipeline.vae_scale_factor
         default = self.pipeline.default_sample_size * factor
-        size = latent_size(height, width, factor, self.pipeline.patch_size, (default, default))
-        return (self.module.config.out_channels, *size)
+        config = self.module.config
+        most = config.pos_embed_max_size
+        size = latent_size(height, width, factor, self.pipeline.patch_size, (default, default), most)
+        return (config.out_channels, *size)
 
     def predict(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         timestep = sigma * self.pipeline.scheduler.config.num_train_timesteps

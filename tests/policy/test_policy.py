@@ -153,6 +153,9 @@ def test_latent_shape(folder):
     assert policy.latent_shape(16, 24) == (4, 8, 12)
     with pytest.raises(UserError, match=r"rollout\.width 18 is not a positive multiple of 4"):
         policy.latent_shape(16, 18)
+    assert policy.latent_shape(32, 16) == (4, 16, 8)
+    with pytest.raises(UserError, match=r"rollout\.height 36 is more than 32, the most that this model takes"):
+        policy.latent_shape(36, 16)
 
 
 def test_errors_name_the_remedy(folder, tmp_path):
