@@ -155,10 +155,10 @@ class AdvantageConfig:
 class UpdateConfig:
     """The update: what is learned from the images of an epoch."""
 
-    algorithm: Literal["grpo", "grpo_guard", "nft", "awm", "dpo", "sft", "rwr"] = "grpo"
+    algorithm: Literal["grpo", "grpo_guard", "nft", "awm", "dgpo", "dpo", "sft", "rwr"] = "grpo"
     """Loss. grpo and grpo_guard are policy gradients on the sampled steps. The others train on the images with noise
-    added: nft and awm weight each by its advantage, dpo prefers the best image of a group to the worst, sft fits the
-    best, rwr fits all, weighted by reward."""
+    added: nft and awm weight each by its advantage, dgpo prefers the better images of a group to its worse ones, dpo
+    the best to the worst, sft fits the best, rwr fits all, weighted by reward."""
     data: Literal["online", "offline"] = "online"
     """Who samples the images: the policy in training (online), or the loaded model (offline, for dpo, sft and rwr)."""
     noise_draws: int = 1
@@ -173,8 +173,12 @@ class UpdateConfig:
     """awm clips its ratio to [1 - awm_clip_range, 1 + awm_clip_range]."""
     old_weight: float = 1.0
     """Weight of the squared distance to the old policy's velocity, for awm."""
+    dgpo_beta: float = 100.0
+    """Strength with which dgpo turns to the groups whose preference the policy does not have yet."""
+    dgpo_clip_range: float = 0.01
+    """dgpo leaves out a sample whose likelihood has moved by more than this share in the direction of its advantage."""
     old_decay_slope: float = 0.001
-    """Growth per update of the share of itself that the old policy of nft and awm keeps after an epoch."""
+    """Growth per update of the share of itself that the old policy of nft, awm and dgpo keeps after an epoch."""
     old_decay_start: int = 0
     """Updates before that share begins to grow."""
     old_decay_max: float = 0.5

@@ -8,7 +8,7 @@ from fastflowgrpo.config.settings import BUNDLED_MODELS, Config, DemoConfig, Eva
 from fastflowgrpo.errors import UserError
 
 POLICY_GRADIENTS = ("grpo", "grpo_guard")
-FORWARD_PROCESS = ("nft", "awm")
+FORWARD_PROCESS = ("nft", "awm", "dgpo")
 
 # Lowest allowed value -> the settings that have it. A setting that is null or a tuple is checked value by value.
 _MINIMUM = {
@@ -75,6 +75,8 @@ _ABOVE_ZERO = (
     "update.dpo_beta",
     "update.nft_beta",
     "update.awm_clip_range",
+    "update.dgpo_beta",
+    "update.dgpo_clip_range",
     "update.rwr_temperature",
     "rollout.noise_level",
     "advantage.clip",
@@ -128,6 +130,7 @@ _USED_ONLY_WITH: dict[tuple[str, tuple[Any, ...]], tuple[str, ...]] = {
     ),
     ("update.algorithm", ("nft",)): ("update.nft_beta",),
     ("update.algorithm", ("awm",)): ("update.awm_clip_range", "update.old_weight"),
+    ("update.algorithm", ("dgpo",)): ("update.dgpo_beta", "update.dgpo_clip_range"),
     ("update.algorithm", ("dpo",)): ("update.dpo_beta",),
     ("update.algorithm", ("rwr",)): ("update.rwr_temperature",),
     ("rollout.dynamics", ("flow_sde", "flow_cps", "dance_sde")): (

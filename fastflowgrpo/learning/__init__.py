@@ -3,7 +3,7 @@
 Sampling, scoring and logging are elsewhere; nothing here knows where images or scores come from.
 """
 
-from fastflowgrpo.learning.forward_process import AWM, NFT
+from fastflowgrpo.learning.forward_process import AWM, DGPO, NFT
 from fastflowgrpo.learning.objective import Batch, Objective
 from fastflowgrpo.learning.policy_gradient import GRPO, GRPOGuard
 from fastflowgrpo.learning.preference import DPO
@@ -14,6 +14,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "grpo_guard": GRPOGuard,
     "nft": NFT,
     "awm": AWM,
+    "dgpo": DGPO,
     "dpo": DPO,
     "sft": SFT,
     "rwr": RWR,

@@ -115,8 +115,7 @@ class Learner:
             try:
                 return work(*arguments)
             except torch.OutOfMemoryError:
-                smallest = self.objective.batch_size == self.objective.samples_per_pair
-                if smallest or not self.config.update.halve_batch_size:
+                if self.objective.pairs == 1 or not self.config.update.halve_batch_size:
                     raise
             # Here, where the error holds no tensors any more.
             self.optimizer.zero_grad()
@@ -171,7 +170,7 @@ class Learner:
         The last pair is repeated and the repeats' losses left out, so that no other size is compiled. With an
         `update.kl_share` below 1 the repeats would change which pairs have a KL.
         """
-        pairs, size = len(rows), self.objective.batch_size // self.objective.samples_per_pair
+        pairs, size = len(rows), self.objective.pairs
         if not self.config.policy.compile or self.config.update.kl_share < 1 or pairs >= size:
             return self.objective.loss(batch, rows, slots)
         full = torch.arange(size).clamp(max=pairs - 1)

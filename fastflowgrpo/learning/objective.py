@@ -58,8 +58,6 @@ class Objective(ABC):
     """Whether it trains on sampled steps, which the rollout then keeps with their log-probs."""
     one_pair_per_group: ClassVar[bool] = False
     """Whether it has one pair per group and slot instead of one per sample and slot."""
-    samples_per_pair: ClassVar[int] = 1
-    """Samples that one pair passes through the model."""
     uses_reference: ClassVar[bool] = False
     """Whether the loss needs the reference's velocity even without a KL."""
     uses_old_policy: ClassVar[bool] = False
@@ -73,6 +71,11 @@ class Objective(ABC):
         self.halvings = 0
         """How often `update.batch_size` is halved; the learner does so where memory is short."""
         self.slots = window_size if self.uses_log_probs else config.update.noise_draws
+
+    @classmethod
+    def samples_per_pair(cls, config: Config) -> int:
+        """Samples that one pair passes through the model."""
+        return 1
 
     @classmethod
     def keeps_velocities(cls, config: Config) -> bool:
@@ -111,14 +114,18 @@ class Objective(ABC):
         rows = begin + torch.nonzero(self.is_trained(batch.advantages[begin : begin + count]))[:, 0]
         if not len(rows):
             return []
-        size = self.batch_size // self.samples_per_pair
         slots = torch.arange(self.slots).repeat_interleave(len(rows))
-        return list(zip(rows.repeat(self.slots).split(size), slots.split(size), strict=True))
+        return list(zip(rows.repeat(self.slots).split(self.pairs), slots.split(self.pairs), strict=True))
+
+    @property
+    def pairs(self) -> int:
+        """The pairs of a micro-batch, at least one."""
+        return max(1, (self.config.update.batch_size >> self.halvings) // self.samples_per_pair(self.config))
 
     @property
     def batch_size(self) -> int:
-        """The size of a micro-batch, in samples."""
-        return max(self.samples_per_pair, self.config.update.batch_size >> self.halvings)
+        """The samples that a micro-batch passes through the model."""
+        return self.pairs * self.samples_per_pair(self.config)
 
     def is_trained(self, advantages: Tensor) -> Tensor:
         """Which samples have pairs, bool of the shape of their advantages."""

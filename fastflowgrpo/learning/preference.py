@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastflowgrpo.config import Config
 from fastflowgrpo.learning.flow_matching import NoisedObjective
 from fastflowgrpo.learning.objective import Batch, Statistics
 from fastflowgrpo.learning.regression import best_and_worst
@@ -23,8 +24,11 @@ class DPO(NoisedObjective):
     """Diffusion-DPO. A pair has the best sample of a group as its row, and stands for the best and the worst."""
 
     one_pair_per_group = True
-    samples_per_pair = 2
     uses_reference = True
+
+    @classmethod
+    def samples_per_pair(cls, config: Config) -> int:
+        return 2
 
     def advantages(self, scores: Scores, reward_weights: Mapping[str, float]) -> Tensor:
         """1 for the best sample of a group, -1 for the worst, 0 for the others and in groups of equal rewards."""

@@ -21,7 +21,7 @@ Memory of a process, in bytes:
   steps of one batch or of two micro-batches are there at a time, and the others on the CPU.
 - ahead: the same for the groups of the next epoch that rollout.ahead samples before the update. An update may then
   overlap the decoding of the last of them.
-- old policy: 4 for each trained parameter, for nft and awm.
+- old policy: 4 for each trained parameter, for nft, awm and dgpo.
 - embeddings: those of the process's groups, and the 512, or the 5 GB of them, in the cache.
 - passes: the larger of two sums, since the two phases do not overlap: the forward pass of a rollout (or evaluation)
   with the decoding of the previous images; the forward and backward pass of an update. Full training in a lower
@@ -123,7 +123,7 @@ def estimate(config: Config, processes: int = 1, run: Callable[..., Passes] | No
     """
     plan = batch_plan(config, processes)
     sampled = max(plan.rollout_batch_size, plan.candidate_batch_size, config.evaluation.batch_size)
-    micro_batch = plan.micro_batch_size * OBJECTIVES[config.update.algorithm].samples_per_pair
+    micro_batch = plan.micro_batch_size * OBJECTIVES[config.update.algorithm].samples_per_pair(config)
     decoded = max(plan.rollout_batch_size, plan.candidate_batch_size, plan.candidates)
     decoded = min(config.policy.decode_batch_size, decoded)
     with torch.random.fork_rng(devices=[]):  # a run's random numbers do not depend on whether it was estimated
@@ -237,7 +237,7 @@ def uses_reference(config: Config) -> bool:
 def _flops(config: Config, plan: Plan, passes: Passes) -> dict[str, int]:
     """Return `Estimate.flops`."""
     objective, branches = OBJECTIVES[config.update.algorithm], _branches(config)
-    trained_images = plan.pairs * objective.samples_per_pair
+    trained_images = plan.pairs * objective.samples_per_pair(config)
     distinct = _distinct_images(config, plan, trained_images)
     forward, train = passes.forward.flops_per_sample, passes.train.flops_per_sample
     reference = passes.reference.flops_per_sample if uses_reference(config) else 0

@@ -119,7 +119,7 @@ def _smaller_batches(config: Config, excess: Callable[[Config], float], halvings
 
 def _halved(config: Config) -> Iterator[Config]:
     """Yield the config with one kind of batch halved: of the update, of sampling, of decoding."""
-    size, smallest = config.rollout.group_size, OBJECTIVES[config.update.algorithm].samples_per_pair
+    size, smallest = config.rollout.group_size, OBJECTIVES[config.update.algorithm].samples_per_pair(config)
     if config.update.batch_size > smallest:
         yield with_setting(config, "update.batch_size", max(smallest, config.update.batch_size // 2))
     sampled = max(config.rollout.batch_size, config.evaluation.batch_size) // 2
@@ -158,7 +158,7 @@ class _Interpolated:
 
         estimate(config, processes, keep)
         with torch.random.fork_rng(devices=[]):
-            self.ends.append(run_passes(config, 1, OBJECTIVES[config.update.algorithm].samples_per_pair, 1))
+            self.ends.append(run_passes(config, 1, OBJECTIVES[config.update.algorithm].samples_per_pair(config), 1))
 
     def __call__(self, config: Config, sampled: int, micro_batch: int, decoded: int) -> Passes:
         large, small = self.ends

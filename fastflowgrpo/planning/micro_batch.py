@@ -31,7 +31,7 @@ def with_largest_micro_batch(config: Config, processes: int, memory: float) -> C
     """
     checkpointing = config.policy.gradient_checkpointing
     update = "update with gradient checkpointing" if checkpointing else "update"
-    samples_per_pair = OBJECTIVES[config.update.algorithm].samples_per_pair
+    samples_per_pair = OBJECTIVES[config.update.algorithm].samples_per_pair(config)
 
     def with_pairs(pairs: int) -> Config:
         return replace(config, update=replace(config.update, batch_size=pairs * samples_per_pair))

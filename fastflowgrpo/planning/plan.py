@@ -20,7 +20,7 @@ class Plan:
     groups: int
     group_size: int
     trained_per_group: int
-    """Images of a group that are trained on: all, 1 for sft (the best), or 1 for dpo (a pair of the best and worst)."""
+    """Images of a group that are trained on, each in pairs of its own: all, or 1 where a pair stands for its group."""
     pair_name: str
     """What is paired with an image in training: a trained step or a noise draw."""
     pairs_per_image: int
@@ -64,7 +64,7 @@ class Plan:
         groups, update_groups = _range(*self.groups_per_process), _range(*self.update_groups_per_process)
         images = self.groups_per_process[1] * self.group_size
         pairs = self.update_groups_per_process[1] * self.trained_per_group * self.pairs_per_image
-        trained = "each" if self.trained_per_group == self.group_size else "the best of each group"
+        trained = "each" if self.trained_per_group == self.group_size else "each group"
         lines = [
             f"images   {self.groups} groups x {self.group_size} = {self.images} an epoch, "
             f"{_count(self.pairs_per_image, self.pair_name)} of {trained}: {self.pairs} pairs in "
@@ -118,7 +118,7 @@ def batch_plan(config: Config, processes: int) -> Plan:
     else:
         pair_name, pairs_per_image = "noise draw", update.noise_draws
     trained_per_group = 1 if objective.one_pair_per_group else size
-    micro_batch_size = max(1, update.batch_size // objective.samples_per_pair)
+    micro_batch_size = max(1, update.batch_size // objective.samples_per_pair(config))
     groups_per_process = groups // processes, -(-groups // processes)
     update_groups_per_process = groups_per_update // processes, -(-groups_per_update // processes)
     images, pairs = groups_per_process[1] * size, update_groups_per_process[1] * trained_per_group * pairs_per_image

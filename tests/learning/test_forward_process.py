@@ -1,4 +1,4 @@
-"""DiffusionNFT and AWM on the bundled world: their closed forms, the old policy, and that better samples gain."""
+"""DiffusionNFT, AWM and DGPO on the bundled world: their closed forms, the old policy, and that better samples gain."""
 
 import math
 from dataclasses import replace
@@ -36,10 +36,11 @@ def pairs(trainer, batch):
     return tuple(torch.cat(part) for part in zip(*micro_batches, strict=True))
 
 
-def velocities(trainer, batch, rows, draws):
-    """v, v_old, v_ref, x_0, x_1 and t of pairs, written out, in float64 but for the transformer."""
+def velocities(trainer, batch, rows, draws, noise_rows=None):
+    """v, v_old, v_ref, x_0, x_1 and t of samples, written out, in float64 but for the transformer."""
     clean = batch.trajectory.final[rows].float()
-    noise, level = noise_draw(batch.trajectory.seeds[rows], draws, 5, clean.shape)
+    seeds = batch.trajectory.seeds[rows if noise_rows is None else noise_rows]
+    noise, level = noise_draw(seeds, draws, 5, clean.shape)
     t = level.view(-1, 1, 1, 1)
     conditioning = {name: tensor[rows // SIZE] for name, tensor in batch.conditioning.items()}
 
@@ -104,6 +105,62 @@ def test_the_loss_and_its_gradient_are_the_formula(tmp_path, algorithm, kl_weigh
     assert ("kl" in statistics) == (kl_weight > 0)
 
 
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3])
+def test_dgpo_is_its_formula(tmp_path, kl_weight):
+    """A pair is a group at one noise and level; a sample without a score only has the KL."""
+    trainer = trainer_of(tmp_path, "dgpo", kl_weight=kl_weight, dgpo_beta=40.0, dgpo_clip_range=0.003)
+    perturb(trainer.learner.parameters, 0.01, seed=0)
+    trainer.learner.old_policy.follow(0.0)
+    perturb(trainer.learner.parameters, 0.005, seed=1)
+    batch, _ = trainer.collect(0)
+    batch.advantages[:3] = torch.tensor([math.nan, 0.0, 7.0])  # 7 is beyond the clip
+    groups, draws = pairs(trainer, batch)
+    assert groups.tolist() == [2, SIZE] * DRAWS, "the first sample with an advantage stands for its group"
+    first, draw = (groups // SIZE * SIZE).repeat_interleave(SIZE), draws.repeat_interleave(SIZE)
+    rows = first + torch.arange(SIZE).repeat(len(groups))
+    v, old, reference, x0, x1, _ = velocities(trainer, batch, rows, draw, first)
+    e, e_old, e_ref = (mean((velocity - (x1 - x0)) ** 2) for velocity in (v, old, reference))
+    a = batch.advantages[rows].nan_to_num().clamp(-5, 5)
+    preference = (-40 * a * (e - e_ref)).view(-1, SIZE).mean(1)
+    q = (e_old - e).exp()
+    moved = ((a > 0) & (q > 1.003)) | ((a < 0) & (q < 0.997))
+    assert 0 < moved.sum() < (a != 0).sum(), "some samples are left out, and some are not"
+    w = torch.sigmoid(-preference).detach().repeat_interleave(SIZE)
+    kl = kl_weight * mean((v - reference) ** 2)
+    expected = (torch.where(moved, 0, w * a * e) + kl).view(-1, SIZE).mean(1)
+    unclipped = -torch.log(torch.sigmoid(preference)) / 40 + kl.view(-1, SIZE).mean(1)
+    theirs, without_clip = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(x.mean(), trainer.learner.parameters, retain_graph=True)])
+        for x in (expected, unclipped)
+    )
+    loss, statistics = trainer.objective.loss(batch, groups, draws)
+    ours = gradient_of(trainer, loss.mean())
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    assert (ours - theirs).norm() < 1e-4 * theirs.norm() > 0
+    clipped = statistics["clipped_above"] + statistics["clipped_below"]
+    torch.testing.assert_close(clipped, moved.view(-1, SIZE).float().mean(1))
+    trainer.config.update.dgpo_clip_range = 1e6
+    ours = gradient_of(trainer, trainer.objective.loss(batch, groups, draws)[0].mean())
+    assert (ours - without_clip).norm() < 1e-4 * without_clip.norm() > 0
+
+
+def test_micro_batches_of_dgpo_hold_whole_groups(tmp_path):
+    trainer = trainer_of(tmp_path, "dgpo")
+    perturb(trainer.learner.parameters, 0.01, seed=0)
+    batch, _ = trainer.collect(0)
+    found = []
+    for size, lengths in ((1, [1, 1, 1, 1]), (20, [2, 2]), (64, [4])):
+        trainer.config.update.batch_size = size
+        micro_batches = trainer.objective.micro_batches(batch, 0, len(batch.advantages))
+        assert [len(rows) for rows, _ in micro_batches] == lengths
+        assert trainer.objective.batch_size == SIZE * max(1, size // SIZE)
+        trainer.learner.accumulate(batch, micro_batches)
+        found.append(torch.cat([parameter.grad.flatten() for parameter in trainer.learner.parameters]))
+        trainer.learner.optimizer.zero_grad()
+    for other in found[1:]:
+        assert (other - found[0]).norm() < 1e-4 * found[0].norm()
+
+
 @pytest.mark.parametrize("beta", [0.1, 1.0])
 def test_the_gradient_of_nft_at_the_old_policy_does_not_depend_on_beta(tmp_path, beta):
     """It is A grad [mean((x_t - t v - x_0)^2) / sg(mean|x_t - t v - x_0|)]."""
@@ -118,7 +175,7 @@ def test_the_gradient_of_nft_at_the_old_policy_does_not_depend_on_beta(tmp_path,
     assert (ours - expected).norm() < 1e-4 * expected.norm() > 0
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "dgpo"])
 def test_samples_without_an_advantage_are_not_trained(tmp_path, algorithm):
     trainer = trainer_of(tmp_path, algorithm)
     batch, _ = trainer.collect(0)
@@ -132,7 +189,7 @@ def test_samples_without_an_advantage_are_not_trained(tmp_path, algorithm):
     assert gradient_of(trainer, loss.sum()).norm() < 1e-5
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", [*ALGORITHMS, "dgpo"])
 def test_better_samples_gain(tmp_path, algorithm):
     """Their flow-matching errors, at draws that were not trained on, fall more than those of worse ones."""
     trainer = trainer_of(tmp_path, algorithm, noise_draws=8)

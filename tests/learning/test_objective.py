@@ -245,7 +245,7 @@ def test_where_memory_is_short_micro_batches_are_halved_and_the_update_is_the_sa
     def short(batch, rows, slots):
         passes.append(len(rows))
         result = loss(batch, rows, slots)
-        if len(rows) * halving.objective.samples_per_pair > most:
+        if len(rows) * halving.objective.samples_per_pair(halving.config) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 
@@ -256,7 +256,7 @@ def test_where_memory_is_short_micro_batches_are_halved_and_the_update_is_the_sa
         changed.append(torch.cat([parameter.detach().flatten() for parameter in trainer.learner.parameters]))
     assert torch.equal(changed[0], changed[1]) and torch.equal(changed[2], changed[3])
     assert halving.objective.batch_size == most and roomy.objective.batch_size == 64
-    assert max(passes[halvings:]) * halving.objective.samples_per_pair == most
+    assert max(passes[halvings:]) * halving.objective.samples_per_pair(halving.config) == most
     assert capsys.readouterr().out.count("out of memory: update.batch_size is ") == halvings
     monkeypatch.setattr(plain.objective, "loss", short)
     with pytest.raises(torch.OutOfMemoryError):

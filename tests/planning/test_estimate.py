@@ -122,6 +122,7 @@ def test_plan_equals_groups_assigned_by_hand(groups, updates, processes, window)
         (4, 1.0, 0.0, "rwr"),
         (4, 1.0, 0.1, "nft"),
         (0, 1.0, 0.0, "awm"),
+        (4, 1.0, 0.0, "dgpo"),
     ],
 )
 def test_parameters_and_flops_are_those_of_a_real_epoch(
@@ -150,8 +151,8 @@ def test_parameters_and_flops_are_those_of_a_real_epoch(
     assert found.flops["rollout"] + found.flops["decode"] == sampling.get_total_flops()
     old_policy = found.flops.get("old policy", 0)
     assert found.flops["update"] + found.flops["reference"] + old_policy == updating.get_total_flops()
-    assert (old_policy > 0) == ("old policy" in found.memory) == (algorithm in ("nft", "awm"))
-    assert (found.flops["reference"] > 0) == (kl_weight > 0 or algorithm == "dpo")
+    assert (old_policy > 0) == ("old policy" in found.memory) == (algorithm in ("nft", "awm", "dgpo"))
+    assert (found.flops["reference"] > 0) == (kl_weight > 0 or algorithm in ("dpo", "dgpo"))
 
 
 @pytest.mark.parametrize(("candidates", "groups", "largest"), [(6, 4, 6), (12, 4, 8), (5, 1, 5)])

@@ -157,7 +157,7 @@ def on_call(monkeypatch, owner, name, number, act):
     monkeypatch.setattr(owner, name, counted)
 
 
-@pytest.mark.parametrize(("algorithm", "candidates"), [("nft", "null"), ("awm", 6)])
+@pytest.mark.parametrize(("algorithm", "candidates"), [("nft", "null"), ("awm", 6), ("dgpo", "null")])
 def test_a_run_with_an_old_policy_resumes_as_the_unbroken_one(model, tmp_path, monkeypatch, algorithm, candidates):
     settings = {"update.algorithm": algorithm, "rollout.dynamics": "ode", "update.old_decay_slope": 0.1}
     settings["rollout.candidates"] = candidates
