@@ -44,6 +44,10 @@ METHODS = {
     "dpo": "--config configs/shapes_dpo.yaml --evaluation.every 20",
     "nft": "--config configs/shapes_nft.yaml --evaluation.every 6",
     "awm": "--config configs/shapes_awm.yaml --evaluation.every 6",
+    # Groups of 24, as in all other methods.
+    "awm_24": "--config configs/shapes_awm.yaml --evaluation.every 6 --prompts.per_epoch 24 --rollout.group_size 24"
+    " --update.noise_levels uniform --update.learning_rate 3e-4",
+    "dgpo": "--config configs/shapes_dgpo.yaml --evaluation.every 6",
 }
 COMMAND = [sys.executable, "-m", "fastflowgrpo.train"]
 MACHINE = "machine.txt"

@@ -29,7 +29,7 @@ same t and x_1
 
 A sample's w A e is left out where q = exp(e_old - e) has moved far enough already: q > 1 + eps with A > 0, or
 q < 1 - eps with A < 0. The gradient of the rest is that of -log sigmoid(-dgpo_beta / n sum_i A_i (e_i - e_ref_i)) over
-dgpo_beta, whatever the order of the samples.
+dgpo_beta.
 
 After s optimiser updates the old policy has followed by theta_old <- d theta_old + (1 - d) theta at the end of each
 epoch, with d = min(old_decay_slope max(s - old_decay_start, 0), old_decay_max).
