@@ -4,6 +4,9 @@ Each method trains once with each seed, in a run of its own: `python -m fastflow
 at a time, the first seed of all methods before the second. Runs that have finished are kept. After Ctrl+C the same
 command goes on. Settings of `fastflowgrpo.train` that are added apply to every run.
 
+Then one process with one thread trains an epoch of each method in turn, some times over. The seconds of a run are its
+epochs times the median: the hours that the runs take are not equally fast, above all on a shared machine.
+
 At the end, learning.json, learning.md and learning.svg in the output folder hold the curves, the tables and the
 picture of all runs that have finished. --report writes these without training. --publish also writes them into
 benchmarks/results/, README.md and docs/.
@@ -14,12 +17,15 @@ import json
 import platform
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -30,9 +36,9 @@ from fastflowgrpo.config import parse
 from fastflowgrpo.console import print_error
 from fastflowgrpo.errors import UserError
 from fastflowgrpo.planning.estimate import estimate
-from fastflowgrpo.planning.machine import core_count
 from fastflowgrpo.runs.files import CONFIG, METRICS, SUMMARY, read_rows
 from fastflowgrpo.runs.resume import changed_settings
+from fastflowgrpo.trainer import Trainer
 
 # A run is evaluated 8 to 10 times.
 METHODS = {
@@ -44,13 +50,11 @@ METHODS = {
     "dpo": "--config configs/shapes_dpo.yaml --evaluation.every 20",
     "nft": "--config configs/shapes_nft.yaml --evaluation.every 6",
     "awm": "--config configs/shapes_awm.yaml --evaluation.every 6",
-    # Groups of 24, as in all other methods.
-    "awm_24": "--config configs/shapes_awm.yaml --evaluation.every 6 --prompts.per_epoch 24 --rollout.group_size 24"
-    " --update.noise_levels uniform --update.learning_rate 3e-4",
     "dgpo": "--config configs/shapes_dgpo.yaml --evaluation.every 6",
 }
 COMMAND = [sys.executable, "-m", "fastflowgrpo.train"]
-MACHINE = "machine.txt"
+SECONDS = "seconds.json"
+ROUNDS = 5  # measured epochs of each method
 
 
 @dataclass(frozen=True)
@@ -102,8 +106,7 @@ def machine() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    cores = core_count()
-    return f"{names[0] if names else platform.machine()}, {cores} core{'s' if cores > 1 else ''}"
+    return f"{names[0] if names else platform.machine()}, 1 core"
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -135,22 +138,41 @@ def train_all(runs: Sequence[Run]) -> int:
     """Train the runs that have not finished, and return the first exit code that is not 0.
 
     Raises:
-        UserError: a folder has a run with other settings, or the output folder has runs of another machine.
+        UserError: a folder has a run with other settings.
     """
     unfinished = [run for run in runs if not run.finished()]
-    file = runs[0].output / MACHINE
-    if file.is_file() and file.read_text().strip() != machine():
-        raise UserError(
-            f"{runs[0].output} has runs of another machine, {file.read_text().strip()}: give another --output"
-        )
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(machine() + "\n")
     for number, run in enumerate(unfinished, 1):
         print(f"\n{run.method}, seed {run.seed}: run {number} of {len(unfinished)}", flush=True)
         if code := train(run.arguments):
             print(f"stopped at {run.method}, seed {run.seed}; the same command goes on", file=sys.stderr)
             return code
     return 0
+
+
+def measure(runs: Sequence[Run]) -> None:
+    """Write the seconds of an epoch of each method into the output folder, unless they are there."""
+    file, one_each = runs[0].output / SECONDS, {run.method: run for run in runs}
+    if file.is_file() and json.loads(file.read_text())["seconds"].keys() >= one_each.keys():
+        return
+    print(f"\nseconds of an epoch: {ROUNDS} of each method in turn", flush=True)
+    seconds: dict[str, list[float]] = {method: [] for method in one_each}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with TemporaryDirectory() as folder:
+        trainers = {}
+        for method, run in one_each.items():
+            trainers[method] = Trainer(replace(parse(run.arguments), output_dir=f"{folder}/{method}", trackers=[]))
+        for epoch in range(ROUNDS + 1):  # the first warms up
+            for method, trainer in trainers.items():
+                begin = time.perf_counter()
+                batch, _ = trainer.collect(epoch)
+                trainer.learner.update(batch)
+                if epoch:
+                    seconds[method].append(round(time.perf_counter() - begin, 3))
+        for trainer in trainers.values():
+            trainer.accelerator.end_training()
+    torch.set_num_threads(threads)
+    file.write_text(json.dumps({"machine": machine(), "seconds": seconds}, indent=1) + "\n")
 
 
 def result(runs: Sequence[Run], command: str) -> dict[str, Any]:
@@ -161,28 +183,35 @@ def result(runs: Sequence[Run], command: str) -> dict[str, Any]:
         command: the benchmark's command line.
 
     Raises:
-        UserError: none has finished.
+        UserError: none has finished, or the seconds of a method's epoch have not been measured.
     """
     methods: dict[str, Any] = {}
+    file = runs[0].output / SECONDS
+    measured = json.loads(file.read_text()) if file.is_file() else {"seconds": {}}
     for run in runs:
         if not run.finished():
             print(f"{run.folder} has not finished, and is left out", file=sys.stderr)
             continue
         if run.method not in methods:
-            flops = estimate(parse(run.arguments)).total_flops
-            settings = shlex.join([*shlex.split(METHODS[run.method]), *run.settings])
-            methods[run.method] = {"settings": settings, "flops_per_epoch": flops, "runs": {}}
+            if run.method not in measured["seconds"]:
+                raise UserError(f"{file} has no seconds of {run.method}: start the command once without --report")
+            methods[run.method] = {
+                "settings": shlex.join([*shlex.split(METHODS[run.method]), *run.settings]),
+                "flops_per_epoch": estimate(parse(run.arguments)).total_flops,
+                "seconds_per_epoch": statistics.median(measured["seconds"][run.method]),
+                "runs": {},
+            }
         method = methods[run.method]
+        epoch = method["seconds_per_epoch"], method["flops_per_epoch"]
         method["runs"][str(run.seed)] = {
             "versions": json.loads((run.folder / SUMMARY).read_text())["versions"],
-            "curve": learning_report.curve(read_rows(run.folder / METRICS), method["flops_per_epoch"]),
+            "curve": learning_report.curve(read_rows(run.folder / METRICS), *epoch),
         }
     if not methods:
         raise UserError(f"output: no run in {runs[0].output} has finished")
     for method in methods.values():
         method |= learning_report.reduced([run["curve"] for run in method["runs"].values()])
-    machine_file = runs[0].output / MACHINE
-    return {"command": command, "machine": machine_file.read_text().strip(), "methods": methods}
+    return {"command": command, "machine": measured["machine"], "methods": methods}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -203,8 +232,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if find_spec("matplotlib") is None:
             raise UserError('the picture needs matplotlib: pip install "fastflowgrpo[bench]"')
-        if not options.report and (code := train_all(runs)):
-            return code
+        if not options.report:
+            if code := train_all(runs):
+                return code
+            measure(runs)
         found = result(runs, shlex.join([*parser.prog.split(), *given]))
         print(learning_report.write(found, options.output))
         if options.publish:

@@ -15,7 +15,7 @@ ACCURACIES = (0.8, 0.9, 0.95)
 COSTS = {"seconds": (1.0, "s", ".0f"), "images": (1e3, "k images", ".1f"), "flops": (1e12, "TFLOP", ".1f")}
 """Column of a curve -> unit in the tables, its name, and how a number is written."""
 # Okabe and Ito's colours, which most colour-blind people can tell apart, without the yellow.
-COLORS = ("#0072b2", "#d55e00", "#000000", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#888888")
+COLORS = ("#0072b2", "#d55e00", "#000000", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#888888", "#7a5c00")
 MARKERS = "os^DvPX*<"
 RESULTS, PICTURE, TABLES = "learning.json", "learning.svg", "learning.md"
 BEGIN, END = "<!-- python -m benchmarks.learning --report --publish -->", "<!-- end -->"
@@ -24,21 +24,23 @@ Curve = dict[str, list[Any]]
 """A column for each of epochs, seconds, images, flops, overall, the tags and diversity; a value for each evaluation."""
 
 
-def curve(rows: Iterable[Mapping[str, Any]], flops_per_epoch: int) -> Curve:
+def curve(rows: Iterable[Mapping[str, Any]], seconds_per_epoch: float, flops_per_epoch: int) -> Curve:
     """The evaluations of a run, with what it had spent on training by then.
 
     Args:
         rows: of metrics.jsonl.
+        seconds_per_epoch: measured.
         flops_per_epoch: by the dry run.
     """
-    epochs, seconds, images = 0, 0.0, 0
+    epochs, images = 0, 0
     points: Curve = {}
     for row in rows:
         if "epoch" in row:
-            epochs, seconds, images = epochs + 1, seconds + sum(row["seconds"].values()), images + row["images"]
+            epochs, images = epochs + 1, images + row["images"]
             continue
         found = {name: row["eval"][name] for name in ("overall", *TAGS, "diversity")}
-        spent = {"epochs": epochs, "seconds": round(seconds, 2), "images": images, "flops": epochs * flops_per_epoch}
+        seconds, flops = epochs * seconds_per_epoch, epochs * flops_per_epoch
+        spent = {"epochs": epochs, "seconds": round(seconds, 2), "images": images, "flops": flops}
         for name, value in (spent | found).items():
             points.setdefault(name, []).append(value if value is None else round(value, 5))
     return points
@@ -105,7 +107,7 @@ def summary_table(methods: Mapping[str, Any]) -> str:
     ]
     rows = []
     for name, method in methods.items():
-        last = f"{cell(method['last']['overall'], '.3f')} after {cell(method['last']['seconds'], '.0f')} s"
+        last = f"{cell(method['last']['overall'], '.3f')} after {mean(method['last']['seconds']):.0f} s"
         rows.append([name, str(len(method["runs"])), *(cost_cell(method, *column) for column in columns), last])
     return table(head, rows)
 
@@ -127,7 +129,7 @@ def last_table(methods: Mapping[str, Any]) -> str:
     head = ["method", "after s", "overall before", *names]
     rows = []
     for name, method in methods.items():
-        spent, before = cell(method["last"]["seconds"], ".0f"), format(mean(method["before"]), ".3f")
+        spent, before = format(mean(method["last"]["seconds"]), ".0f"), format(mean(method["before"]), ".3f")
         rows.append([name, spent, before, *(cell(method["last"][column], ".3f") for column in names)])
     return table(head, rows)
 
@@ -137,8 +139,9 @@ def caption(result: Mapping[str, Any]) -> str:
     runs = [run for method in result["methods"].values() for run in method["runs"].values()]
     torch = ", ".join(sorted({run["versions"]["torch"] for run in runs}))
     return (
-        'Mean ± standard deviation over the seeds; "2 of 3" means that two of three reached it. Seconds are those of '
-        f"training, without evaluations. {result['machine']}, torch {torch} (`{result['command']}`)."
+        'Mean ± standard deviation over the seeds; "2 of 3" means that two of three reached it. '
+        "Seconds are epochs times the median seconds of one, measured for all methods in turn. "
+        f"{result['machine']}, torch {torch} (`{result['command']}`)."
     )
 
 
