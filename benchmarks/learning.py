@@ -4,8 +4,8 @@ Each method trains once with each seed, in a run of its own: `python -m fastflow
 at a time, the first seed of all methods before the second. Runs that have finished are kept. After Ctrl+C the same
 command goes on. Settings of `fastflowgrpo.train` that are added apply to every run.
 
-Then one process with one thread trains an epoch of each method in turn, some times over. The seconds of a run are its
-epochs times the median: the hours that the runs take are not equally fast, above all on a shared machine.
+Then one process with one thread trains an epoch of each method in turn, some times over. The seconds of a run are those
+of its epochs by the medians, since the hours that the runs take are not equally fast on a shared machine.
 
 At the end, learning.json, learning.md and learning.svg in the output folder hold the curves, the tables and the
 picture of all runs that have finished. --report writes these without training. --publish also writes them into
@@ -155,7 +155,7 @@ def measure(runs: Sequence[Run]) -> None:
     if file.is_file() and json.loads(file.read_text())["seconds"].keys() >= one_each.keys():
         return
     print(f"\nseconds of an epoch: {ROUNDS} of each method in turn", flush=True)
-    seconds: dict[str, list[float]] = {method: [] for method in one_each}
+    seconds: dict[str, dict[str, list[float]]] = {method: {"sampling": [], "update": []} for method in one_each}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with TemporaryDirectory() as folder:
@@ -166,9 +166,13 @@ def measure(runs: Sequence[Run]) -> None:
             for method, trainer in trainers.items():
                 begin = time.perf_counter()
                 batch, _ = trainer.collect(epoch)
-                trainer.learner.update(batch)
+                sampled = time.perf_counter()
+                trained = trainer.learner.update(batch)["trained_pairs"]
+                updated = time.perf_counter()
                 if epoch:
-                    seconds[method].append(round(time.perf_counter() - begin, 3))
+                    seconds[method]["sampling"].append(round(sampled - begin, 3))
+                    of_all_pairs = (updated - sampled) * trainer.plan.pairs / max(1, trained)
+                    seconds[method]["update"].append(round(of_all_pairs, 3))
         for trainer in trainers.values():
             trainer.accelerator.end_training()
     torch.set_num_threads(threads)
@@ -195,17 +199,19 @@ def result(runs: Sequence[Run], command: str) -> dict[str, Any]:
         if run.method not in methods:
             if run.method not in measured["seconds"]:
                 raise UserError(f"{file} has no seconds of {run.method}: start the command once without --report")
+            seconds = {part: statistics.median(values) for part, values in measured["seconds"][run.method].items()}
+            found = estimate(parse(run.arguments))
+            sampling = sum(found.flops.get(phase, 0) for phase in ("candidates", "rollout", "decode"))
+            flops = {"sampling": sampling, "update": found.total_flops - sampling}
             methods[run.method] = {
                 "settings": shlex.join([*shlex.split(METHODS[run.method]), *run.settings]),
-                "flops_per_epoch": estimate(parse(run.arguments)).total_flops,
-                "seconds_per_epoch": statistics.median(measured["seconds"][run.method]),
+                "epoch": {"seconds": seconds, "flops": flops, "pairs": found.plan.pairs},
                 "runs": {},
             }
         method = methods[run.method]
-        epoch = method["seconds_per_epoch"], method["flops_per_epoch"]
         method["runs"][str(run.seed)] = {
             "versions": json.loads((run.folder / SUMMARY).read_text())["versions"],
-            "curve": learning_report.curve(read_rows(run.folder / METRICS), *epoch),
+            "curve": learning_report.curve(read_rows(run.folder / METRICS), **method["epoch"]),
         }
     if not methods:
         raise UserError(f"output: no run in {runs[0].output} has finished")

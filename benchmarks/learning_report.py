@@ -24,23 +24,27 @@ Curve = dict[str, list[Any]]
 """A column for each of epochs, seconds, images, flops, overall, the tags and diversity; a value for each evaluation."""
 
 
-def curve(rows: Iterable[Mapping[str, Any]], seconds_per_epoch: float, flops_per_epoch: int) -> Curve:
+def curve(
+    rows: Iterable[Mapping[str, Any]], *, seconds: Mapping[str, float], flops: Mapping[str, float], pairs: int
+) -> Curve:
     """The evaluations of a run, with what it had spent on training by then.
 
     Args:
         rows: of metrics.jsonl.
-        seconds_per_epoch: measured.
-        flops_per_epoch: by the dry run.
+        seconds, flops: of an epoch's "sampling", which includes the rewards, and of its "update" of all pairs. In an
+            epoch that trains on fewer, since groups have no spread, the update costs their share.
+        pairs: of an epoch.
     """
-    epochs, images = 0, 0
+    spent = {"epochs": 0, "seconds": 0.0, "images": 0, "flops": 0.0}
     points: Curve = {}
     for row in rows:
         if "epoch" in row:
-            epochs, images = epochs + 1, images + row["images"]
+            spent["epochs"] += 1
+            spent["images"] += row["images"]
+            for name, cost in (("seconds", seconds), ("flops", flops)):
+                spent[name] += cost["sampling"] + cost["update"] * row["trained_pairs"] / pairs
             continue
         found = {name: row["eval"][name] for name in ("overall", *TAGS, "diversity")}
-        seconds, flops = epochs * seconds_per_epoch, epochs * flops_per_epoch
-        spent = {"epochs": epochs, "seconds": round(seconds, 2), "images": images, "flops": flops}
         for name, value in (spent | found).items():
             points.setdefault(name, []).append(value if value is None else round(value, 5))
     return points
@@ -140,7 +144,7 @@ def caption(result: Mapping[str, Any]) -> str:
     torch = ", ".join(sorted({run["versions"]["torch"] for run in runs}))
     return (
         'Mean ± standard deviation over the seeds; "2 of 3" means that two of three reached it. '
-        "Seconds are epochs times the median seconds of one, measured for all methods in turn. "
+        "Seconds are those of the epochs by the medians of one, measured for all methods in turn. "
         f"{result['machine']}, torch {torch} (`{result['command']}`)."
     )
 

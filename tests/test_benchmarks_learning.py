@@ -15,7 +15,9 @@ from benchmarks.learning import METHODS, Run
 from fastflowgrpo import train
 from fastflowgrpo.config import parse, save
 from fastflowgrpo.errors import UserError
+from fastflowgrpo.planning.estimate import estimate
 from fastflowgrpo.prompts import TAGS
+from fastflowgrpo.runs.files import read_rows
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -31,7 +33,7 @@ def checkout(monkeypatch):
 
 def rows(*accuracies):
     """Rows of a run: an evaluation at the start and after every second epoch of 10 images."""
-    epoch = {"epoch": 0, "step": 0, "images": 10}
+    epoch = {"epoch": 0, "step": 0, "images": 10, "trained_pairs": 15}
     found = []
     for accuracy in accuracies:
         found += [epoch, epoch] if found else []
@@ -40,8 +42,9 @@ def rows(*accuracies):
 
 
 def curve_of(*accuracies):
-    """With epochs of 4 s and 1 TFLOP."""
-    return learning_report.curve(rows(*accuracies), 4.0, 10**12)
+    """With epochs of 4 s and 1 TFLOP, in which half of the pairs are trained on."""
+    seconds, flops = {"sampling": 3.0, "update": 2.0}, {"sampling": 2e11, "update": 1.6e12}
+    return learning_report.curve(rows(*accuracies), seconds=seconds, flops=flops, pairs=30)
 
 
 def of_seeds(*curves):
@@ -62,8 +65,8 @@ def finish(run, epochs=None):
 
 
 def test_a_curve_adds_up_what_training_spent():
-    curve = learning_report.curve(rows(0.5, 0.7, 0.9), seconds_per_epoch=4.0, flops_per_epoch=100)
-    assert curve["epochs"] == [0, 2, 4] and curve["images"] == [0, 20, 40] and curve["flops"] == [0, 200, 400]
+    curve = curve_of(0.5, 0.7, 0.9)
+    assert curve["epochs"] == [0, 2, 4] and curve["images"] == [0, 20, 40] and curve["flops"] == [0, 2e12, 4e12]
     assert curve["seconds"] == [0, 8, 16] and curve["overall"] == curve["counting"] == [0.5, 0.7, 0.9]
 
 
@@ -190,11 +193,20 @@ def test_the_command_trains_and_reports(tmp_path, monkeypatch, capsys):
     assert result["command"] == shlex.join(["python", "-m", "benchmarks.learning", *command])
     method = result["methods"]["awm"]
     curve = method["runs"]["3"]["curve"]
-    assert curve["epochs"] == [0, 1] and curve["images"] == [0, 8] and curve["flops"][1] == method["flops_per_epoch"]
+    assert curve["epochs"] == [0, 1] and curve["images"] == [0, 8] and all(len(v) == 2 for v in curve.values())
+    (row,) = (row for row in read_rows(tmp_path / "awm/seed-3/metrics.jsonl") if "epoch" in row)
+    config = parse([*shlex.split(METHODS["awm"]), *SMALL.split()])
+    whole = estimate(config)
+    assert method["epoch"]["pairs"] == whole.plan.pairs == 24
+    share = row["trained_pairs"] / 24
+    sampling = whole.flops["rollout"] + whole.flops["decode"]
+    assert curve["flops"][1] == pytest.approx(sampling + (whole.total_flops - sampling) * share)
     measured = json.loads((tmp_path / "seconds.json").read_text())
-    assert measured["machine"] == result["machine"] and len(measured["seconds"]["awm"]) == learning.ROUNDS
-    assert curve["seconds"] == [0, pytest.approx(statistics.median(measured["seconds"]["awm"]), abs=0.01)]
-    assert curve["seconds"][1] > 0 and all(len(values) == 2 for values in curve.values())
+    assert measured["machine"] == result["machine"]
+    sampling, update = (measured["seconds"]["awm"][part] for part in ("sampling", "update"))
+    assert len(sampling) == len(update) == learning.ROUNDS and min(sampling) > 0
+    seconds = statistics.median(sampling) + statistics.median(update) * share
+    assert curve["seconds"] == [0, pytest.approx(seconds, abs=1e-4)]
     monkeypatch.delattr(learning, "train")
     monkeypatch.delattr(learning, "Trainer")
     assert learning.main(command) == 0, "nothing is left to train or to measure"
