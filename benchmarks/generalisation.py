@@ -3,7 +3,8 @@
 For each content of a tag, the strict accuracy of the base model, of runs' last weights, and of a supervised control:
 the base model's transformer, trained by flow matching on true images of the same training prompts, with the same mix
 of tags and the same frozen text encoders. No reward and no policy gradient is involved in the control, so what it does
-not carry over either is a matter of the prompts or the model.
+not carry over either is a matter of the prompts or the model. --mix S gives a run's weights the share S and the base
+model's the rest, S > 1 goes beyond: what falls as S grows is lost by training, whatever the run gains elsewhere.
 """
 
 import argparse
@@ -83,22 +84,34 @@ def train_supervised(policy: DiffusersPolicy, optimizer: torch.optim.Optimizer, 
         optimizer.zero_grad()
 
 
+@torch.no_grad()
+def mix(policy: DiffusersPolicy, base: DiffusersPolicy, share: float) -> None:
+    """Give the transformer's weights the share, and the base model's the rest."""
+    for parameter, of_base in zip(policy.module.parameters(), base.module.parameters(), strict=True):
+        parameter.copy_(of_base.lerp(parameter, share))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders of runs of the bundled model")
     parser.add_argument("--tag", choices=TAGS, default="counting")
     parser.add_argument("--images", type=int, default=96, help="of each content")
+    parser.add_argument("--mix", type=float, nargs="*", default=[], help="shares of the runs' weights to measure too")
     parser.add_argument("--steps", type=int, nargs="*", default=[], help="steps of the control after which to measure")
     parser.add_argument("--learning_rate", type=float, default=3e-4, help="of the control")
     arguments = parser.parse_args()
     trained, held_out = contents(arguments.tag)
     prompts = [*trained, *held_out]
     policy = load_policy("shapes", PolicyConfig(), DEVICE)
-    columns = {"base": accuracies(policy, prompts, arguments.images)}
-    for run in arguments.runs:
-        run_policy = load_trained("shapes", Path(last_checkpoint(run)), PolicyConfig(), DEVICE)
-        columns[Path(run).name] = accuracies(run_policy, prompts, arguments.images)
     assert isinstance(policy, DiffusersPolicy)
+    columns = {"base": accuracies(policy, prompts, arguments.images)}
+    for run, share in itertools.product(arguments.runs, [1.0, *arguments.mix]):
+        run_policy = load_trained("shapes", Path(last_checkpoint(run)), PolicyConfig(), DEVICE)
+        assert isinstance(run_policy, DiffusersPolicy)
+        if share != 1:
+            mix(run_policy, policy, share)
+        name = Path(run).name + (f" x {share:g}" if share != 1 else "")
+        columns[name] = accuracies(run_policy, prompts, arguments.images)
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), arguments.learning_rate, weight_decay=1e-4, fused=True)
     for done, steps in itertools.pairwise([0, *sorted(arguments.steps)]):
         train_supervised(policy, optimizer, range(done, steps))
