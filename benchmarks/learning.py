@@ -150,10 +150,15 @@ def train_all(runs: Sequence[Run]) -> int:
 
 
 def measure(runs: Sequence[Run]) -> None:
-    """Write the seconds of an epoch of each method into the output folder, unless they are there."""
+    """Write the seconds of an epoch of each method into the output folder, unless they are there.
+
+    Methods that are there are measured again together with a new one.
+    """
     file, one_each = runs[0].output / SECONDS, {run.method: run for run in runs}
-    if file.is_file() and json.loads(file.read_text())["seconds"].keys() >= one_each.keys():
+    known = json.loads(file.read_text())["seconds"] if file.is_file() else {}
+    if known.keys() >= one_each.keys():
         return
+    one_each = {method: Run(method, 0, runs[0].output, runs[0].settings) for method in known} | one_each
     print(f"\nseconds of an epoch: {ROUNDS} of each method in turn", flush=True)
     seconds: dict[str, dict[str, list[float]]] = {method: {"sampling": [], "update": []} for method in one_each}
     threads = torch.get_num_threads()
