@@ -1,5 +1,6 @@
 import math
 import os
+import signal
 from pathlib import Path
 
 # Set before diffusers is imported: no test may reach the network.
@@ -15,6 +16,9 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 # Triton 3.9 warns unless told; the kernels do not depend on it.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+# Under nohup or in the background a shell has them ignored, and a run obeys; the tests send them.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
