@@ -14,7 +14,7 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch._inductor.exc import InductorError
 
-from benchmarks import conftest, epoch, memory, ocr, report, scaling
+from benchmarks import conftest, epoch, generalisation, memory, ocr, report, scaling
 from benchmarks.faults import __main__ as faults_main
 from benchmarks.faults import cases as faults_cases
 from benchmarks.random_sd35 import PUBLISHED, random_sd35
@@ -134,6 +134,15 @@ ADVANTAGES = [
     ("test_group_advantages", {"rows": 1152, "method": method, "order": "grouped"}, median, {"ns_per_sample": 8.5})
     for method, median in (("loop", 0.3), ("native", 0.01))
 ]
+
+
+def test_weights_are_mixed_with_those_of_the_base():
+    policy, base = (SimpleNamespace(module=torch.nn.Linear(2, 3)) for _ in range(2))
+    pairs = zip(policy.module.state_dict().values(), base.module.state_dict().values(), strict=True)
+    expected = [1.5 * trained - 0.5 * of_base for trained, of_base in pairs]
+    generalisation.mix(policy, base, 1.5)
+    for parameter, value in zip(policy.module.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
 
 
 def test_scaling_measures_each_exchange(tmp_path):

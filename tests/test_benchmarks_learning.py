@@ -1,5 +1,6 @@
 """`python -m benchmarks.learning`: its runs, and their reduction to tables and a picture."""
 
+import itertools
 import json
 import os
 import shlex
@@ -7,6 +8,7 @@ import signal
 import statistics
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -152,6 +154,37 @@ def test_runs_with_other_settings_are_refused(tmp_path):
     assert not Run("awm", 0, tmp_path, ["--epochs", "80"]).finished(), "epochs may be added"
     with pytest.raises(UserError, match=r"update.learning_rate was 0.00045, is now 0.001. Remove it"):
         Run("awm", 0, tmp_path, ["--update.learning_rate", "1e-3"]).finished()
+
+
+def test_a_new_method_is_measured_in_turn_with_those_that_are_known(tmp_path, monkeypatch):
+    collected = []
+
+    class Trained:
+        def __init__(self, config):
+            self.plan, self.learner, self.accelerator = SimpleNamespace(pairs=4), self, self
+            self.algorithm = config.update.algorithm
+
+        def collect(self, epoch):
+            collected.append((epoch, self.algorithm))
+            return None, None
+
+        def update(self, batch):
+            return {"trained_pairs": 2}
+
+        def end_training(self):
+            pass
+
+    clock = itertools.count()
+    monkeypatch.setattr(learning, "Trainer", Trained)
+    monkeypatch.setattr(learning.time, "perf_counter", lambda: next(clock))
+    for methods in (["awm"], ["awm", "nft"], ["nft"], ["grpo"]):
+        learning.measure([Run(method, 0, tmp_path) for method in methods])
+    rounds = range(learning.ROUNDS + 1)
+    turns = (["awm"], ["awm", "nft"], ["awm", "nft", "grpo"])
+    assert collected == [(epoch, method) for methods in turns for epoch in rounds for method in methods]
+    seconds = json.loads((tmp_path / "seconds.json").read_text())["seconds"]
+    each = {"sampling": [1] * learning.ROUNDS, "update": [2] * learning.ROUNDS}  # half of the pairs, in one second
+    assert seconds == dict.fromkeys(("awm", "nft", "grpo"), each)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

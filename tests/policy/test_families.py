@@ -366,7 +366,9 @@ def test_the_ratio_is_exactly_one_in_full_fine_tuning_with_checkpointing(folders
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize(("name", "rank", "algorithm"), each([(4, "nft"), (0, "awm")], [(4, "nft")]))
+@pytest.mark.parametrize(
+    ("name", "rank", "algorithm"), each([(4, "nft"), (0, "awm"), (4, "dgpo")], [(4, "nft"), (4, "dgpo")])
+)
 def test_forward_process_methods_train_every_family(folders, tmp_path, name, rank, algorithm):
     config = config_of(folders(name), tmp_path, name, dtype="bfloat16", lora_rank=rank, guidance=1.0)
     size = GENERATING[name].size
