@@ -7,8 +7,9 @@ old policy and the reference see the same. v is the conditional velocity: guidan
 
 `update.noise_levels` is where t comes from:
 
-    uniform  U(0, 1)
-    rollout  the levels of the rollout's steps but the last: draw j of n is from the j-th of n equal parts of them
+    uniform     U(0, 1)
+    stratified  draw j of n is from U(j / n, (j + 1) / n)
+    rollout     the levels of the rollout's steps but the last: draw j of n is from the j-th of n equal parts of them
 """
 
 from collections.abc import Sequence
@@ -68,8 +69,11 @@ class NoisedObjective(Objective):
         """
         if self.config.update.noise_levels == "uniform":
             return uniform
+        stratum = draws + uniform
+        if self.config.update.noise_levels == "stratified":
+            return stratum / self.slots
         sigmas = self.coefficients.sigma[:-1].to(uniform.device, torch.float32, non_blocking=True)
-        step = ((draws + uniform) * (len(sigmas) / self.slots)).long()
+        step = (stratum * (len(sigmas) / self.slots)).long()
         return sigmas[step.clamp(max=len(sigmas) - 1)]
 
 

@@ -250,6 +250,18 @@ def test_levels_of_the_rollout_are_spread_over_its_steps(tmp_path):
     assert trainer.learner.update(batch)["trained_pairs"] > 0
 
 
+def test_stratified_levels_are_those_of_the_uniform_ones_each_in_its_part(tmp_path):
+    levels = {}
+    for name in ("uniform", "stratified"):
+        trainer = trainer_of(tmp_path / name, "awm", noise_draws=3, noise_levels=name)
+        batch, _ = trainer.collect(0)
+        rows = torch.arange(len(batch.advantages))
+        draws = (torch.full_like(rows, draw) for draw in range(3))
+        levels[name] = torch.stack([trainer.objective.add_noise(batch, rows, draw).level for draw in draws])
+    torch.testing.assert_close(levels["stratified"], (torch.arange(3)[:, None] + levels["uniform"]) / 3)
+    assert len(levels["uniform"].unique()) == levels["uniform"].numel()
+
+
 def test_a_snapshot_gives_the_weights_back_after_an_error():
     parameter = torch.nn.Parameter(torch.ones(3))
     snapshot = WeightSnapshot([parameter])
