@@ -164,8 +164,8 @@ class UpdateConfig:
     noise_draws: int = 1
     """Random noise levels per image and update, for all but grpo and grpo_guard."""
     noise_levels: Literal["uniform", "stratified", "rollout"] = "uniform"
-    """Where these levels are drawn from: [0, 1], each draw of an image from an equal part of [0, 1] of its own, or the
-    rollout's own steps but the last, evenly spread."""
+    """Where these levels are drawn from: [0, 1]; [0, 1] in as many equal parts as an image has draws, each from its own
+    (stratified); or the rollout's own steps but the last, evenly spread."""
     dpo_beta: float = 100.0
     """Strength with which dpo stays near the reference; a lower value allows larger changes."""
     nft_beta: float = 1.0
