@@ -62,8 +62,13 @@ def find(browser: webdriver.Chrome, selector: str) -> list[WebElement]:
 
 
 def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
-    """The texts of these elements, once there are some."""
-    return [element.text for element in find(browser, selector)]
+    """The texts of these elements, once there are some.
+
+    What has `content-visibility: auto`, as a card has, is without text until the frame after next is drawn.
+    """
+    find(browser, selector)
+    browser.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+    return wait_for(browser, lambda: [element.text for element in find(browser, selector)])
 
 
 def wait_for(browser: webdriver.Chrome, condition: Callable) -> Any:
